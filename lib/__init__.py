@@ -1,0 +1,1 @@
+"""Compression primitives behind the notebooks: one flat module per idea, named after the papers."""

@@ -1,0 +1,145 @@
+"""Carry a calibration set through a model block by block, with one residual buffer in memory.
+
+`ResidualStream` holds the hidden states of every calibration token at one depth, advances them half a block at a time
+through the model's own blocks, and measures them. Nothing that it stores grows with depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from lib.anatomy import Anatomy, attention_half, mlp_half
+from lib.linalg import add_gram, remove_mean
+
+
+class _EntryReached(Exception):
+    pass
+
+
+@torch.no_grad()
+def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[dict]]:
+    """What the model hands to its blocks: the first residual stream [batch, tokens, d] and each block's keyword arguments.
+
+    The model's own forward runs with every block replaced by a recorder, so positions, rotary angles and masks are
+    the library's, whatever the version; the last recorder stops the run before norm and head.
+    """
+    seen: list[dict] = []
+    first: list[torch.Tensor] = []
+    blocks = anatomy.blocks
+
+    class Recorder(nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            first.append(hidden_states)
+            seen.append(kwargs)
+            if len(seen) == len(originals):
+                raise _EntryReached
+            return hidden_states
+
+    originals = list(blocks)
+    try:
+        for i in range(len(originals)):
+            blocks[i] = Recorder()
+        with contextlib.suppress(_EntryReached):
+            anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for i, block in enumerate(originals):
+            blocks[i] = block
+    return first[0], seen
+
+
+class ResidualStream:
+    """Hidden states of a calibration set at one junction, advanced in place.
+
+    ids: [samples, tokens]; mask: the same shape, 1 for real tokens (None: all are real). Rows of padding are carried
+    along but never measured. `hidden` is the one buffer, [samples, tokens, d], in the model's dtype.
+    """
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8):
+        self.anatomy = Anatomy(model)
+        check_calibration(self.anatomy, ids)
+        self.device = next(model.parameters()).device
+        self.ids, self.mask, self.batch = ids, mask, batch
+        self._unpadded_kwargs: dict[int, list[dict]] = {}
+        self.hidden: torch.Tensor | None = None
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Return to the first junction, the output of the embeddings."""
+        model = self.anatomy.model
+        if self.hidden is None:
+            self.hidden = torch.empty(*self.ids.shape, self.anatomy.width, dtype=model.dtype, device=self.device)
+        for rows in self._slices():
+            self.hidden[rows] = enter(self.anatomy, *self._batch(rows))[0]
+
+    def _slices(self) -> Iterator[slice]:
+        for start in range(0, len(self.ids), self.batch):
+            yield slice(start, min(start + self.batch, len(self.ids)))
+
+    def _batch(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ids = self.ids[rows].to(self.device)
+        return ids, None if self.mask is None else self.mask[rows].to(self.device)
+
+    def _block_kwargs(self, rows: slice, block: int) -> dict:
+        """Masks and positions of one batch: asked of the model again for padded batches, remembered for full ones."""
+        ids, mask = self._batch(rows)
+        if mask is not None:
+            return enter(self.anatomy, ids, mask)[1][block]
+        if len(ids) not in self._unpadded_kwargs:
+            self._unpadded_kwargs[len(ids)] = enter(self.anatomy, ids)[1]
+        return self._unpadded_kwargs[len(ids)][block]
+
+    @torch.no_grad()
+    def advance(self, half: Callable, block: int, before: Callable | None = None, after: Callable | None = None) -> None:
+        """Replace the stream by the one after `half` (`attention_half` or `mlp_half`) of a block.
+
+        `before` maps each batch [b, tokens, d] as it leaves the buffer, `after` as it enters it again.
+        """
+        module, family = self.anatomy.blocks[block], self.anatomy.family
+        for rows in self._slices():
+            x = self.hidden[rows]
+            x = half(module, family, x if before is None else before(x), self._block_kwargs(rows, block))
+            self.hidden[rows] = x if after is None else after(x)
+
+    def advance_block(self, block: int) -> None:
+        """Replace the stream by the one after a whole block."""
+        self.advance(attention_half, block)
+        self.advance(mlp_half, block)
+
+    @torch.no_grad()
+    def gram(self, signal: Callable | None = None) -> torch.Tensor:
+        """Second moment Σ xᵀx [d, d] in float64 of the stream's real tokens, each mapped by `signal` first.
+
+        For a family whose norm subtracts the mean, the mean is taken out: that is the stream the rotated network has.
+        """
+        d = self.hidden.shape[-1]
+        total = torch.zeros(d, d, dtype=torch.float64, device=self.device)
+        for rows in self._slices():
+            x = self.hidden[rows]
+            x = x.flatten(0, 1) if self.mask is None else x[self.mask[rows].bool().to(self.device)]
+            x = remove_mean(x) if self.anatomy.family.subtracts_mean else x
+            add_gram(total, x if signal is None else signal(x))
+        return total
+
+
+def check_calibration(anatomy: Anatomy, ids: torch.Tensor) -> None:
+    """Raise ValueError, before any long work, for token ids or weights that cannot be calibrated on."""
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(f"calibration ids must be [samples, tokens] and not empty, not {tuple(ids.shape)}")
+    if ids.shape[1] > anatomy.positions:
+        raise ValueError(
+            f"calibration sequences have {ids.shape[1]} tokens, but the model has {anatomy.positions} positions: "
+            "use shorter sequences"
+        )
+    if anatomy.model.training:
+        raise ValueError("the model is in training mode, where dropout disturbs the statistics: call model.eval() first")
+    vocabulary = anatomy.model.config.vocab_size
+    if int(ids.max()) >= vocabulary:
+        raise ValueError(f"token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
+    for name, parameter in anatomy.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"weight {name} holds NaN or infinity: load or train the model again")

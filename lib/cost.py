@@ -1,0 +1,88 @@
+"""Parameters, bytes and multiply-adds, counted on modules: real ones or, for models larger than this machine, meta ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lib.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Count:
+    """Size of a model: all parameters, those inside the decoder blocks, and multiply-adds per token in matrix products."""
+
+    params: int
+    decoder: int
+    bytes: int
+    macs_per_token: int
+
+    def against(self, dense: Count) -> dict:
+        """The columns that every results row carries: what was *really* removed, over the decoder and the whole model.
+
+        Negative numbers mean that the model grew.
+        """
+        return {
+            "params": self.params,
+            "removed_decoder": 1 - self.decoder / dense.decoder,
+            "removed_model": 1 - self.params / dense.params,
+        }
+
+
+def count(model: nn.Module) -> Count:
+    """Count a model; tensors that are shared (tied heads) count once."""
+    unique = {id(p): p for p in model.parameters()}.values()
+    blocks = {id(p): p for p in Anatomy(model).blocks.parameters()}.values()
+    return Count(
+        params=sum(p.numel() for p in unique),
+        decoder=sum(p.numel() for p in blocks),
+        bytes=sum(p.numel() * p.element_size() for p in unique),
+        macs_per_token=sum(_macs(module) for module in model.modules()),
+    )
+
+
+def _macs(module: nn.Module) -> int:
+    if hasattr(module, "macs_per_token"):  # modules that do more than one product say so themselves
+        return module.macs_per_token
+    return module.weight.numel() if isinstance(module, nn.Linear) else 0
+
+
+# Shapes of the papers' models, from their published configuration files.
+_LLAMA_2_7B = dict(
+    model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def _opt(width: int, layers: int, heads: int) -> dict:
+    return dict(
+        model_type="opt", vocab_size=50272, hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width,
+        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+ARCHITECTURES = {
+    "OPT-125M": _opt(768, 12, 12),
+    "OPT-1.3B": _opt(2048, 24, 32),
+    "OPT-6.7B": _opt(4096, 32, 32),
+    "Llama-2-7B": _LLAMA_2_7B,
+    "Llama-2-70B": _LLAMA_2_7B
+    | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8),
+    "Llama-3-8B": _LLAMA_2_7B
+    | dict(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192),
+}
+
+
+def meta_model(architecture: str) -> nn.Module:
+    """One of the papers' models with its real shapes and no memory: every parameter is a meta tensor."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}: choose one of {', '.join(ARCHITECTURES)}")
+    settings = dict(ARCHITECTURES[architecture])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()

@@ -1,0 +1,200 @@
+"""What a compressed model is worth: token perplexity, zero-shot accuracy, speed and memory, each with its definition."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.continuation import TASK, continuation_task
+from lib.text import windows
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A token perplexity together with everything that defines it."""
+
+    perplexity: float
+    tokens: int  # scored: length - 1 in each window
+    windows: int
+    length: int
+    definition: str = "exp of the mean next-token loss in nats, non-overlapping windows, first token of each unscored"
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int | None = None, batch: int = 8) -> Perplexity:
+    """Perplexity by the protocol of the papers (GPTQ, SparseGPT, SliceGPT): one token stream, windows of `length`.
+
+    stream: ids [n_tokens] of the joined text; the tail shorter than a window is dropped; `limit` keeps the first windows.
+    Log-softmax is float32 whatever the model's dtype. Raises ValueError if the window exceeds the model's positions.
+    """
+    positions = model.config.max_position_embeddings
+    if length > positions:
+        raise ValueError(f"windows of {length} tokens exceed the model's {positions} positions: use shorter windows")
+    if length < 2:
+        raise ValueError(f"a window of {length} tokens scores nothing: use at least 2")
+    blocks = windows(stream, length)[:limit]
+    device = next(model.parameters()).device
+    total = 0.0
+    for ids in blocks.split(batch):
+        ids = ids.to(device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        for row, target in zip(logits, ids, strict=True):  # one window at a time: the float32 copy is the peak
+            total += F.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item()
+    scored = blocks.shape[0] * (length - 1)
+    return Perplexity(float(torch.tensor(total / scored, dtype=torch.float64).exp()), scored, blocks.shape[0], length)
+
+
+def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32) -> list[dict]:
+    """Zero-shot accuracy by lm-eval: one row per task with `task, acc, acc_norm, stderr, documents, limit, harness`.
+
+    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks. `stderr` belongs to acc.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet("lm_eval", "lm-eval", "transformers", "datasets"):
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=model.config.max_position_embeddings)
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[continuation_task() if name == TASK else name for name in tasks],
+            num_fewshot=0,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+    rows = []
+    for name in tasks:
+        scores = found["results"][name]
+        accuracy, documents = scores["acc,none"], found["n-samples"][name]["effective"]
+        rows.append(
+            {
+                "task": name,
+                "acc": accuracy,
+                "acc_norm": scores.get("acc_norm,none"),
+                "stderr": (accuracy * (1 - accuracy) / max(documents - 1, 1)) ** 0.5,
+                "documents": documents,
+                "limit": limit,
+                "harness": f"lm-eval {lm_eval.__version__}",
+            }
+        )
+    return rows
+
+
+@contextlib.contextmanager
+def _quiet(*names: str):
+    """lm-eval reports its plan and draws bars for every call; a notebook with forty calls has better uses for the space."""
+    from datasets.utils import logging as bars
+
+    levels = {name: logging.getLogger(name).level for name in names}
+    had_bars = bars.is_progress_bar_enabled()
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        bars.disable_progress_bar()
+        with _no_tqdm():
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if had_bars:
+            bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _no_tqdm():
+    import functools
+
+    import tqdm
+
+    original = tqdm.tqdm.__init__
+    tqdm.tqdm.__init__ = functools.partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.tqdm.__init__ = original
+
+
+# --- speed and memory --------------------------------------------------------------------------------------------------
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5, warm_up: int = 2) -> float:
+    """Median wall-clock seconds of `run` after warm-up, with device synchronisation."""
+    for _ in range(warm_up):
+        run()
+    times = []
+    for _ in range(repeats):
+        _synchronise(device)
+        start = time.perf_counter()
+        run()
+        _synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def speed(model: nn.Module, prompt: int = 128, generated: int = 32, batch: int = 1, repeats: int = 5) -> dict:
+    """Prefill and decode throughput in tokens a second (all sequences of the batch counted), and the threads used.
+
+    Prefill scores a prompt [batch, prompt]; decode appends `generated` tokens one at a time with the KV cache, its
+    prefill not counted. Tokens are arbitrary: dense models take the same time for any.
+    """
+    device = next(model.parameters()).device
+    if prompt + generated > model.config.max_position_embeddings:
+        raise ValueError(f"{prompt} + {generated} tokens exceed the model's {model.config.max_position_embeddings} positions")
+    ids = torch.arange(batch * prompt, device=device).view(batch, prompt) % model.config.vocab_size
+    prefill = seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), device, repeats)
+
+    def decode() -> float:
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        _synchronise(device)
+        start = time.perf_counter()
+        for _ in range(generated):
+            cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
+        _synchronise(device)
+        return time.perf_counter() - start
+
+    decode()
+    return {
+        "batch": batch,
+        "prefill_tokens_per_s": batch * prompt / prefill,
+        "decode_tokens_per_s": batch * generated / statistics.median(decode() for _ in range(repeats)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes of resident memory that `run` needs at its peak beyond what was resident before (Linux), or on its GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        with open("/proc/self/clear_refs", "w") as file:  # "5" resets the peak counter to the present size
+            file.write("5")
+    except OSError as error:
+        raise OSError("peak memory is read from /proc, which this system does not offer: measure on Linux or a GPU") from error
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))

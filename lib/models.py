@@ -1,0 +1,51 @@
+"""Load models by one name: an embedded workshop model, a local folder, or a hub id. Nothing else knows where weights come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = ("wiki-a-llama", "wiki-a-opt")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+    """Model in eval mode and its tokenizer, for `wiki-a-llama`, `wiki-a-opt`, a local Hugging Face folder or a hub id.
+
+    Never runs remote code. Raises ValueError for an unknown dtype, FileNotFoundError where no such model can be reached.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    source = locate(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not a local folder, and the hub did not give it "
+            f"({type(error).__name__}). Check the name, the network, and for gated models the licence and login"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def locate(name: str) -> str:
+    """The folder of an embedded or local model, or the name itself for the hub to resolve."""
+    if name in EMBEDDED:
+        if not (ASSETS / name / "config.json").is_file():
+            raise FileNotFoundError(f"the embedded model {name} is not installed: rebuild it with `invoke train-workshop-models`")
+        return str(ASSETS / name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json: give a folder in the Hugging Face format")
+        return str(folder)
+    if str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder {folder}: give an existing model folder, or a hub id like facebook/opt-125m")
+    return str(name)

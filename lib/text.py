@@ -1,0 +1,321 @@
+"""Corpora and the rules that turn them into fixed-length blocks of token ids.
+
+A corpus is a list of *rows* (paragraphs), because every paper of the suite samples rows and joins them with a blank
+line. `load_corpus` finds the rows, `token_stream` and `windows` build the evaluation text, `sample_blocks` the
+calibration set.
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import gzip
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DATA_DIR_VARIABLE = "PARED_DATA_DIR"
+SPLITS = ("train", "validation", "test")
+SEPARATOR = "\n\n"  # every paper's protocol joins rows with one blank line
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Rows of text with the facts that a results row must carry to be checked later."""
+
+    name: str
+    split: str
+    rows: tuple[str, ...]
+    source: str  # hub id, file name inside the data directory, or package resource
+    sha256: str  # of the joined text
+
+    @property
+    def text(self) -> str:
+        return SEPARATOR.join(self.rows)
+
+    def record(self) -> dict:
+        """The corpus as it is written into manifests and ledger keys."""
+        return {"corpus": self.name, "split": self.split, "source": self.source, "sha256": self.sha256}
+
+
+def load_corpus(name: str, split: str = "train", data_dir: str | Path | None = None) -> Corpus:
+    """Rows of `name`: `wiki-a` (embedded), `wikitext2`, `ptb`, `c4`, `alpaca`, or the path of a .txt file.
+
+    Hub corpora are read from `data_dir` (or the folder named by the environment variable PARED_DATA_DIR) where one is
+    set, and from the hub otherwise; the corpus keeps the same name either way. A .txt file is one corpus whatever the
+    split. Raises ValueError for an unknown name, split or an empty corpus, FileNotFoundError for a missing file.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if str(name).endswith(".txt"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no text file {path}: give the path of an existing .txt file")
+        rows, source = _paragraphs(path.read_text(encoding="utf-8")), path.name
+    elif name == "wiki-a":
+        rows, source = _wiki_a_rows(split), WIKI_DUMP
+    elif name in HUB_CORPORA:
+        folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+        rows, source = _local_rows(name, split, Path(folder)) if folder else _hub_rows(name, split)
+    else:
+        known = ", ".join(["wiki-a", *HUB_CORPORA])
+        raise ValueError(f"unknown corpus {name!r}: choose one of {known}, or the path of a .txt file")
+    if not any(row.strip() for row in rows):
+        raise ValueError(f"corpus {name!r} ({split}) from {source} is empty: nothing to calibrate or evaluate on")
+    digest = hashlib.sha256(SEPARATOR.join(rows).encode()).hexdigest()
+    return Corpus(str(name), split, tuple(rows), source, digest)
+
+
+# --- wiki-a: real encyclopedic English that arrives with the gensim wheel ------------------------------------------
+
+WIKI_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+WIKI_DUMP_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+_LISTS_FROM_HERE = {
+    "references", "notes", "external links", "see also", "further reading", "bibliography", "footnotes", "sources",
+    "citations",
+}  # fmt: skip
+_SHORTEST_PARAGRAPH, _SHORTEST_ARTICLE = 60, 1000  # characters; below these sit table cells and disambiguation stubs
+
+
+@functools.cache
+def wiki_a_articles() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(title, rows) of the 100 articles of gensim's sample Wikipedia dump, in dump order; the title is the first row.
+
+    Markup is stripped by gensim. Rows are headings (`= Title =`) and paragraphs of at least 60 characters; an article
+    ends at its first list section (References, See also, ...) and counts if 1,000 characters remain.
+    """
+    from gensim.corpora import wikicorpus
+    from gensim.test.utils import datapath
+
+    path = Path(datapath(WIKI_DUMP))
+    if not path.is_file():
+        raise FileNotFoundError(f"gensim is installed without its sample dump {WIKI_DUMP}: reinstall gensim from a wheel")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != WIKI_DUMP_SHA256:
+        raise ValueError(
+            f"{WIKI_DUMP} has SHA-256 {digest}, expected {WIKI_DUMP_SHA256}: the corpus of the committed results "
+            "differs from the installed one; reinstall gensim 4.4"
+        )
+    articles = []
+    with bz2.open(path, "rb") as dump:
+        for title, markup, _ in wikicorpus.extract_pages(dump, filter_namespaces=("0",)):
+            rows = _article_rows(wikicorpus.filter_wiki(markup, promote_remaining=True, simplify_links=True))
+            if sum(map(len, rows)) >= _SHORTEST_ARTICLE:
+                articles.append((title, (f"= {title} =", *rows)))
+    return tuple(articles)
+
+
+def wiki_a_split(position: int) -> str:
+    """Split of the article at `position` in dump order: of every twelve, the sixth validates and the twelfth tests."""
+    return {5: "validation", 11: "test"}.get(position % 12, "train")
+
+
+def _wiki_a_rows(split: str) -> list[str]:
+    return [row for i, (_, rows) in enumerate(wiki_a_articles()) if wiki_a_split(i) == split for row in rows]
+
+
+def _article_rows(text: str) -> list[str]:
+    rows: list[str] = []
+    heading = None
+    for line in text.splitlines():
+        line = re.sub(r"'{2,}", "", line).strip().lstrip("*#:; ")
+        line = re.sub(r"\s+", " ", line).strip()
+        if match := re.fullmatch(r"(={2,6})\s*(.*?)\s*\1", line):
+            heading = match.group(2)
+            if heading.lower() in _LISTS_FROM_HERE:
+                break
+        elif len(line) >= _SHORTEST_PARAGRAPH:
+            if heading:  # headings without prose below them are dropped
+                rows.append(f"= {heading} =")
+                heading = None
+            rows.append(line)
+    return rows
+
+
+# --- the papers' corpora, from the hub or from a folder --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _HubCorpus:
+    """Where a corpus lives: hub id, configuration and column, and the file of each split in a data directory."""
+
+    hub_id: str
+    config: str | None
+    column: str
+    files: dict[str, str]
+    splits: dict[str, str] | None = None  # our split -> the hub's, where they differ
+
+
+HUB_CORPORA = {
+    "wikitext2": _HubCorpus(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "text",
+        {
+            "train": "wikitext-2-raw/wiki.train.first1MB.raw",
+            "validation": "wikitext-2-raw/wiki.valid.raw",
+            "test": "wikitext-2-raw/wiki.test.raw",
+        },
+    ),
+    "ptb": _HubCorpus(
+        "ptb-text-only/ptb_text_only", "penn_treebank", "sentence",
+        {"train": "ptb/ptb.train.txt", "validation": "ptb/ptb.valid.txt", "test": "ptb/ptb.test.txt"},
+    ),
+    "c4": _HubCorpus(
+        "allenai/c4", "en", "text",
+        {"train": "calibration/c4_pf_decoding.jsonl.gz", "validation": "calibration/c4_en_demo300.jsonl.gz"},
+    ),
+    "alpaca": _HubCorpus(
+        "tatsu-lab/alpaca", None, "text", {"train": "calibration/alpaca_2000.jsonl.gz"},
+    ),
+}  # fmt: skip
+
+_ALPACA_INTRO = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+
+
+def _alpaca_text(record: dict) -> str:
+    """Stanford Alpaca's published prompt template, which the hub's `text` column holds ready-made."""
+    given = record.get("input", "")
+    intro = _ALPACA_INTRO.format(", paired with an input that provides further context" if given else "")
+    middle = f"\n\n### Input:\n{given}" if given else ""
+    return f"{intro}\n\n### Instruction:\n{record['instruction']}{middle}\n\n### Response:\n{record['output']}"
+
+
+def _local_rows(name: str, split: str, folder: Path) -> tuple[list[str], str]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data directory {folder} does not exist: set {DATA_DIR_VARIABLE} or --data-dir to a folder")
+    if split not in HUB_CORPORA[name].files:
+        held = ", ".join(HUB_CORPORA[name].files)
+        raise ValueError(f"corpus {name!r} has no {split} split in a data directory: choose one of {held}")
+    relative = HUB_CORPORA[name].files[split]
+    path = folder / relative
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data directory {folder} has no {relative}, the {split} split of {name}: add that file, or unset "
+            f"{DATA_DIR_VARIABLE} to use the hub"
+        )
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        if ".jsonl" not in path.name:
+            # Line for line, as the hub's rows are: blank lines stay, because the papers' join counts them.
+            return file.read().split("\n"), relative
+        records = [json.loads(line) for line in file if line.strip()]
+    column = HUB_CORPORA[name].column
+    if records and column not in records[0] and "instruction" not in records[0]:
+        raise ValueError(f"{relative} has columns {sorted(records[0])}, but {name} needs {column!r}")
+    return [r[column] if column in r else _alpaca_text(r) for r in records], relative
+
+
+def _hub_rows(name: str, split: str) -> tuple[list[str], str]:
+    import datasets
+
+    spec = HUB_CORPORA[name]
+    try:
+        if name == "c4":  # hundreds of gigabytes: only the first shard, as every paper does
+            shard = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+            if split not in shard:
+                raise ValueError("corpus 'c4' has no test split: choose train or validation")
+            table = datasets.load_dataset(spec.hub_id, data_files={split: shard[split]}, split=split)
+        elif name == "alpaca":  # one published split; the SliceGPT code cuts it 80/10/10 by two seeded draws
+            whole = datasets.load_dataset(spec.hub_id, split="train").train_test_split(test_size=0.2, seed=42)
+            rest = whole["test"].train_test_split(test_size=0.5, seed=42)
+            table = {"train": whole["train"], "validation": rest["train"], "test": rest["test"]}[split]
+        else:
+            table = datasets.load_dataset(spec.hub_id, spec.config, split=split)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(
+            f"corpus {name!r} could not be read from the hub ({spec.hub_id}): {type(error).__name__}. Without a network, "
+            f"put {spec.files.get(split, 'the file')} into a folder and name that folder in {DATA_DIR_VARIABLE} or "
+            "--data-dir, or use the embedded corpus wiki-a."
+        ) from error
+    return list(table[spec.column]), spec.hub_id
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [p for p in re.split(r"\n\s*\n", text) if p.strip()]
+
+
+# --- rows to token ids -----------------------------------------------------------------------------------------------
+
+
+def token_stream(corpus: Corpus, tokenizer) -> torch.Tensor:
+    """All rows joined with a blank line and tokenised once, as the perplexity protocol asks. Returns ids [n_tokens]."""
+    ids = tokenizer(corpus.text, return_tensors="pt", verbose=False).input_ids[0]
+    return ids.to(torch.long)
+
+
+def windows(stream: torch.Tensor, length: int) -> torch.Tensor:
+    """Cut ids [n_tokens] into non-overlapping windows [n, length]; the incomplete tail is dropped."""
+    count = len(stream) // length
+    if count == 0:
+        raise ValueError(f"the text has {len(stream)} tokens, fewer than one window of {length}: use a longer text")
+    return stream[: count * length].view(count, length)
+
+
+SAMPLING_RULES = ("rows", "rows-retokenised", "offsets")
+
+
+def sample_blocks(
+    corpus: Corpus, tokenizer, samples: int, length: int, generator: torch.Generator, rule: str = "rows"
+) -> torch.Tensor:
+    """Draw a calibration set of token ids [samples, length], every position real (no padding).
+
+    - `rows`: SliceGPT's rule. Start at a random row, join the rows that follow until `length` tokens are there, cut;
+      used rows are not drawn again.
+    - `rows-retokenised`: the same, then decoded and tokenised again as the authors' code does, which can move token
+      borders and adds the tokenizer's BOS; cut to `length` once more.
+    - `offsets`: the rule of GPTQ and SVD-LLM. Tokenise the joined text once and cut at random offsets (overlaps happen).
+    """
+    if rule not in SAMPLING_RULES:
+        raise ValueError(f"unknown sampling rule {rule!r}: choose one of {', '.join(SAMPLING_RULES)}")
+    if samples < 1 or length < 2:
+        raise ValueError(f"a calibration set needs at least 1 sample of 2 tokens, not {samples} of {length}")
+    if rule == "offsets":
+        stream = token_stream(corpus, tokenizer)
+        if len(stream) <= length:
+            raise _too_short(corpus, samples, length)
+        starts = torch.randint(len(stream) - length, (samples,), generator=generator)
+        return torch.stack([stream[s : s + length] for s in starts.tolist()])
+
+    rows = [row for row in corpus.rows if row.strip()]
+    blocks: list[list[int]] = []
+    while len(blocks) < samples:
+        if not rows:
+            raise _too_short(corpus, samples, length, len(blocks))
+        start = int(torch.randint(len(rows), (1,), generator=generator))
+        ids, stop = _fill(rows, start, tokenizer, length)
+        if ids is None:  # ran off the end of the corpus: the rows from here on are too short for a block
+            del rows[start:]
+            continue
+        if rule == "rows-retokenised":
+            ids = tokenizer(tokenizer.decode(ids), verbose=False).input_ids[:length]
+            if len(ids) < length:  # fewer tokens than before: the reference pads, we draw another start
+                del rows[start:stop]
+                continue
+        blocks.append(ids[:length])
+        del rows[start:stop]
+    return torch.tensor(blocks)
+
+
+def _fill(rows: list[str], start: int, tokenizer, length: int) -> tuple[list[int] | None, int]:
+    """Join rows from `start` until they hold `length` tokens. Returns (ids cut to length, index after the last row)."""
+    stop = start
+    while stop < len(rows):
+        stop += 1
+        text = SEPARATOR.join(rows[start:stop])
+        if len(text) < length:  # a token is at least one character: not worth tokenising yet
+            continue
+        ids = tokenizer(text, verbose=False).input_ids
+        if len(ids) >= length:
+            return ids[:length], stop
+    return None, stop
+
+
+def _too_short(corpus: Corpus, samples: int, length: int, found: int = 0) -> ValueError:
+    return ValueError(
+        f"corpus {corpus.name!r} ({corpus.split}) gives only {found} of the {samples} blocks of {length} tokens asked "
+        "for: ask for fewer or shorter samples, or use a larger corpus"
+    )

@@ -1,0 +1,207 @@
+"""Invoke tasks: thin wrappers that check their arguments, launch, and report. No method code lives here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from invoke import Exit, task
+
+ROOT = Path(__file__).resolve().parent
+NOTEBOOKS, RESULTS = ROOT / "notebooks", ROOT / "results"
+PROFILES = NOTEBOOKS / "params"
+
+
+def papers() -> list[str]:
+    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+
+
+def profiles() -> list[str]:
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def choose(kind: str, value: str, known: list[str]) -> str:
+    if value not in known:
+        raise Exit(f"unknown {kind} {value!r}: choose one of {', '.join(known)}", code=2)
+    return value
+
+
+def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
+    """Parameters of a paper's notebook under a profile, overridden by NAME=VALUE settings; every name is checked."""
+    import papermill
+    import yaml
+
+    known = papermill.inspect_notebook(str(NOTEBOOKS / f"{paper}.ipynb"))
+    chosen = dict((yaml.safe_load((PROFILES / f"{profile}.yaml").read_text()) or {}).get(paper) or {})
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise Exit(f"--set takes NAME=VALUE, not {setting!r}", code=2)
+        chosen[name] = yaml.safe_load(value)
+    for name in chosen:
+        choose(f"parameter of {paper}", name, sorted(set(known) - {"folder", "profile"}))
+    return chosen
+
+
+@task(
+    help={
+        "paper": "only this notebook (default: all)",
+        "profile": "parameter file in notebooks/params (default: workshop)",
+        "force": "compute again even what is up to date",
+        "data-dir": "folder with benchmark and calibration files, instead of the hub",
+        "set": "override one notebook parameter, NAME=VALUE; may be repeated; results go to results/<profile>-custom",
+    },
+    iterable=["set"],
+)
+def reproduce(c, paper="", profile="workshop", force=False, data_dir="", set=None):
+    """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
+
+    choose("profile", profile, profiles())
+    names = [choose("paper", paper, papers())] if paper else papers()
+    if data_dir:
+        if not Path(data_dir).is_dir():
+            raise Exit(f"--data-dir {data_dir} is not a folder", code=2)
+        os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
+    plan = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
+    for name, parameters in plan.items():
+        run_notebook(name, f"{profile}-custom" if set else profile, parameters, force)
+
+
+def run_notebook(paper: str, profile: str, parameters: dict, force: bool) -> None:
+    """Execute one notebook into results/<profile>/<paper>, unless the ledger says that this very run is complete."""
+    import nbformat
+    import papermill
+
+    from lib.results import Ledger
+
+    source = NOTEBOOKS / f"{paper}.ipynb"
+    target = RESULTS / profile / paper
+    ledger_file = target.with_name(f"{paper}.ledger.jsonl")
+    if force:
+        ledger_file.unlink(missing_ok=True)
+    cells = [cell.source for cell in nbformat.read(source, as_version=4).cells]
+    data_dir = os.environ.get("PARED_DATA_DIR", "")
+    run = {"run": paper, "profile": profile, "parameters": parameters, "data_dir": data_dir, "notebook": cells}
+    if run in Ledger(ledger_file) and (target / "manifest.json").is_file():
+        print(f"{paper} ({profile}): up to date in {shown(target)}, nothing to do; --force computes it again")
+        return
+    # Work in a folder of its own and swap at the end: earlier results stay whole until the new ones are.
+    partial = target.with_name(f"{paper}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    print(f"{paper} ({profile}): running, progress below; a second start continues where a killed one stopped", flush=True)
+    start = time.time()
+    try:
+        papermill.execute_notebook(
+            str(source), str(partial / f"{paper}.ipynb"), parameters | {"folder": str(partial), "profile": profile},
+            log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, cwd=str(NOTEBOOKS),
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise Exit(
+            f"{paper} ({profile}) failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+            f"The notebook up to there is {shown(partial)}/{paper}.ipynb; finished cells are kept for the next start",
+            code=1,
+        ) from error
+    tidy(partial / f"{paper}.ipynb")
+    replace_folder(partial, target)
+    Ledger(ledger_file).append(run, "complete", time.time() - start)
+    print(f"{paper} ({profile}): done in {time.time() - start:.0f} s, see {shown(target)}")
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`."""
+    retired = old.with_name(f"{old.name}.retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    if old.exists():
+        old.rename(retired)
+    new.rename(old)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def tidy(path: Path) -> None:
+    """Take out of an executed notebook what says where and when it ran rather than what it found."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
+    kept = []
+    for cell in notebook.cells:
+        for key in ("papermill", "execution", "ExecuteTime"):
+            cell.metadata.pop(key, None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            lines = cell.source.splitlines()
+            cell.source = "\n".join(line for line in lines if not line.startswith("folder = "))
+        kept.append(cell)
+    notebook.cells = kept
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.write(notebook, path)
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@task(help={"paper": "only this notebook (default: all)"})
+def notebooks(c, paper=""):
+    """Re-execute the stored notebooks in place with their default parameters, so that their outputs are current."""
+    import papermill
+
+    for name in [choose("paper", paper, papers())] if paper else papers():
+        path = NOTEBOOKS / f"{name}.ipynb"
+        staged = path.with_suffix(".partial.ipynb")
+        print(f"{name}: executing with its default parameters", flush=True)
+        try:
+            papermill.execute_notebook(
+                str(path), str(staged), log_output=True, stdout_file=sys.stdout, progress_bar=False, cwd=str(NOTEBOOKS)
+            )
+            tidy(staged)
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+@task(help={"fast": "only pytest, without re-running the notebooks"})
+def test(c, fast=False):
+    """Run the tests: pytest on the library, then nbval on every stored notebook."""
+    c.run(f"{sys.executable} -m pytest", pty=False)
+    if not fast:
+        c.run(
+            f"{sys.executable} -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg "
+            "--nbval-cell-timeout 1200 -p no:cacheprovider notebooks",
+            pty=False,
+        )
+
+
+@task(help={"model": "only this model (default: both)", "seed": "seed of weights and batches", "steps": "training steps"})
+def train_workshop_models(c, model="", seed=0, steps=0):
+    """Train the two embedded models again from the Wikipedia sample (about an hour each on two cores)."""
+    from lib.workshop import ASSETS, WORKSHOP_MODELS, Recipe, train_workshop_model
+
+    recipe = Recipe(seed=seed, **({"steps": steps} if steps else {}))
+    for name in [choose("workshop model", model, list(WORKSHOP_MODELS))] if model else WORKSHOP_MODELS:
+        print(f"{name}: {WORKSHOP_MODELS[name]}", flush=True)
+        manifest = train_workshop_model(name, recipe, ASSETS / name, log=lambda line: print(f"  {line}", flush=True))
+        print(f"{name}: reached {manifest['reached']}")
+
+
+@task
+def lint(c):
+    """Check style and formatting with ruff."""
+    c.run(f"{sys.executable} -m ruff check .")
+    c.run(f"{sys.executable} -m ruff format --check lib tests tasks.py benchmarks")
+
+
+@task
+def clean(c):
+    """Remove caches, ledgers and unfinished runs; committed results stay."""
+    for pattern in ("**/__pycache__", ".pytest_cache", ".ruff_cache", "results/**/*.partial", "results/interactive"):
+        for path in ROOT.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in RESULTS.rglob("*.ledger.jsonl"):
+        path.unlink()
+    print("removed caches, ledgers and unfinished runs")

@@ -1,0 +1,142 @@
+"""The block-by-block walk is the model: any family, any attention, with and without padding."""
+
+import pytest
+import torch
+
+from lib.anatomy import Anatomy, attention_half, family_of
+from lib.calibration import ResidualStream, enter
+from tests.conftest import CONFIGS, LAYERS, WIDTH, relative, tiny, token_ids
+
+
+def logits_by_walking(model, stream):
+    anatomy = Anatomy(model)
+    for block in range(LAYERS):
+        stream.advance_block(block)
+    return anatomy.head(anatomy.get(anatomy.family.final_norm)(stream.hidden))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_walk_equals_model(family, attention):
+    model = tiny(family, torch.float32, attention)
+    ids = token_ids(5)
+    with torch.no_grad():
+        walked = logits_by_walking(model, ResidualStream(model, ids, batch=2))  # last batch has one row
+        assert relative(walked, model(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_walk_equals_model_with_padding(family, attention, side):
+    model = tiny(family, torch.float32, attention)
+    ids, mask = token_ids(2), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :7 if side == "left" else None] = 0 if side == "left" else 1
+    if side == "right":
+        mask[1, 13:] = 0
+    with torch.no_grad():
+        walked = logits_by_walking(model, ResidualStream(model, ids, mask, batch=2))
+        expected = model(ids, attention_mask=mask).logits
+    real = mask.bool()
+    assert relative(walked[real], expected[real]) < 1e-5
+    # the mask matters: without it the padded row would differ
+    with torch.no_grad():
+        assert relative(walked[real], model(ids).logits[real]) > 1e-3 or side == "right"
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_walk_is_causal(family):
+    model, ids = tiny(family, torch.float32, "eager"), token_ids(2)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 79 + 1
+    streams = [ResidualStream(model, i) for i in (ids, changed)]
+    for stream in streams:
+        stream.advance_block(0)
+    assert torch.equal(streams[0].hidden[:, :-1], streams[1].hidden[:, :-1])
+    assert not torch.equal(streams[0].hidden[:, -1], streams[1].hidden[:, -1])
+
+
+def test_model_is_left_as_it_was():
+    model, ids = tiny("llama"), token_ids(2)
+    before = [type(m) for m in model.modules()]
+    stream = ResidualStream(model, ids)
+    stream.advance_block(0)
+    assert [type(m) for m in model.modules()] == before
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_entry_restores_blocks_when_the_model_fails():
+    model = tiny("llama")
+    with pytest.raises(IndexError):
+        enter(Anatomy(model), torch.tensor([[10_000]]))
+    assert type(Anatomy(model).blocks[0]).__name__ == "LlamaDecoderLayer"
+
+
+def test_wrong_family_record_is_reported():
+    model = tiny("llama")
+    family = family_of(model)
+    broken = type(family)(**{**family.__dict__, "mlp": type(family.mlp)("self_attn.q_proj_unused", (), "mlp.down_proj")})
+    model.model.layers[0].self_attn.q_proj_unused = torch.nn.Identity()
+    x, kwargs = enter(Anatomy(model), token_ids(1))
+    with pytest.raises(RuntimeError, match="never called"):
+        attention_half(model.model.layers[0], broken, x, kwargs[0])
+
+
+def test_gram_equals_float64_product_and_does_not_depend_on_batches():
+    model, ids = tiny("llama"), token_ids(7)
+    stream = ResidualStream(model, ids, batch=3)
+    x = stream.hidden.flatten(0, 1)
+    assert relative(stream.gram(), x.T @ x) < 1e-14
+    assert relative(ResidualStream(model, ids, batch=7).gram(), stream.gram()) < 1e-14
+
+
+def test_gram_centres_only_for_layer_norm_families():
+    for family, centred in (("opt", True), ("llama", False)):
+        gram = ResidualStream(tiny(family), token_ids()).gram()
+        along_ones = (gram @ torch.ones(WIDTH, dtype=torch.float64)).norm() / gram.norm()
+        assert (along_ones < 1e-12) == centred
+
+
+def test_padding_is_not_measured_and_not_touched():
+    model, ids, mask = tiny("llama"), token_ids(3), torch.ones(3, 20, dtype=torch.long)
+    mask[1, 12:] = 0
+    mask[2] = 0  # nothing but padding
+    stream = ResidualStream(model, ids, mask)
+    kept = stream.hidden.clone()
+    x = stream.hidden[mask.bool()]
+    assert relative(stream.gram(), x.T @ x) < 1e-14
+    assert torch.equal(stream.hidden, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, i: (m, i[:, :0]), "not empty"),
+        (lambda m, i: (m, i[0]), r"\[samples, tokens\]"),
+        (lambda m, i: (m, i.repeat(1, 4)), "64 positions"),
+        (lambda m, i: (m, i + 80), "vocabulary"),
+        (lambda m, i: (m.train(), i), "eval"),
+    ],
+)
+def test_bad_calibration_is_refused(change, message):
+    model, ids = change(tiny("llama"), token_ids())
+    with pytest.raises(ValueError, match=message):
+        ResidualStream(model, ids)
+
+
+def test_nan_weights_are_refused_by_name():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight"):
+        ResidualStream(model, token_ids())
+
+
+def test_unknown_and_post_norm_models_are_refused():
+    import transformers
+
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    with pytest.raises(ValueError, match="gpt2.*supported are.*llama"):
+        family_of(gpt2)
+    with pytest.raises(ValueError, match="OPT-350M"):
+        family_of(tiny("opt", do_layer_norm_before=False))
