@@ -13,8 +13,8 @@ import copy
 import torch
 from torch import nn
 
-from lib.calibration import enter
 from lib.anatomy import Anatomy
+from lib.calibration import enter
 
 
 class Divisor(nn.Module):

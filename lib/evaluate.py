@@ -55,19 +55,22 @@ def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int |
     return Perplexity(float(torch.tensor(total / scored, dtype=torch.float64).exp()), scored, blocks.shape[0], length)
 
 
-def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32) -> list[dict]:
+def zero_shot(
+    model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32
+) -> list[dict]:
     """Zero-shot accuracy by lm-eval: one row per task with `task, acc, acc_norm, stderr, documents, limit, harness`.
 
     `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks. `stderr` belongs to acc.
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
     with _quiet("lm_eval", "lm-eval", "transformers", "datasets"):
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=model.config.max_position_embeddings)
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[continuation_task() if name == TASK else name for name in tasks],
+            verbosity="ERROR",
             num_fewshot=0,
             limit=limit,
             bootstrap_iters=0,
@@ -94,35 +97,24 @@ def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), lim
 @contextlib.contextmanager
 def _quiet(*names: str):
     """lm-eval reports its plan and draws bars for every call; a notebook with forty calls has better uses for the space."""
-    from datasets.utils import logging as bars
-
-    levels = {name: logging.getLogger(name).level for name in names}
-    had_bars = bars.is_progress_bar_enabled()
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        bars.disable_progress_bar()
-        with _no_tqdm():
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        if had_bars:
-            bars.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _no_tqdm():
-    import functools
-
     import tqdm
 
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
     original = tqdm.tqdm.__init__
-    tqdm.tqdm.__init__ = functools.partialmethod(original, disable=True)
+
+    def without_a_bar(self, *args, **kwargs):
+        original(self, *args, **kwargs | {"disable": True})
+
+    tqdm.tqdm.__init__ = without_a_bar
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
         tqdm.tqdm.__init__ = original
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 # --- speed and memory --------------------------------------------------------------------------------------------------

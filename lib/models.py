@@ -1,7 +1,8 @@
-"""Load models by one name: an embedded workshop model, a local folder, or a hub id. Nothing else knows where weights come from."""
+"""Load models by one name: an embedded workshop model, a local folder, or a hub id. Nothing else knows of weight files."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -49,3 +50,12 @@ def locate(name: str) -> str:
     if str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"no folder {folder}: give an existing model folder, or a hub id like facebook/opt-125m")
     return str(name)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes and bytes of all tensors: a changed weight is a changed model, whatever its name."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

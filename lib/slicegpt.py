@@ -21,7 +21,7 @@ from torch import nn
 from lib.anatomy import Anatomy, Family, Half, attention_half, mlp_half, norm_epsilon, norm_gain, norm_offset
 from lib.calibration import ResidualStream
 from lib.linalg import complete, principal_axes, random_rotation, remove_mean, symmetric_shortcut
-from lib.surgery import embedding, linear, parameter, shell, untie_head
+from lib.surgery import embedding, linear, parameter, shape_shell, shell, untie_head
 
 LAYOUTS = ("low-rank", "dense")
 SIGNALS = ("raw", "normalised")
@@ -221,7 +221,9 @@ def rotate_and_slice(
 # --- calibration --------------------------------------------------------------------------------------------------------
 
 
-def decompose(stream: ResidualStream, signal: str = "raw", precision: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def decompose(
+    stream: ResidualStream, signal: str = "raw", precision: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues [d] and principal axes [d, d] of the stream where it stands.
 
     signal `raw` decomposes the residual stream itself, as the released code does; `normalised` decomposes the output of
@@ -280,11 +282,11 @@ def randomly_oriented(axes: Iterator[torch.Tensor], k: int, generator: torch.Gen
 
 
 def shapes_only(model: nn.Module, level: float, round_interval: int = 8, **settings) -> nn.Module:
-    """The sliced network with its real shapes and meaningless values, for a model of any size on the meta device."""
+    """The sliced network as shapes on the meta device, from a model of any size and on any device: for counting."""
     check_sliceable(model)
     d = model.config.hidden_size
     axes = itertools.repeat(torch.empty(d, d, dtype=torch.float64, device="meta"))
-    return rotate_and_slice(model, axes, kept_width(d, level, round_interval), **settings)
+    return rotate_and_slice(shape_shell(model), axes, kept_width(d, level, round_interval), **settings, inplace=True)
 
 
 def check_sliceable(model: nn.Module) -> None:

@@ -18,6 +18,16 @@ def shell(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def shape_shell(model: nn.Module) -> nn.Module:
+    """A copy of a model's structure on the meta device: shapes, ties and dtypes without a single value."""
+
+    def empty(tensor):
+        bare = torch.empty_like(tensor, device="meta")
+        return nn.Parameter(bare) if isinstance(tensor, nn.Parameter) else bare
+
+    return copy.deepcopy(model, {id(t): empty(t) for t in [*model.parameters(), *model.buffers()]})
+
+
 def linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> nn.Linear:
     """A linear layer [out, in] that holds `weight` and `bias`, cast once to the dtype and device of `like`."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

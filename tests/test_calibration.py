@@ -31,7 +31,7 @@ def test_walk_equals_model(family, attention):
 def test_walk_equals_model_with_padding(family, attention, side):
     model = tiny(family, torch.float32, attention)
     ids, mask = token_ids(2), torch.ones(2, 20, dtype=torch.long)
-    mask[1, :7 if side == "left" else None] = 0 if side == "left" else 1
+    mask[1, : 7 if side == "left" else None] = 0 if side == "left" else 1
     if side == "right":
         mask[1, 13:] = 0
     with torch.no_grad():

@@ -1,0 +1,126 @@
+"""What every notebook measures of every model it makes: size, perplexity and zero-shot accuracy, as one ledger cell."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from lib import evaluate
+from lib.cost import Count, count
+from lib.models import fingerprint, load
+from lib.results import Results
+from lib.text import Corpus, load_corpus, sample_blocks, token_stream
+
+# Calibration text is asked for once per draw; a hub corpus is large enough to be kept.
+train_text = functools.lru_cache(maxsize=2)(lambda name: load_corpus(name, "train"))
+
+SIZE_COLUMNS = ("params", "removed_decoder", "removed_model")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a notebook run evaluates: held-out text, window length and count, zero-shot tasks and their limit."""
+
+    text: Corpus
+    length: int
+    windows: int | None = None  # None: all of the text
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+
+    def record(self) -> dict:
+        return self.text.record() | {
+            "length": self.length, "windows": self.windows, "tasks": list(self.tasks), "limit": self.limit,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a calibration set is drawn: corpus (its train split), number and length of samples, seed, sampling rule."""
+
+    corpus: str
+    samples: int
+    length: int
+    seed: int = 0
+    rule: str = "rows"
+
+    def record(self) -> dict:
+        return asdict(self) | {"sha256": train_text(self.corpus).sha256}
+
+
+class Subject:
+    """A dense model under study with its tokenizer, size and evaluation text; its measurements go to the ledger of `run`."""
+
+    def __init__(self, name: str, protocol: Protocol, run: Results, device: str = "cpu", dtype: str = "float32"):
+        self.name, self.protocol, self.run = name, protocol, run
+        self.model, self.tokenizer = load(name, device, dtype)
+        self.size: Count = count(self.model)
+        self.stream = token_stream(protocol.text, self.tokenizer)
+        self.fingerprint = fingerprint(self.model)
+
+    def record(self) -> dict:
+        """What identifies this subject and its evaluation in the ledger."""
+        return {
+            "model": self.name,
+            "weights": self.fingerprint,
+            "dtype": str(self.model.dtype),
+            "evaluation": self.protocol.record(),
+        }
+
+    def calibration(self, draw: Calibration, samples: int | None = None, seed: int | None = None) -> torch.Tensor:
+        """The calibration set [samples, length] of `draw`, or one of another size or seed."""
+        generator = torch.Generator().manual_seed(draw.seed if seed is None else seed)
+        text = train_text(draw.corpus)
+        return sample_blocks(text, self.tokenizer, samples or draw.samples, draw.length, generator, draw.rule)
+
+    def perplexity(self, model: nn.Module) -> dict:
+        return evaluate.perplexity(model, self.stream, self.protocol.length, self.protocol.windows).record()
+
+    def measure(self, model: nn.Module, zero_shot: bool = True) -> dict:
+        """Size, perplexity and, unless told otherwise, zero-shot rows of a model made from this subject."""
+        found, tasks = count(model), self.protocol.tasks if zero_shot else ()
+        return {
+            "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
+            "perplexity": self.perplexity(model),
+            "zero_shot": evaluate.zero_shot(model, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
+        }
+
+    def dense(self) -> dict:
+        """The baseline of every row: `measure` of the dense model, once per run."""
+        return self.run.cell(lambda: self.measure(self.model), **self.record(), method="dense")
+
+    def at_levels(self, levels: Sequence[float], make: Callable, zero_shot: bool = True, **settings) -> dict[float, dict]:
+        """One ledger cell per level of a sweep: {level: measured}.
+
+        `make(missing)` yields (level, model) for the levels that the ledger lacks, so one calibration serves them all and a
+        killed sweep goes on where it stopped. `settings` identify the sweep.
+        """
+        key = self.record() | settings
+        missing = [level for level in levels if self.run.missing(**key, level=level)]
+        for level, model in make(missing) if missing else ():
+            found = self.run.cell(lambda model=model: self.measure(model, zero_shot), **key, level=level)
+            print(f"{self.name} at {level:.0%}: perplexity {found['perplexity']['perplexity']:.2f}", flush=True)
+        return {level: self.run.cell(None, **key, level=level) for level in levels}
+
+
+def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:
+    """Rows of `perplexity.csv`: the columns that every notebook shares, then the protocol."""
+    rows = []
+    for ratio, cell in found.items():
+        size, value = cell["size"], cell["perplexity"]
+        row = {"model": subject.name, "method": method, "ratio": ratio, "perplexity": value["perplexity"]}
+        row |= {name: size[name] for name in SIZE_COLUMNS}
+        rows.append(row | {"text": subject.protocol.text.name} | {name: value[name] for name in ("windows", "length", "tokens")})
+    return rows
+
+
+def zero_shot_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:
+    """Rows of `zero_shot.csv`: one per ratio and task."""
+    return [
+        {"model": subject.name, "method": method, "ratio": ratio} | score | {name: cell["size"][name] for name in SIZE_COLUMNS}
+        for ratio, cell in found.items()
+        for score in cell["zero_shot"]
+    ]

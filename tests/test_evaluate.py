@@ -1,0 +1,142 @@
+"""Perplexity by hand, lm-eval against a plain scorer, and measurements that measure."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lib.continuation import TASK, continuation_documents
+from lib.cost import count
+from lib.evaluate import peak_memory, perplexity, speed, zero_shot
+from lib.models import load
+from lib.slicegpt import slice_model
+from tests.conftest import tiny, token_ids
+
+
+class Counting(nn.Module):
+    """Knows that each id is followed by the next one with probability 3/4, anything else sharing 1/4 over 3 ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.config = type("Config", (), {"max_position_embeddings": 8})
+
+    def forward(self, input_ids, use_cache=False):
+        probabilities = torch.full((*input_ids.shape, 4), 0.25 / 3)
+        probabilities.scatter_(-1, ((input_ids + 1) % 4)[..., None], 0.75)
+        return type("Out", (), {"logits": probabilities.log()})
+
+
+def test_perplexity_by_hand():
+    stream = torch.tensor([0, 1, 2, 3, 0, 2, 2, 3, 1])  # windows 0123 and 0223; the last id is dropped
+    found = perplexity(Counting(), stream, length=4)
+    nll = -(4 * math.log(0.75) + 2 * math.log(0.25 / 3))
+    assert found.perplexity == pytest.approx(math.exp(nll / 6), rel=1e-6)
+    assert (found.tokens, found.windows, found.length) == (6, 2, 4)
+
+
+def test_perplexity_equals_the_models_own_loss():
+    model, ids = tiny("llama", torch.float32), token_ids(6, 16)
+    found = perplexity(model, ids.flatten(), length=16, batch=4)
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss.item() for row in ids]
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / 6), rel=1e-5)
+    assert perplexity(model, ids.flatten(), length=16, limit=2).windows == 2
+
+
+def test_half_precision_models_are_scored_in_float32():
+    model, ids = tiny("llama", torch.float32), token_ids(4, 16).flatten()
+    with torch.no_grad():
+        model.lm_head.weight *= 30
+    model = model.bfloat16()
+    logits = model(ids.view(4, 16)).logits[:, :-1].flatten(0, 1).float()
+    expected = nn.functional.cross_entropy(logits, ids.view(4, 16)[:, 1:].flatten()).exp()
+    assert perplexity(model, ids, 16).perplexity == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_windows_beyond_the_positions_are_refused():
+    with pytest.raises(ValueError, match="64 positions"):
+        perplexity(tiny("llama"), torch.zeros(200, dtype=torch.long), 65)
+    with pytest.raises(ValueError, match="at least 2"):
+        perplexity(tiny("llama"), torch.zeros(200, dtype=torch.long), 1)
+
+
+def test_continuation_questions_are_fair():
+    documents = continuation_documents()
+    assert len(documents) > 200
+    for document in documents:
+        assert len(document["choices"]) == len(set(document["choices"])) == 4
+        assert {len(c.split()) for c in document["choices"]} == {12}
+    counts = [sum(d["answer"] == i for d in documents) for i in range(4)]
+    assert min(counts) > len(documents) / 4 * 0.7  # no position gives the answer away
+    assert documents == continuation_documents()
+
+
+def test_lm_eval_agrees_with_a_plain_scorer():
+    model, tokenizer = load("wiki-a-llama")
+    row = zero_shot(model, tokenizer, limit=40)[0]
+    hits = 0
+    for document in continuation_documents()[:40]:
+        scores = []
+        for choice in document["choices"]:
+            context = tokenizer(document["context"]).input_ids
+            ids = torch.tensor([tokenizer(f"{document['context']} {choice}").input_ids])
+            assert ids[0, : len(context)].tolist() == context
+            with torch.no_grad():
+                steps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            scores.append(steps[len(context) - 1 :].sum().item())
+        hits += max(range(4), key=scores.__getitem__) == document["answer"]
+    assert row["acc"] == pytest.approx(hits / 40)
+    assert (row["task"], row["documents"], row["limit"]) == (TASK, 40, 40)
+    assert row["stderr"] == pytest.approx((row["acc"] * (1 - row["acc"]) / 39) ** 0.5)
+
+
+def test_a_sliced_model_runs_in_lm_eval():
+    model, tokenizer = load("wiki-a-opt")  # tied: a harness that ties again would corrupt the sliced model
+    ids = torch.arange(2, 2002).view(20, 100) % 2048
+    sliced = slice_model(model, ids, 0.25)
+    before = sliced(ids[:1]).logits
+    assert 0 <= zero_shot(sliced, tokenizer, limit=4)[0]["acc"] <= 1
+    assert torch.equal(sliced(ids[:1]).logits, before)
+
+
+def test_embedded_models_are_well_above_chance():
+    for name in ("wiki-a-llama", "wiki-a-opt"):
+        model, tokenizer = load(name)
+        row = zero_shot(model, tokenizer)[0]
+        assert row["acc"] - 0.25 > 5 * row["stderr"], row
+
+
+def test_speed_reports_tokens_and_refuses_long_prompts():
+    model = tiny("llama", torch.float32)
+    found = speed(model, prompt=16, generated=4, batch=2, repeats=2)
+    assert found["prefill_tokens_per_s"] > found["decode_tokens_per_s"] > 0
+    assert found["threads"] == torch.get_num_threads()
+    with pytest.raises(ValueError, match="64 positions"):
+        speed(model, prompt=60, generated=5)
+
+
+def test_peak_memory_sees_a_temporary_tensor():
+    size = 200 * 2**20
+    peak = peak_memory(lambda: torch.ones(size // 4).sum())
+    assert 0.9 * size < peak < 1.5 * size
+
+
+def test_count_is_exact():
+    model = tiny("llama", torch.float32, tie_word_embeddings=True)
+    found = count(model)
+    per_block = 32 * 48 * 2 + 2 * 32 * 24 + 3 * 32 * 48 + 2 * 32
+    assert found.decoder == 3 * per_block
+    assert found.params == 80 * 32 + 3 * per_block + 32
+    assert found.bytes == 4 * found.params
+    assert found.macs_per_token == 3 * (per_block - 64) + 80 * 32
+    assert count(tiny("llama", tie_word_embeddings=False)).params == found.params + 80 * 32
+
+
+def test_macs_of_shortcuts():
+    model, k, c = tiny("llama"), 24, 8
+    dense = count(slice_model(model, token_ids(), 0.25, layout="dense", slice_head=True))
+    low_rank = count(slice_model(model, token_ids(), 0.25, slice_head=True))
+    assert dense.macs_per_token - low_rank.macs_per_token == 6 * (k * k - 2 * k * c)
+    assert dense.params - low_rank.params == 6 * (k * k - k * c)

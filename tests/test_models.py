@@ -1,0 +1,88 @@
+"""Loading by name: embedded, folder, and what is said when there is no such model."""
+
+import json
+
+import pytest
+import torch
+
+from lib import models
+from lib.models import load
+from tests.conftest import tiny
+
+
+@pytest.mark.parametrize("name", models.EMBEDDED)
+def test_embedded_models_are_plain_folders_with_a_history(name):
+    import transformers
+
+    model, tokenizer = load(name)
+    folder = models.ASSETS / name
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tokenizer("The history of", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert not model.training
+    assert (folder / "model.safetensors").stat().st_size < 10e6
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["parameters"] == sum(p.numel() for p in model.parameters())
+    assert manifest["reached"]["validation_loss"] == min(point["validation_loss"] for point in manifest["curve"])
+
+
+@pytest.mark.parametrize("name", models.EMBEDDED)
+def test_embedded_models_have_the_loss_of_their_manifest(name):
+    from lib.text import load_corpus, token_stream, windows
+    from lib.workshop import CONTEXT, mean_loss
+
+    model, tokenizer = load(name)
+    blocks = windows(token_stream(load_corpus("wiki-a", "validation"), tokenizer), CONTEXT)
+    manifest = json.loads((models.ASSETS / name / "manifest.json").read_text())
+    assert mean_loss(model, blocks) == pytest.approx(manifest["reached"]["validation_loss_bf16"], abs=2e-3)
+
+
+def test_embedded_anatomies_differ_as_promised():
+    llama, opt = (load(name)[0].config for name in models.EMBEDDED)
+    assert llama.num_key_value_heads < llama.num_attention_heads
+    assert not llama.tie_word_embeddings
+    assert opt.tie_word_embeddings
+    assert opt.do_layer_norm_before
+
+
+def test_local_folder(tmp_path):
+    model = tiny("opt", torch.float32)
+    model.save_pretrained(tmp_path)
+    load("wiki-a-opt")[1].save_pretrained(tmp_path)
+    again, _ = load(str(tmp_path), dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(again(torch.tensor([[1, 2, 3]])).logits, model(torch.tensor([[1, 2, 3]])).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wiki-a-gpt", "wiki-a-llama, wiki-a-opt"),
+        ("./nowhere", "no folder"),
+        ("/nonexistent/model", "no folder"),
+        ("someone/some-model", "network"),
+    ],
+)
+def test_unknown_models(name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        load(name)
+
+
+def test_folder_without_a_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load(str(tmp_path))
+
+
+def test_unknown_dtype():
+    with pytest.raises(ValueError, match="float32, bfloat16"):
+        load("wiki-a-opt", dtype="int3")
+
+
+def test_fingerprint_sees_one_changed_weight():
+    model = tiny("llama", torch.bfloat16)
+    before = models.fingerprint(model)
+    assert before == models.fingerprint(tiny("llama", torch.bfloat16))
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] += 1
+    assert models.fingerprint(model) != before

@@ -1,0 +1,83 @@
+"""The stored notebooks and committed results are what they claim: executed, parameterised, and free of machine paths."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from tasks import NOTEBOOKS, RESULTS, papers
+
+STORED = [pytest.param(NOTEBOOKS / f"{paper}.ipynb", id=paper) for paper in papers()]
+MANIFESTS = [
+    pytest.param(path, id=path.parent.relative_to(RESULTS).as_posix())
+    for path in sorted(RESULTS.glob("*/*/manifest.json"))
+    if path.parent.parent.name != "interactive" and not path.parent.name.endswith(".partial")
+]
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", STORED)
+def test_outputs_are_stored_and_in_order(path):
+    """nbval compares with stored outputs; a stripped notebook would pass it with nothing compared."""
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    printing = [cell for cell in cells if "print(" in cell.source or "plt.show" in cell.source]
+    assert len(printing) > 5
+    assert all(cell.outputs for cell in printing)
+    assert not [o for cell in cells for o in cell.outputs if o.output_type == "error"]
+
+
+@pytest.mark.parametrize("path", STORED)
+def test_one_parameters_cell_and_enough_words(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
+    assert sum(cell.cell_type == "markdown" for cell in cells) >= sum(cell.cell_type == "code" for cell in cells)
+
+
+@pytest.mark.parametrize("path", STORED)
+def test_cells_that_nbval_skips_are_few(path):
+    cells = code_cells(path)
+    skipped = [cell for cell in cells if "NBVAL_IGNORE_OUTPUT" in cell.source or "NBVAL_SKIP" in cell.source]
+    assert len(skipped) <= len(cells) / 2
+    assert not [cell for cell in cells if "NBVAL_SKIP" in cell.source]
+
+
+def test_results_are_there():
+    assert {path.values[0].parent.name for path in MANIFESTS} >= set(papers())
+
+
+@pytest.mark.parametrize("path", MANIFESTS)
+def test_manifest_lists_the_files_as_they_are(path):
+    manifest = json.loads(path.read_text())
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((path.parent / name).read_bytes()).hexdigest() == digest, name
+    on_disk = {p.relative_to(path.parent).as_posix() for kind in ("tables", "figures") for p in (path.parent / kind).iterdir()}
+    assert on_disk == set(manifest["files"])
+    assert (path.parent / f"{path.parent.name}.ipynb").is_file()
+
+
+@pytest.mark.parametrize("path", MANIFESTS)
+def test_no_path_of_a_machine_is_committed(path):
+    texts = [p for p in path.parent.rglob("*") if p.suffix in (".json", ".ipynb", ".csv", ".md", ".svg")]
+    for text in [*texts, *NOTEBOOKS.glob("*.ipynb")]:
+        content = text.read_text()
+        for word in (str(Path.home()) + "/", str(NOTEBOOKS.parent) + "/", "/site-packages/"):
+            assert word not in content, text.name
+
+
+COMPARED = ["model", "method", "ratio", "perplexity", "params", "removed_decoder", "removed_model"]
+
+
+@pytest.mark.parametrize("path", MANIFESTS)
+def test_perplexity_tables_have_the_columns_of_the_suite(path):
+    for table in path.parent.glob("tables/perplexity.csv"):
+        frame = pd.read_csv(table)
+        assert list(frame.columns[: len(COMPARED)]) == COMPARED
+        assert frame.ratio.between(0, 1, inclusive="left").all()
+        assert (frame[frame.method == "dense"].removed_model == 0).all()

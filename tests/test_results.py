@@ -1,0 +1,134 @@
+"""The ledger resumes, files are whole, tables say what was measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lib import results
+from lib.results import Ledger, Results, content_key, markdown, write_atomically
+
+
+def test_a_cell_is_computed_once_per_settings(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"perplexity": 7.5}
+
+    ledger = Ledger(tmp_path / "l.jsonl")
+    assert ledger.cell({"level": 0.1}, compute) == ledger.cell({"level": 0.1}, compute) == {"perplexity": 7.5}
+    ledger.cell({"level": 0.2}, compute)
+    assert len(calls) == 2
+    assert Ledger(tmp_path / "l.jsonl").cell({"level": 0.1}, compute) == {"perplexity": 7.5}  # in a new process
+    assert len(calls) == 2
+
+
+def test_other_code_is_another_computation(tmp_path, monkeypatch):
+    key = content_key({"level": 0.1})
+    monkeypatch.setattr(results, "code_version", lambda: "other")
+    assert content_key({"level": 0.1}) != key
+
+
+def test_code_version_covers_every_source_file(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    versions = []
+    for text in ("x = 1\n", "x = 2\n"):
+        (tmp_path / "lib" / "a.py").write_text(text)
+        results.code_version.cache_clear()
+        versions.append(results.code_version())
+    results.code_version.cache_clear()
+    assert versions[0] != versions[1]
+
+
+def test_a_failing_cell_leaves_nothing_behind(tmp_path):
+    ledger = Ledger(tmp_path / "l.jsonl")
+    with pytest.raises(ZeroDivisionError):
+        ledger.cell({"a": 1}, lambda: 1 / 0)
+    assert {"a": 1} not in Ledger(tmp_path / "l.jsonl")
+
+
+def test_a_record_cut_in_the_middle_is_computed_again(tmp_path):
+    path = tmp_path / "l.jsonl"
+    ledger = Ledger(path)
+    ledger.cell({"a": 1}, lambda: 1)
+    ledger.cell({"a": 2}, lambda: 2)
+    path.write_text(path.read_text()[:-20])
+    with pytest.warns(UserWarning, match="line 2 is damaged"):
+        again = Ledger(path)
+    assert {"a": 1} in again
+    assert {"a": 2} not in again
+    again.cell({"a": 2}, lambda: 22)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert Ledger(path).cell({"a": 2}, lambda: 0) == 22
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from lib.results import Results
+run = Results("toy", Path(sys.argv[1]) / "toy")
+for i in range(5):
+    def compute(i=i):
+        if i == 3 and sys.argv[2] == "die":
+            os._exit(9)
+        return i * i
+    run.cell(compute, i=i)
+run.table("squares", [{"i": i, "square": run.cell(None, i=i)} for i in range(5)])
+print(run.computed, run.remembered)
+"""
+
+
+def test_a_killed_run_continues_where_it_stopped(tmp_path):
+    def run(word):
+        return subprocess.run(
+            [sys.executable, "-c", KILLED, str(tmp_path), word], capture_output=True, text=True, cwd=results.ROOT
+        )
+
+    assert run("die").returncode == 9
+    assert not (tmp_path / "toy" / "tables").exists()
+    assert run("live").stdout.split() == ["2", "8"]  # three squares were known, then all five
+    assert (tmp_path / "toy" / "tables" / "squares.csv").read_text() == "i,square\n0,0\n1,1\n2,4\n3,9\n4,16\n"
+
+
+def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "t.csv"
+    write_atomically(path, "old")
+    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_tables_and_manifest(tmp_path):
+    run = Results("toy", tmp_path / "toy", "p")
+    run.table("t", [{"model": "m", "ratio": 0.25, "params": 1234567, "perplexity": 12.3456789}], note="A note.")
+    assert (tmp_path / "toy/tables/t.csv").read_text() == "model,ratio,params,perplexity\nm,0.25,1234567,12.3456789\n"
+    assert "| m | 0.25 | 1,234,567 | 12.35 |" in (tmp_path / "toy/tables/t.md").read_text()
+    manifest = run.finish({"levels": [0.25]})
+    assert json.loads((tmp_path / "toy/manifest.json").read_text()) == manifest
+    assert set(manifest["files"]) == {"tables/t.csv", "tables/t.md"}
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_figures_are_reproducible_files(tmp_path):
+    import matplotlib.pyplot as plt
+
+    bytes_of = []
+    for name in ("a", "b"):
+        figure, axes = plt.subplots()
+        axes.plot([1, 2], [3, 4], label="x")
+        Results("toy", tmp_path / name).figure("f", figure)
+        plt.close(figure)
+        bytes_of.append([(tmp_path / name / f"figures/f.{kind}").read_bytes() for kind in ("svg", "png")])
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_markdown_of_gaps_and_pipes():
+    import pandas as pd
+
+    shown = markdown(pd.DataFrame([{"a": "x|y", "b": None, "c": float("nan"), "d": True, "e": 0.123456, "f": 3.0}]))
+    assert shown.splitlines()[2] == "| x\\|y |  |  | True | 0.1235 | 3 |"

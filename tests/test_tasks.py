@@ -1,0 +1,142 @@
+"""The tasks fail early with the valid choices, resume, and say when there is nothing to do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from invoke import Exit
+
+import tasks
+
+TOY = [
+    ("parameters", 'steps = 3\nfolder = ""\nprofile = "workshop"'),
+    (
+        None,
+        "import time\nfrom lib.results import Results\nrun = Results('toy', folder, profile)\n"
+        "def work(i):\n    time.sleep(0.3)\n    print('worked', i, flush=True)\n    return i\n"
+        "rows = [{'i': run.cell(lambda i=i: work(i), i=i)} for i in range(steps)]\n"
+        "run.table('t', rows)\nmanifest = run.finish({'steps': steps})",
+    ),
+]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A suite with one toy notebook, in a folder of its own."""
+    (tmp_path / "notebooks" / "params").mkdir(parents=True)
+    (tmp_path / "notebooks" / "params" / "workshop.yaml").write_text("toy:\n  steps: 4\n")
+    notebook = nbformat.v4.new_notebook()
+    for tag, source in TOY:
+        notebook.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": [tag]} if tag else {}))
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(notebook, tmp_path / "notebooks" / "toy.ipynb")
+    monkeypatch.setattr(tasks, "ROOT", tmp_path)
+    monkeypatch.setattr(tasks, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(tasks, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tasks, "PROFILES", tmp_path / "notebooks" / "params")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(paper="nope"), "unknown paper 'nope': choose one of slicegpt"),
+        (dict(profile="nope"), "unknown profile 'nope': choose one of .*workshop"),
+        (dict(set=["levls=[0.1]"]), "unknown parameter of slicegpt 'levls': choose one of .*levels"),
+        (dict(set=["levels"]), "NAME=VALUE"),
+        (dict(data_dir="/no/such/folder"), "not a folder"),
+    ],
+)
+def test_mistakes_fail_at_once_with_the_valid_names(arguments, message):
+    start = time.time()
+    with pytest.raises(Exit, match=message):
+        tasks.reproduce.body(None, **arguments)
+    assert time.time() - start < 20
+
+
+def test_every_profile_names_real_papers_and_parameters():
+    import yaml
+
+    for profile in tasks.profiles():
+        settings = yaml.safe_load((tasks.PROFILES / f"{profile}.yaml").read_text()) or {}
+        assert set(settings) <= set(tasks.papers())
+        for paper in tasks.papers():
+            tasks.parameters_of(paper, profile, [])
+
+
+def test_reproduce_then_nothing_to_do_then_force(project, capfd):
+    tasks.reproduce.body(None)
+    target = project / "results" / "workshop" / "toy"
+    assert (target / "tables" / "t.csv").read_text() == "i\n0\n1\n2\n3\n"
+    assert json.loads((target / "manifest.json").read_text())["cells_computed"] == 4
+    executed = (target / "toy.ipynb").read_text()
+    assert str(project) not in executed
+    assert not target.with_name("toy.partial").exists()
+    before = (target / "manifest.json").stat().st_mtime_ns
+    capfd.readouterr()
+    tasks.reproduce.body(None)
+    assert "up to date" in capfd.readouterr().out
+    assert (target / "manifest.json").stat().st_mtime_ns == before
+    tasks.reproduce.body(None, force=True)
+    assert json.loads((target / "manifest.json").read_text())["cells_computed"] == 4
+
+
+def test_a_change_of_the_notebook_is_not_up_to_date(project):
+    tasks.reproduce.body(None)
+    path = project / "notebooks" / "toy.ipynb"
+    path.write_text(path.read_text().replace("steps = 3", "steps = 3  # changed"))
+    tasks.reproduce.body(None)
+    manifest = json.loads((project / "results/workshop/toy/manifest.json").read_text())
+    assert (manifest["cells_computed"], manifest["cells_from_ledger"]) == (0, 4)
+
+
+def test_a_failing_notebook_keeps_the_earlier_results(project):
+    tasks.reproduce.body(None)
+    path = project / "notebooks" / "toy.ipynb"
+    path.write_text(path.read_text().replace("run.table(", "1 / 0; run.table("))
+    with pytest.raises(Exit, match="ZeroDivisionError"):
+        tasks.reproduce.body(None)
+    assert (project / "results/workshop/toy/tables/t.csv").read_text() == "i\n0\n1\n2\n3\n"
+
+
+RUNNER = """
+import sys, tasks
+from pathlib import Path
+root = Path(sys.argv[1])
+tasks.ROOT, tasks.NOTEBOOKS, tasks.RESULTS, tasks.PROFILES = root, root / "notebooks", root / "results", root / "notebooks/params"
+tasks.reproduce.body(None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
+def test_a_killed_run_continues(project):
+    command = [sys.executable, "-c", RUNNER, str(project)]
+    settings = dict(cwd=Path(tasks.__file__).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = subprocess.Popen(command, start_new_session=True, **settings)
+    for line in first.stdout:
+        if "worked 1" in line:
+            break
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    assert not (project / "results/workshop/toy").exists()  # nothing half-written where results belong
+    second = subprocess.run(command, check=True, timeout=120, **settings)
+    assert "worked 0" not in second.stdout
+    assert "worked 3" in second.stdout
+    manifest = json.loads((project / "results/workshop/toy/manifest.json").read_text())
+    assert manifest["cells_from_ledger"] >= 1
+    assert (project / "results/workshop/toy/tables/t.csv").read_text() == "i\n0\n1\n2\n3\n"
+
+
+def test_task_list_is_readable():
+    listed = subprocess.run(
+        [sys.executable, "-m", "invoke", "--list"], capture_output=True, text=True, check=True, cwd=Path(tasks.__file__).parent
+    ).stdout
+    for name in ("reproduce", "test", "notebooks", "train-workshop-models", "lint", "clean"):
+        assert name in listed

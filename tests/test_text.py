@@ -1,0 +1,215 @@
+"""Corpora, splits and sampling rules, on the real embedded text and on toys that can be read."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib import text
+from lib.models import load
+from lib.text import Corpus, load_corpus, sample_blocks, token_stream, wiki_a_articles, windows
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of benchmark files beside the repository")
+
+WIKI_A_CHARACTERS = {"train": 2493634, "validation": 114811, "test": 184746}
+WIKI_A_TEST_SHA256 = "ba4fe54a65d403753c7445b2ed41cf73c55674a2b098e6ca868647ba958352d3"
+
+
+class Letters:
+    """A tokenizer that anyone can check: one id per character."""
+
+    def __call__(self, text, return_tensors=None, verbose=True):
+        ids = [ord(c) for c in text]
+        return type("Encoded", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+class LettersWithStart(Letters):
+    """Adds a start token, as Llama's tokenizer does."""
+
+    def __call__(self, text, return_tensors=None, verbose=True):
+        return super().__call__("^" + text, return_tensors)
+
+    def decode(self, ids):
+        return super().decode(ids).removeprefix("^")
+
+
+def corpus(*rows):
+    return Corpus("toy", "train", rows, "toy", "0")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_wiki_a_is_the_text_of_the_committed_results():
+    articles = wiki_a_articles()
+    assert len(articles) == 100
+    assert articles[0][0] == "Anarchism"
+    splits = {split: load_corpus("wiki-a", split) for split in text.SPLITS}
+    assert {split: len(c.text) for split, c in splits.items()} == WIKI_A_CHARACTERS
+    assert splits["test"].sha256 == WIKI_A_TEST_SHA256
+
+
+def test_wiki_a_splits_share_no_article():
+    titles = {split: set() for split in text.SPLITS}
+    for position, (title, _) in enumerate(wiki_a_articles()):
+        titles[text.wiki_a_split(position)].add(title)
+    assert {split: len(t) for split, t in titles.items()} == {"train": 84, "validation": 8, "test": 8}
+    assert len(set.union(*titles.values())) == 100
+
+
+def test_wiki_a_is_prose():
+    rows = load_corpus("wiki-a", "test").rows
+    assert not [row for row in rows if "[[" in row or "{{" in row or "'''" in row]
+    assert "= References =" not in rows
+
+
+def test_another_dump_is_refused(monkeypatch):
+    monkeypatch.setattr(text, "WIKI_DUMP_SHA256", "0" * 64)
+    wiki_a_articles.cache_clear()
+    with pytest.raises(ValueError, match="reinstall gensim"):
+        load_corpus("wiki-a")
+    monkeypatch.undo()
+    wiki_a_articles.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [("wiki-b", "train", "wiki-a, wikitext2, ptb, c4, alpaca"), ("wiki-a", "dev", "train, validation, test")],
+)
+def test_unknown_names_list_the_known_ones(name, split, message):
+    with pytest.raises(ValueError, match=message):
+        load_corpus(name, split)
+
+
+def test_text_files(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("one\n\ntwo\nlines\n\n\nthree\n")
+    assert load_corpus(str(file)).rows == ("one", "two\nlines", "three\n".strip() + "\n")
+    file.write_text("  \n\n")
+    with pytest.raises(ValueError, match="empty"):
+        load_corpus(str(file))
+    with pytest.raises(FileNotFoundError, match="existing .txt"):
+        load_corpus(str(tmp_path / "none.txt"))
+
+
+def test_data_directory_errors_name_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"wikitext-2-raw/wiki.test.raw.*test split of wikitext2"):
+        load_corpus("wikitext2", "test", tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_corpus("wikitext2", "test", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no test split"):
+        load_corpus("c4", "test", tmp_path)
+
+
+def test_data_directory_by_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv(text.DATA_DIR_VARIABLE, str(tmp_path))
+    (tmp_path / "wikitext-2-raw").mkdir()
+    (tmp_path / "wikitext-2-raw" / "wiki.test.raw").write_text(" = A = \n \n words \n")
+    assert load_corpus("wikitext2", "test").text == " = A = \n\n \n\n words \n\n"
+
+
+def test_records_without_the_column_are_refused(tmp_path):
+    (tmp_path / "calibration").mkdir()
+    with gzip.open(tmp_path / "calibration" / "c4_pf_decoding.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"url": "x"}) + "\n")
+    with pytest.raises(ValueError, match="'text'"):
+        load_corpus("c4", "train", tmp_path)
+
+
+def test_alpaca_prompts(tmp_path):
+    (tmp_path / "calibration").mkdir()
+    with gzip.open(tmp_path / "calibration" / "alpaca_2000.jsonl.gz", "wt") as file:
+        for given in ("", "2, 3"):
+            file.write(json.dumps({"instruction": "Add.", "input": given, "output": "5"}) + "\n")
+    plain, with_input = load_corpus("alpaca", "train", tmp_path).rows
+    assert plain.endswith("request.\n\n### Instruction:\nAdd.\n\n### Response:\n5")
+    assert "further context" in with_input
+    assert "### Input:\n2, 3\n\n### Response" in with_input
+
+
+@needs_data
+def test_wikitext_from_the_data_directory():
+    corpus = load_corpus("wikitext2", "test", SHARED)
+    assert len(corpus.rows) - (corpus.rows[-1] == "") == 4358
+    for name, split in (("wikitext2", "train"), ("c4", "train"), ("c4", "validation"), ("alpaca", "train")):
+        assert len(load_corpus(name, split, SHARED).text) > 100_000
+
+
+def test_without_a_network_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.delenv(text.DATA_DIR_VARIABLE, raising=False)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(FileNotFoundError, match=r"--data-dir, or use the embedded corpus wiki-a"):
+        load_corpus("wikitext2", "test")
+
+
+def test_stream_is_one_join():
+    assert token_stream(corpus("ab", "", "c"), Letters()).tolist() == [ord(c) for c in "ab\n\n\n\nc"]
+
+
+def test_windows_drop_the_tail():
+    assert windows(torch.arange(10), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="fewer than one window"):
+        windows(torch.arange(3), 4)
+
+
+ROWS = tuple(c * 7 for c in "abcdefghijkl")
+
+
+def test_rows_rule_joins_consecutive_rows_and_uses_each_once():
+    blocks = sample_blocks(corpus(*ROWS), Letters(), 4, 12, generator())
+    assert blocks.shape == (4, 12)
+    seen = []
+    for block in blocks:
+        string = "".join(map(chr, block))
+        first, second = string.split("\n\n")
+        assert ord(second[0]) > ord(first[0])
+        assert string == (first[0] * 7 + "\n\n" + second[0] * 7)[:12]
+        seen += [first[0], second[0]]
+    assert len(set(seen)) == len(seen)
+
+
+def test_sampling_is_seeded():
+    draws = [sample_blocks(corpus(*ROWS), Letters(), 3, 12, generator(s)) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_retokenised_rule_is_the_published_deviation():
+    plain = sample_blocks(corpus(*ROWS), LettersWithStart(), 2, 12, generator())
+    again = sample_blocks(corpus(*ROWS), LettersWithStart(), 2, 12, generator(), rule="rows-retokenised")
+    assert torch.equal(plain, again)  # a reversible tokenizer changes nothing
+    assert (again[:, 0] == ord("^")).all()
+
+
+def test_offsets_rule_cuts_the_joined_stream():
+    whole = "\n\n".join(ROWS)
+    for block in sample_blocks(corpus(*ROWS), Letters(), 20, 12, generator(), rule="offsets"):
+        assert "".join(map(chr, block)) in whole
+
+
+@pytest.mark.parametrize("rule", text.SAMPLING_RULES)
+def test_corpus_too_short(rule):
+    with pytest.raises(ValueError, match="fewer or shorter samples"):
+        sample_blocks(corpus("ab", "cd"), Letters(), 2, 12, generator(), rule=rule)
+
+
+def test_unknown_rule_and_silly_sizes():
+    with pytest.raises(ValueError, match="rows, rows-retokenised, offsets"):
+        sample_blocks(corpus("ab"), Letters(), 1, 2, generator(), rule="best")
+    with pytest.raises(ValueError, match="at least 1 sample"):
+        sample_blocks(corpus("ab"), Letters(), 0, 2, generator())
+
+
+def test_embedded_tokenizer_gives_text_back():
+    _, tokenizer = load("wiki-a-llama")
+    sample = load_corpus("wiki-a", "test").rows[3] + " ünïcödé ∑ 漢字\t\n"
+    assert tokenizer.decode(tokenizer(sample).input_ids) == sample
+    assert len(tokenizer) == 2048
