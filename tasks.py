@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -80,14 +81,18 @@ def run_notebook(paper: str, profile: str, parameters: dict, force: bool) -> Non
     source = NOTEBOOKS / f"{paper}.ipynb"
     target = RESULTS / profile / paper
     ledger_file = target.with_name(f"{paper}.ledger.jsonl")
-    if force:
+    cells = nbformat.read(source, as_version=4).cells
+    # Settings identify a ledger cell, but a notebook's own code decides what they mean: other code, another ledger.
+    opened = {"opened": paper, "code": [cell.source for cell in cells if cell.cell_type == "code"]}
+    if force or (ledger_file.is_file() and opened not in Ledger(ledger_file)):
         ledger_file.unlink(missing_ok=True)
-    cells = [cell.source for cell in nbformat.read(source, as_version=4).cells]
-    data_dir = os.environ.get("PARED_DATA_DIR", "")
-    run = {"run": paper, "profile": profile, "parameters": parameters, "data_dir": data_dir, "notebook": cells}
-    if run in Ledger(ledger_file) and (target / "manifest.json").is_file():
+    run = {"run": paper, "parameters": parameters, "files": local_state(parameters), "text": [cell.source for cell in cells]}
+    ledger = Ledger(ledger_file)
+    if run in ledger and (target / "manifest.json").is_file():
         print(f"{paper} ({profile}): up to date in {shown(target)}, nothing to do; --force computes it again")
         return
+    if opened not in ledger:
+        ledger.append(opened, "opened", 0)
     # Work in a folder of its own and swap at the end: earlier results stay whole until the new ones are.
     partial = target.with_name(f"{paper}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -111,6 +116,17 @@ def run_notebook(paper: str, profile: str, parameters: dict, force: bool) -> Non
     print(f"{paper} ({profile}): done in {time.time() - start:.0f} s, see {shown(target)}")
 
 
+def local_state(parameters: dict) -> list[tuple[str, int, int]]:
+    """Name, size and time of every local file that a run would read: models and texts by path, the data directory."""
+    named = [os.environ.get("PARED_DATA_DIR", "")]
+    for value in parameters.values():
+        named += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+    files = []
+    for path in (Path(name).expanduser() for name in named if os.sep in name or name.endswith(".txt")):
+        files += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
 def replace_folder(new: Path, old: Path) -> None:
     """Put `new` in the place of `old`."""
     retired = old.with_name(f"{old.name}.retired")
@@ -128,15 +144,12 @@ def tidy(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
-    kept = []
     for cell in notebook.cells:
         for key in ("papermill", "execution", "ExecuteTime"):
             cell.metadata.pop(key, None)
         if "injected-parameters" in cell.metadata.get("tags", []):
             lines = cell.source.splitlines()
             cell.source = "\n".join(line for line in lines if not line.startswith("folder = "))
-        kept.append(cell)
-    notebook.cells = kept
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata["language_info"] = {"name": "python"}
     nbformat.write(notebook, path)
@@ -168,10 +181,11 @@ def notebooks(c, paper=""):
 @task(help={"fast": "only pytest, without re-running the notebooks"})
 def test(c, fast=False):
     """Run the tests: pytest on the library, then nbval on every stored notebook."""
-    c.run(f"{sys.executable} -m pytest", pty=False)
+    python = shlex.quote(sys.executable)
+    c.run(f"{python} -m pytest", pty=False)
     if not fast:
         c.run(
-            f"{sys.executable} -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg "
+            f"{python} -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg "
             "--nbval-cell-timeout 1200 -p no:cacheprovider notebooks",
             pty=False,
         )
@@ -179,8 +193,9 @@ def test(c, fast=False):
 
 @task(help={"model": "only this model (default: both)", "seed": "seed of weights and batches", "steps": "training steps"})
 def train_workshop_models(c, model="", seed=0, steps=0):
-    """Train the two embedded models again from the Wikipedia sample (about an hour each on two cores)."""
-    from lib.workshop import ASSETS, WORKSHOP_MODELS, Recipe, train_workshop_model
+    """Train the two embedded models again from the Wikipedia sample (about an hour on two cores)."""
+    from lib.models import ASSETS
+    from lib.workshop import WORKSHOP_MODELS, Recipe, train_workshop_model
 
     recipe = Recipe(seed=seed, **({"steps": steps} if steps else {}))
     for name in [choose("workshop model", model, list(WORKSHOP_MODELS))] if model else WORKSHOP_MODELS:
@@ -192,8 +207,8 @@ def train_workshop_models(c, model="", seed=0, steps=0):
 @task
 def lint(c):
     """Check style and formatting with ruff."""
-    c.run(f"{sys.executable} -m ruff check .")
-    c.run(f"{sys.executable} -m ruff format --check lib tests tasks.py benchmarks")
+    python = shlex.quote(sys.executable)
+    c.run(f"{python} -m ruff check . && {python} -m ruff format --check .")
 
 
 @task

@@ -19,7 +19,7 @@ from benchmarks.literal_slicegpt import LiteralSliceGPT
 from lib.calibration import ResidualStream
 from lib.evaluate import peak_memory
 from lib.models import load
-from lib.slicegpt import decompose, junction_axes, kept_width, sweep
+from lib.slicegpt import decompose, junctions, kept_width, sweep
 from lib.text import load_corpus, sample_blocks
 
 LEVELS, REPEATS = (0.1, 0.2, 0.25, 0.3), 5
@@ -71,7 +71,7 @@ def memory() -> None:
 
     def calibrate() -> None:
         stream = ResidualStream(model, ids, batch=4)
-        for _ in junction_axes(stream, decompose(stream)[1], 384):
+        for _ in junctions(stream, decompose(stream), 384):
             pass
 
     calibrate()  # libraries allocate their own workspace once

@@ -88,12 +88,17 @@ def family_of(model: nn.Module) -> Family:
             f"model type {kind!r} is not known here: supported are {', '.join(sorted(FAMILIES))}. A new family is one "
             "record in lib/anatomy.py"
         )
-    if kind == "opt" and not (model.config.do_layer_norm_before and model.config.word_embed_proj_dim == model.config.hidden_size):
+    if kind == "opt" and not _is_plain_opt(model.config):
         raise ValueError(
-            "this OPT model (like OPT-350M) normalises after each residual add or projects its embeddings, so the "
-            "residual stream itself carries a norm: use a pre-norm OPT, such as 125M or 1.3B"
+            "this OPT model (like OPT-350M) normalises after each residual add, projects its embeddings or has no final norm, "
+            "so its residual stream is not that of a pre-norm model: use a pre-norm OPT, such as 125M or 1.3B"
         )
     return FAMILIES[kind]
+
+
+def _is_plain_opt(config) -> bool:
+    final_norm = not config._remove_final_layer_norm
+    return config.do_layer_norm_before and final_norm and config.word_embed_proj_dim == config.hidden_size
 
 
 @dataclass

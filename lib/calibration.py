@@ -60,7 +60,7 @@ class ResidualStream:
 
     def __init__(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8):
         self.anatomy = Anatomy(model)
-        check_calibration(self.anatomy, ids)
+        check_calibration(self.anatomy, ids, mask)
         self.device = next(model.parameters()).device
         self.ids, self.mask, self.batch = ids, mask, batch
         self._unpadded_kwargs: dict[int, list[dict]] = {}
@@ -94,16 +94,15 @@ class ResidualStream:
         return self._unpadded_kwargs[len(ids)][block]
 
     @torch.no_grad()
-    def advance(self, half: Callable, block: int, before: Callable | None = None, after: Callable | None = None) -> None:
+    def advance(self, half: Callable, block: int, before: Callable | None = None) -> None:
         """Replace the stream by the one after `half` (`attention_half` or `mlp_half`) of a block.
 
-        `before` maps each batch [b, tokens, d] as it leaves the buffer, `after` as it enters it again.
+        `before` maps each batch [b, tokens, d] as it leaves the buffer.
         """
         module, family = self.anatomy.blocks[block], self.anatomy.family
         for rows in self._slices():
             x = self.hidden[rows]
-            x = half(module, family, x if before is None else before(x), self._block_kwargs(rows, block))
-            self.hidden[rows] = x if after is None else after(x)
+            self.hidden[rows] = half(module, family, x if before is None else before(x), self._block_kwargs(rows, block))
 
     def advance_block(self, block: int) -> None:
         """Replace the stream by the one after a whole block."""
@@ -126,10 +125,12 @@ class ResidualStream:
         return total
 
 
-def check_calibration(anatomy: Anatomy, ids: torch.Tensor) -> None:
+def check_calibration(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
     """Raise ValueError, before any long work, for token ids or weights that cannot be calibrated on."""
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(f"calibration ids must be [samples, tokens] and not empty, not {tuple(ids.shape)}")
+    if mask is not None and (mask.shape != ids.shape or not mask.any()):
+        raise ValueError(f"the mask must have the shape of the ids, {tuple(ids.shape)}, and mark at least one real token")
     if ids.shape[1] > anatomy.positions:
         raise ValueError(
             f"calibration sequences have {ids.shape[1]} tokens, but the model has {anatomy.positions} positions: "
@@ -138,8 +139,9 @@ def check_calibration(anatomy: Anatomy, ids: torch.Tensor) -> None:
     if anatomy.model.training:
         raise ValueError("the model is in training mode, where dropout disturbs the statistics: call model.eval() first")
     vocabulary = anatomy.model.config.vocab_size
-    if int(ids.max()) >= vocabulary:
-        raise ValueError(f"token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
+    if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
+        found = f"token ids from {int(ids.min())} to {int(ids.max())}"
+        raise ValueError(f"{found} are outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
     for name, parameter in anatomy.model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"weight {name} holds NaN or infinity: load or train the model again")

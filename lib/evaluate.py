@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import logging
 import statistics
 import time
@@ -41,8 +43,8 @@ def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int |
     positions = model.config.max_position_embeddings
     if length > positions:
         raise ValueError(f"windows of {length} tokens exceed the model's {positions} positions: use shorter windows")
-    if length < 2:
-        raise ValueError(f"a window of {length} tokens scores nothing: use at least 2")
+    if length < 2 or (limit is not None and limit < 1):
+        raise ValueError(f"{limit or 'all'} windows of {length} tokens score nothing: use at least 1 window of 2 tokens")
     blocks = windows(stream, length)[:limit]
     device = next(model.parameters()).device
     total = 0.0
@@ -66,7 +68,8 @@ def zero_shot(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=model.config.max_position_embeddings)
+        positions = model.config.max_position_embeddings
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=positions, softmax_dtype="float32")
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[continuation_task() if name == TASK else name for name in tasks],
@@ -79,7 +82,10 @@ def zero_shot(
     rows = []
     for name in tasks:
         scores = found["results"][name]
-        accuracy, documents = scores["acc,none"], found["n-samples"][name]["effective"]
+        if "acc,none" not in scores:
+            raise ValueError(f"lm-eval's task {name!r} reports no accuracy: choose a multiple-choice task")
+        parts = found.get("group_subtasks", {}).get(name) or [name]  # a group like mmlu counts the documents of its parts
+        accuracy, documents = scores["acc,none"], sum(found["n-samples"][part]["effective"] for part in parts)
         rows.append(
             {
                 "task": name,
@@ -170,21 +176,35 @@ def speed(model: nn.Module, prompt: int = 128, generated: int = 32, batch: int =
     }
 
 
-def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes of resident memory that `run` needs at its peak beyond what was resident before (Linux), or on its GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def peak_memory(run: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
+    """Bytes that `run` needs at its peak beyond what was in use before: resident memory on Linux, or that of a GPU.
+
+    Memory that the allocator keeps after earlier work is given back first, or a second run would seem to need nothing.
+    None where the system offers no such counter.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:  # "5" resets the peak counter to the present size
             file.write("5")
-    except OSError as error:
-        raise OSError("peak memory is read from /proc, which this system does not offer: measure on Linux or a GPU") from error
+    except (OSError, AttributeError):  # macOS, Windows, other C libraries
+        return None
     before = _status_bytes("VmRSS")
     run()
     return max(0, _status_bytes("VmHWM") - before)
+
+
+def resident_memory() -> int | None:
+    """Bytes of memory that this process holds now (Linux), or None."""
+    try:
+        return _status_bytes("VmRSS")
+    except OSError:
+        return None
 
 
 def _status_bytes(name: str) -> int:

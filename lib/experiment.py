@@ -67,6 +67,7 @@ class Subject:
             "model": self.name,
             "weights": self.fingerprint,
             "dtype": str(self.model.dtype),
+            "device": str(self.model.device),
             "evaluation": self.protocol.record(),
         }
 
@@ -98,12 +99,13 @@ class Subject:
         `make(missing)` yields (level, model) for the levels that the ledger lacks, so one calibration serves them all and a
         killed sweep goes on where it stopped. `settings` identify the sweep.
         """
-        key = self.record() | settings
+        key = self.record() | settings | {"zero_shot": zero_shot}
         missing = [level for level in levels if self.run.missing(**key, level=level)]
+        found = {}
         for level, model in make(missing) if missing else ():
-            found = self.run.cell(lambda model=model: self.measure(model, zero_shot), **key, level=level)
-            print(f"{self.name} at {level:.0%}: perplexity {found['perplexity']['perplexity']:.2f}", flush=True)
-        return {level: self.run.cell(None, **key, level=level) for level in levels}
+            found[level] = self.run.cell(lambda model=model: self.measure(model, zero_shot), **key, level=level)
+            print(f"{self.name} at {level:.0%}: perplexity {found[level]['perplexity']['perplexity']:.2f}", flush=True)
+        return {level: found[level] if level in found else self.run.cell(None, **key, level=level) for level in levels}
 
 
 def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -24,16 +25,36 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no GPU: use device cpu")
     source = locate(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with _no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     except OSError as error:
+        if Path(source).is_dir():
+            raise FileNotFoundError(f"the model folder {name} is not complete: {error}") from error
         raise FileNotFoundError(
             f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not a local folder, and the hub did not give it "
             f"({type(error).__name__}). Check the name, the network, and for gated models the licence and login"
         ) from error
+    if len(tokenizer) < 2:
+        raise FileNotFoundError(f"the model folder {name} has no tokenizer files: add those of the original model")
     return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _no_progress_bars():
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def locate(name: str) -> str:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib.evaluate import resident_memory
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "gensim", "tokenizers", "numpy")
@@ -27,13 +29,14 @@ PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "gensim", "tokenizer
 
 @functools.cache
 def code_version() -> str:
-    """Hash of every source file of `lib`: a number computed by other code is never mistaken for this code's."""
+    """Hash of every file of `lib`, embedded models included: a number made by other code is never taken for this code's."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "lib").rglob("*.py")):
+    for path in sorted(p for p in (ROOT / "lib").rglob("*") if p.is_file() and "__pycache__" not in p.parts):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
@@ -53,12 +56,15 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 class Ledger:
-    """Append-only record of finished computations, one JSON line each, found again by content key."""
+    """Append-only record of finished computations, one JSON line each, found again by content key.
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    Without a path it lives in memory only and forgets with the process.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path and Path(path)
         self.records: dict[str, dict] = {}
-        if not self.path.is_file():
+        if not self.path or not self.path.is_file():
             return
         text = self.path.read_text()
         for number, line in enumerate(text.splitlines(), 1):
@@ -77,11 +83,12 @@ class Ledger:
     def append(self, settings: dict, result: object, seconds: float) -> None:
         record = {"key": content_key(settings), "settings": settings, "result": result, "seconds": round(seconds, 3)}
         line = json.dumps(record) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
         self.records[record["key"]] = json.loads(line)
 
     def __contains__(self, settings: dict) -> bool:
@@ -96,6 +103,22 @@ class Ledger:
         return self.records[key]["result"]
 
 
+class Progress:
+    """Says where long work is, with time and memory, but not more often than every `interval` seconds."""
+
+    def __init__(self, interval: float = 10.0):
+        self.interval = interval
+        self.start = self.last = time.time()
+
+    def __call__(self, text: str) -> None:
+        now = time.time()
+        if now - self.last < self.interval:
+            return
+        self.last, resident = now, resident_memory()
+        memory = "" if resident is None else f", {resident / 2**30:.1f} GiB resident"
+        print(f"  {text}; {now - self.start:.0f} s since the start{memory}", flush=True)
+
+
 class Results:
     """The folder of one notebook run: `tables/`, `figures/`, `manifest.json`, and a ledger beside it.
 
@@ -106,11 +129,13 @@ class Results:
     def __init__(self, paper: str, folder: str | Path = "", profile: str = "interactive"):
         self.paper, self.profile = paper, profile
         self.folder = Path(folder) if folder else RESULTS / "interactive" / paper
-        # The ledger lives outside the folder, which `invoke reproduce` replaces as a whole when a run is complete.
+        # The ledger lives outside the folder, which `invoke reproduce` replaces as a whole when a run is complete. Someone
+        # who edits a cell and runs it again wants a new number: interactive runs remember nothing.
         name = self.folder.name.removesuffix(".partial")
-        self.ledger = Ledger(self.folder.with_name(f"{name}.ledger.jsonl"))
+        self.ledger = Ledger(self.folder.with_name(f"{name}.ledger.jsonl") if folder else None)
         self.files: list[str] = []
         self.started, self.computed, self.remembered = time.time(), 0, 0
+        self.progress = Progress()
 
     def cell(self, compute: Callable[[], object], **settings) -> object:
         """One expensive result (JSON values), computed once per settings, code version and package versions."""

@@ -11,7 +11,6 @@ sliced network in the original coordinates; each half block runs once, and the d
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
@@ -21,7 +20,7 @@ from torch import nn
 from lib.anatomy import Anatomy, Family, Half, attention_half, mlp_half, norm_epsilon, norm_gain, norm_offset
 from lib.calibration import ResidualStream
 from lib.linalg import complete, principal_axes, random_rotation, remove_mean, symmetric_shortcut
-from lib.surgery import embedding, linear, parameter, shape_shell, shell, untie_head
+from lib.surgery import embedding, linear, parameter, refuse_saving, shape_shell, shell, untie_head
 
 LAYOUTS = ("low-rank", "dense")
 SIGNALS = ("raw", "normalised")
@@ -31,14 +30,16 @@ ORIENTATIONS = ("pca", "random")
 def kept_width(d: int, level: float, round_interval: int = 8) -> int:
     """Width k left of d at a slicing level in [0, 1): ⌊(1 - level) d⌋, rounded down to a multiple of `round_interval`.
 
-    Computed on the decimal that the user wrote: (1 - 0.8) 5120 is 1024, which binary floats round to 1023 (and the
-    published code then to 1016). Level 0 keeps d. Raises ValueError where nothing would be left.
+    Computed on the fraction that the float stands for: (1 - 0.8) 5120 is 1024, which binary arithmetic rounds to 1023 (and
+    the published code then to 1016). Level 0 keeps d. Raises ValueError where nothing would be left.
     """
     if not 0 <= level < 1:
         raise ValueError(f"slicing level must be in [0, 1), not {level}: 0.25 deletes a quarter of the directions")
     if level == 0:
         return d
-    k = int((1 - Fraction(str(level))) * d)
+    if round_interval < 1:
+        raise ValueError(f"widths are rounded to multiples of {round_interval}, which is not a positive number: use 1 for none")
+    k = int((1 - Fraction(level).limit_denominator(10**6)) * d)
     k -= k % round_interval
     if k < 1:
         raise ValueError(f"slicing {d} by {level} in steps of {round_interval} leaves nothing: use a lower level or step")
@@ -51,13 +52,14 @@ def kept_width(d: int, level: float, round_interval: int = 8) -> int:
 class JunctionNorm(nn.Module):
     """Gain-free RMS norm of a sliced stream [..., k], dividing by the *original* d: deleted coordinates count as zeros.
 
-    It remembers its input until the writer of the same half picks it up for the shortcut. `extra` is set on the final
-    norm when the head is not sliced: the last d - k coordinates of the last writer, joined to the stream before the norm.
+    If the writer of the same half needs it for a shortcut (`remembers`), its input is kept until that writer takes it.
+    `extra` is set on the final norm when the head is not sliced: the last d - k coordinates of the last writer, joined to
+    the stream before the norm.
     """
 
     def __init__(self, d: int, epsilon: float):
         super().__init__()
-        self.d, self.epsilon = d, epsilon
+        self.d, self.epsilon, self.remembers = d, epsilon, False
         self.residual: torch.Tensor | None = None
         self.extra: torch.Tensor | None = None
 
@@ -65,7 +67,7 @@ class JunctionNorm(nn.Module):
         if self.extra is not None:
             x = torch.cat([x, self.extra.view(*x.shape[:-1], -1)], dim=-1)
             self.extra = None
-        else:
+        elif self.remembers:
             self.residual = x
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) / self.d + self.epsilon)
@@ -86,14 +88,19 @@ class ShortcutWriter(nn.Linear):
     before an unsliced head the output has d columns: the first k are returned, the rest goes to the final norm.
     """
 
-    def __init__(self, source: nn.Linear, norm: JunctionNorm, shortcut: nn.Parameter | None, layout: str):
+    def __init__(
+        self,
+        source: nn.Linear,
+        norm: JunctionNorm,
+        shortcut: nn.Parameter | None,
+        layout: str,
+        final_norm: JunctionNorm | None = None,
+    ):
         super().__init__(source.in_features, source.out_features, bias=source.bias is not None, device="meta")
         self.weight, self.bias = source.weight, source.bias
         self.shortcut, self.layout = shortcut, layout
-        self._norms: list[JunctionNorm] = [norm]  # in a list: the norms belong to the block, not to this module
-
-    def pass_extra_to(self, final_norm: JunctionNorm) -> None:
-        self._norms.append(final_norm)
+        self._norms = [norm] if final_norm is None else [norm, final_norm]  # a list: they belong to the block and the model
+        norm.remembers = True
 
     @property
     def macs_per_token(self) -> int:
@@ -142,18 +149,28 @@ def slice_embedding(table: nn.Embedding, a: torch.Tensor, family: Family) -> nn.
     return embedding(table, (remove_mean(weight) if family.subtracts_mean else weight) @ a)
 
 
-def _slice_half(
-    block: nn.Module, half: Half, family: Family, a: torch.Tensor, b: torch.Tensor, shortcut: torch.Tensor | None, layout: str
-) -> None:
-    """Replace norm, readers and writer of one half in place; a, b are the kept bases before and after it."""
+def _sliced_half(
+    block: nn.Module,
+    half: Half,
+    family: Family,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    shortcut: torch.Tensor | None,
+    layout: str,
+    final_norm: JunctionNorm | None,
+) -> dict[str, nn.Module]:
+    """The modules, by name, that replace norm, readers and writer of one half; a, b: kept bases before and after it.
+
+    `final_norm` is given for the last half before an unsliced head and takes the coordinates beyond k.
+    """
     norm = block.get_submodule(half.norm)
-    for name in half.readers:
-        block.set_submodule(name, slice_reader(block.get_submodule(name), norm, a, family))
     junction = JunctionNorm(a.shape[0], norm_epsilon(norm))
     writer = slice_writer(block.get_submodule(half.writer), b, family)
-    extra = None if shortcut is None else parameter(shortcut, like=writer.weight)
-    block.set_submodule(half.norm, junction)
-    block.set_submodule(half.writer, ShortcutWriter(writer, junction, extra, layout))
+    if shortcut is not None or final_norm is not None:
+        stored = None if shortcut is None else parameter(shortcut, like=writer.weight)
+        writer = ShortcutWriter(writer, junction, stored, layout, final_norm)
+    readers = {name: slice_reader(block.get_submodule(name), norm, a, family) for name in half.readers}
+    return {half.norm: junction, half.writer: writer} | readers
 
 
 def connect(a: torch.Tensor, axes: torch.Tensor, k: int, layout: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -191,30 +208,30 @@ def rotate_and_slice(
     family, d = dense.family, dense.width
     head, final_norm = dense.head, dense.get(family.final_norm)
     sliced = Anatomy(model if inplace else shell(model))
-    start = time.time()
+    axes = (q.to(head.weight.device) for q in axes)
 
-    first = next(axes)
-    a = first[:, :k]
+    a = next(axes)[:, :k]
     tables = {name: slice_embedding(dense.get(name), a, family) for name in family.embeddings}
     last_norm = JunctionNorm(d, norm_epsilon(final_norm))
     for i, block in enumerate(sliced.blocks):
+        new: dict[str, nn.Module] = {}
         for half in dense.halves:
-            last = i + 1 == len(sliced.blocks) and half is family.mlp
-            width = d if last and not slice_head else k
+            widens = i + 1 == len(sliced.blocks) and half is family.mlp and not slice_head and k < d
             # An unsliced head needs no principal axes at the last junction: nothing is deleted there.
-            q = next(axes) if width < d or k == d else complete(a)
-            b, shortcut = connect(a, q, width, layout)
-            _slice_half(block, half, family, a, b, shortcut, layout)
-            if last and width > k:
-                block.get_submodule(half.writer).pass_extra_to(last_norm)
+            q = complete(a) if widens else next(axes)
+            b, shortcut = connect(a, q, d if widens else k, layout)
+            new |= _sliced_half(block, half, family, a, b, shortcut, layout, last_norm if widens else None)
             a = b
+        for name, module in new.items():  # only now: finding the axes ran the dense block
+            block.set_submodule(name, module)
         if progress:
-            progress(f"sliced layer {i + 1} of {len(sliced.blocks)}, {time.time() - start:.0f} s")
+            progress(f"sliced layer {i + 1} of {len(sliced.blocks)} to width {k}")
     sliced.put(family.head, slice_reader(head, final_norm, a, family))
     sliced.put(family.final_norm, last_norm)
     for name, table in tables.items():
         sliced.put(name, table)
     untie_head(sliced.model)
+    refuse_saving(sliced.model, "a sliced model is not a stock architecture and would reload as a broken one")
     return sliced.model
 
 
@@ -231,46 +248,52 @@ def decompose(
     """
 
     def rms_normalise(x):
-        return x * x.float().square().mean(-1, keepdim=True).rsqrt().to(x.dtype)
+        x = x if x.dtype == torch.float64 else x.float()
+        return x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
 
     return principal_axes(stream.gram(rms_normalise if signal == "normalised" else None), precision)
 
 
-def junction_axes(
-    stream: ResidualStream, first: torch.Tensor, k: int, signal: str = "raw", precision: torch.dtype = torch.float64
-) -> Iterator[torch.Tensor]:
-    """Principal axes [d, d] of every junction in order, each measured on the stream already sliced to k before it.
+def junctions(
+    stream: ResidualStream,
+    first: tuple[torch.Tensor, torch.Tensor],
+    k: int,
+    signal: str = "raw",
+    precision: torch.dtype = torch.float64,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`decompose` at every junction in order, each measured on the stream already sliced to k before it.
 
-    `first` are the axes of junction 0, where the stream must stand. One evaluation of each half block: measure,
-    project, go on (the published code runs every block twice).
+    `first` is the decomposition of junction 0, where the stream must stand. One evaluation of each half block: measure,
+    project, go on (the published code runs every block twice). At k = d this is the dense model.
     """
-    axes = first
-    yield axes
+    found = first
+    yield found
     for block in range(len(stream.anatomy.blocks)):
         for half in (attention_half, mlp_half):
-            stream.advance(half, block, before=_projection(axes, k, stream.anatomy, stream.hidden.dtype))
-            axes = decompose(stream, signal, precision)[1]
-            yield axes
+            stream.advance(half, block, before=_projection(found[1], k, stream.anatomy))
+            found = decompose(stream, signal, precision)
+            yield found
 
 
 def spectra(model: nn.Module, ids: torch.Tensor, signal: str = "raw", batch: int = 8) -> torch.Tensor:
     """Eigenvalues [2 L + 1, d] of every junction of the dense model, largest first: how much energy slicing could keep."""
     stream = ResidualStream(model, ids, batch=batch)
-    rows = [decompose(stream, signal)[0]]
-    for block in range(len(stream.anatomy.blocks)):
-        for half in (attention_half, mlp_half):
-            stream.advance(half, block)
-            rows.append(decompose(stream, signal)[0])
-    return torch.stack(rows)
+    return torch.stack([values for values, _ in junctions(stream, decompose(stream, signal), stream.anatomy.width, signal)])
 
 
-def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy, dtype: torch.dtype) -> Callable:
-    """x -> x A Aᵀ (centred first for LayerNorm families), in the coordinates and dtype of the dense model."""
-    a = axes[:, :k].to(dtype)
+def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy) -> Callable:
+    """x -> x A Aᵀ (centred first for LayerNorm families), in the coordinates of the dense model.
+
+    The product is at least float32: a half-precision A is no longer orthogonal.
+    """
 
     def project(x: torch.Tensor) -> torch.Tensor:
-        x = remove_mean(x) if anatomy.family.subtracts_mean else x
-        return x if k == anatomy.width else (x @ a) @ a.T
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = remove_mean(wide) if anatomy.family.subtracts_mean else wide
+        if k < anatomy.width:
+            a = axes[:, :k].to(wide)
+            wide = (wide @ a) @ a.T
+        return wide.to(x.dtype)
 
     return project
 
@@ -278,7 +301,7 @@ def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy, dtype: torch.dtype
 def randomly_oriented(axes: Iterator[torch.Tensor], k: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Rotate the k kept axes of each junction among themselves at random: the same function in other coordinates."""
     for q in axes:
-        yield torch.cat([q[:, :k] @ random_rotation(k, generator).to(q.device), q[:, k:]], dim=1)
+        yield torch.cat([q[:, :k] @ random_rotation(k, generator).to(q), q[:, k:]], dim=1)
 
 
 def shapes_only(model: nn.Module, level: float, round_interval: int = 8, **settings) -> nn.Module:
@@ -292,6 +315,8 @@ def shapes_only(model: nn.Module, level: float, round_interval: int = 8, **setti
 def check_sliceable(model: nn.Module) -> None:
     """Raise ValueError, with the reason, for architectures whose residual stream cannot be rotated freely."""
     family = Anatomy(model).family
+    if any(isinstance(module, JunctionNorm) for module in model.modules()):
+        raise ValueError("this model is already sliced: slice the dense model at a higher level instead")
     if any(half.output_norm for half in (family.attention, family.mlp)):
         raise ValueError(
             f"SliceGPT cannot rotate {model.config.model_type}: it normalises what attention and MLP write before "
@@ -317,7 +342,7 @@ def sweep(
     inplace: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """Slice a model at several levels; yields (level, sliced model), each equal to a run of its own.
+    """Slice a model at several levels; yields (level, sliced model), each the same function as a run of its own.
 
     ids: calibration tokens [samples, length]; mask: 1 for real tokens. The dense model is read only; first junction and
     residual buffer are shared by all levels. Raises ValueError for bad levels, ids, weights or architectures before
@@ -341,11 +366,11 @@ def sweep(
 
 
 def _sweep(model, stream, cuts, layout, signal, orientation, slice_head, precision, generator, inplace, progress):
-    first = decompose(stream, signal, precision)[1]
+    first = decompose(stream, signal, precision)
     for i, (level, k) in enumerate(cuts):
         if i:
             stream.restart()
-        axes = junction_axes(stream, first, k, signal, precision)
+        axes = (axes for _, axes in junctions(stream, first, k, signal, precision))
         if orientation == "random":
             axes = randomly_oriented(axes, k, generator)
         yield level, rotate_and_slice(model, axes, k, layout, slice_head, inplace, progress)

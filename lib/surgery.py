@@ -51,6 +51,15 @@ def parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value.clone(memory_format=torch.contiguous_format))
 
 
+def refuse_saving(model: nn.Module, reason: str) -> None:
+    """Make `save_pretrained` fail with a reason: transformers would write a folder that reloads with random weights."""
+
+    def save_pretrained(*args, **kwargs):
+        raise NotImplementedError(f"this model cannot be saved with save_pretrained: {reason}")
+
+    model.save_pretrained = save_pretrained
+
+
 def untie_head(model: nn.Module) -> None:
     """Declare that head and embedding are different matrices from now on, so that no library ties them again."""
     model.config.tie_word_embeddings = False

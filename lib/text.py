@@ -21,7 +21,7 @@ import torch
 
 DATA_DIR_VARIABLE = "PARED_DATA_DIR"
 SPLITS = ("train", "validation", "test")
-SEPARATOR = "\n\n"  # every paper's protocol joins rows with one blank line
+SEPARATOR = "\n\n"  # how the papers of the suite join rows before tokenising
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,10 @@ def load_corpus(name: str, split: str = "train", data_dir: str | Path | None = N
     """Rows of `name`: `wiki-a` (embedded), `wikitext2`, `ptb`, `c4`, `alpaca`, or the path of a .txt file.
 
     Hub corpora are read from `data_dir` (or the folder named by the environment variable PARED_DATA_DIR) where one is
-    set, and from the hub otherwise; the corpus keeps the same name either way. A .txt file is one corpus whatever the
-    split. Raises ValueError for an unknown name, split or an empty corpus, FileNotFoundError for a missing file.
+    set, and from the hub otherwise; the corpus keeps the same name and rows either way. The paragraphs of a .txt file are
+    split in order, the first 80 % to train, 10 % each to validation and test.
+
+    Raises ValueError for an unknown name or split or an empty corpus, FileNotFoundError for a missing file.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -56,7 +58,7 @@ def load_corpus(name: str, split: str = "train", data_dir: str | Path | None = N
         path = Path(name).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"no text file {path}: give the path of an existing .txt file")
-        rows, source = _paragraphs(path.read_text(encoding="utf-8")), path.name
+        rows, source = _text_file_rows(path, split), path.name
     elif name == "wiki-a":
         rows, source = _wiki_a_rows(split), WIKI_DUMP
     elif name in HUB_CORPORA:
@@ -200,8 +202,7 @@ def _local_rows(name: str, split: str, folder: Path) -> tuple[list[str], str]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         if ".jsonl" not in path.name:
-            # Line for line, as the hub's rows are: blank lines stay, because the papers' join counts them.
-            return file.read().split("\n"), relative
+            return _lines_as_rows(name, file), relative
         records = [json.loads(line) for line in file if line.strip()]
     column = HUB_CORPORA[name].column
     if records and column not in records[0] and "instruction" not in records[0]:
@@ -222,10 +223,12 @@ def _hub_rows(name: str, split: str) -> tuple[list[str], str]:
         elif name == "alpaca":  # one published split; the SliceGPT code cuts it 80/10/10 by two seeded draws
             whole = datasets.load_dataset(spec.hub_id, split="train").train_test_split(test_size=0.2, seed=42)
             rest = whole["test"].train_test_split(test_size=0.5, seed=42)
-            table = {"train": whole["train"], "validation": rest["train"], "test": rest["test"]}[split]
+            table = {"train": whole["train"], "validation": rest["test"], "test": rest["train"]}[split]
+        elif name == "ptb":  # published as a loading script, which is never run here: the hub's own conversion is
+            table = datasets.load_dataset(spec.hub_id, spec.config, split=split, revision="refs/convert/parquet")
         else:
             table = datasets.load_dataset(spec.hub_id, spec.config, split=split)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise FileNotFoundError(
             f"corpus {name!r} could not be read from the hub ({spec.hub_id}): {type(error).__name__}. Without a network, "
             f"put {spec.files.get(split, 'the file')} into a folder and name that folder in {DATA_DIR_VARIABLE} or "
@@ -234,8 +237,22 @@ def _hub_rows(name: str, split: str) -> tuple[list[str], str]:
     return list(table[spec.column]), spec.hub_id
 
 
-def _paragraphs(text: str) -> list[str]:
-    return [p for p in re.split(r"\n\s*\n", text) if p.strip()]
+def _lines_as_rows(name: str, file) -> list[str]:
+    """Lines of a raw text file as the hub's rows: WikiText keeps line ends and empties blank lines, PTB has neither."""
+    if name == "wikitext2":
+        return [line if line.strip() else "" for line in file]
+    return [line.rstrip("\n") for line in file]
+
+
+def _text_file_rows(path: Path, split: str) -> list[str]:
+    rows = [p.strip("\n") for p in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")) if p.strip()]
+    if len(rows) < 10:
+        raise ValueError(
+            f"{path.name} has {len(rows)} paragraphs: at least 10, separated by blank lines, are needed to split it into train, "
+            "validation and test (empty or very short texts say nothing)"
+        )
+    first, second = len(rows) * 8 // 10, len(rows) * 9 // 10
+    return {"train": rows[:first], "validation": rows[first:second], "test": rows[second:]}[split]
 
 
 # --- rows to token ids -----------------------------------------------------------------------------------------------
@@ -291,7 +308,7 @@ def sample_blocks(
             del rows[start:]
             continue
         if rule == "rows-retokenised":
-            ids = tokenizer(tokenizer.decode(ids), verbose=False).input_ids[:length]
+            ids = tokenizer(tokenizer.decode(ids, skip_special_tokens=True), verbose=False).input_ids[:length]
             if len(ids) < length:  # fewer tokens than before: the reference pads, we draw another start
                 del rows[start:stop]
                 continue
@@ -306,7 +323,7 @@ def _fill(rows: list[str], start: int, tokenizer, length: int) -> tuple[list[int
     while stop < len(rows):
         stop += 1
         text = SEPARATOR.join(rows[start:stop])
-        if len(text) < length:  # a token is at least one character: not worth tokenising yet
+        if len(text.encode()) < length:  # a token covers at least one byte: not worth tokenising yet
             continue
         ids = tokenizer(text, verbose=False).input_ids
         if len(ids) >= length:

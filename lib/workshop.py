@@ -28,7 +28,6 @@ from transformers import (
 from lib.anatomy import Anatomy
 from lib.text import load_corpus, token_stream, windows
 
-ASSETS = Path(__file__).parent / "assets"
 VOCABULARY, CONTEXT, END_OF_TEXT = 2048, 256, "<|endoftext|>"
 
 
@@ -113,7 +112,7 @@ def optimizers(model, recipe: Recipe) -> list[torch.optim.Optimizer]:
 def add_dropout(model, p: float) -> list:
     """Drop entries of the embedding output and of what attention and MLP write, while training; returns the hooks.
 
-    Eighteen passes over one megabyte of text memorise it otherwise. Attention keeps its fused kernel.
+    Many passes over so little text memorise it otherwise. Attention keeps its fused kernel.
     """
 
     def drop(module, inputs, output):

@@ -115,6 +115,7 @@ def test_padding_is_not_measured_and_not_touched():
         (lambda m, i: (m, i[0]), r"\[samples, tokens\]"),
         (lambda m, i: (m, i.repeat(1, 4)), "64 positions"),
         (lambda m, i: (m, i + 80), "vocabulary"),
+        (lambda m, i: (m, i - 80), "vocabulary"),
         (lambda m, i: (m.train(), i), "eval"),
     ],
 )
@@ -122,6 +123,12 @@ def test_bad_calibration_is_refused(change, message):
     model, ids = change(tiny("llama"), token_ids())
     with pytest.raises(ValueError, match=message):
         ResidualStream(model, ids)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(6, 20), torch.ones(6, 19)])
+def test_bad_masks_are_refused(mask):
+    with pytest.raises(ValueError, match="shape of the ids"):
+        ResidualStream(tiny("llama"), token_ids(), mask)
 
 
 def test_nan_weights_are_refused_by_name():
@@ -138,5 +145,6 @@ def test_unknown_and_post_norm_models_are_refused():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
     with pytest.raises(ValueError, match="gpt2.*supported are.*llama"):
         family_of(gpt2)
-    with pytest.raises(ValueError, match="OPT-350M"):
-        family_of(tiny("opt", do_layer_norm_before=False))
+    for settings in ({"do_layer_norm_before": False}, {"_remove_final_layer_norm": True}):
+        with pytest.raises(ValueError, match="OPT-350M"):
+            family_of(tiny("opt", **settings))

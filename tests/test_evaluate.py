@@ -1,6 +1,7 @@
 """Perplexity by hand, lm-eval against a plain scorer, and measurements that measure."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -58,8 +59,9 @@ def test_half_precision_models_are_scored_in_float32():
 def test_windows_beyond_the_positions_are_refused():
     with pytest.raises(ValueError, match="64 positions"):
         perplexity(tiny("llama"), torch.zeros(200, dtype=torch.long), 65)
-    with pytest.raises(ValueError, match="at least 2"):
-        perplexity(tiny("llama"), torch.zeros(200, dtype=torch.long), 1)
+    for settings in ({"length": 1}, {"length": 8, "limit": 0}):
+        with pytest.raises(ValueError, match="at least 1 window of 2"):
+            perplexity(tiny("llama"), torch.zeros(200, dtype=torch.long), **settings)
 
 
 def test_continuation_questions_are_fair():
@@ -119,8 +121,15 @@ def test_speed_reports_tokens_and_refuses_long_prompts():
 
 def test_peak_memory_sees_a_temporary_tensor():
     size = 200 * 2**20
-    peak = peak_memory(lambda: torch.ones(size // 4).sum())
-    assert 0.9 * size < peak < 1.5 * size
+    for _ in range(3):  # what an earlier run gave back to the allocator must not hide the next one
+        peak = peak_memory(lambda: torch.ones(size // 4).sum())
+        assert peak is None or 0.9 * size < peak < 1.5 * size
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="resident memory is counted on Linux")
+def test_peak_memory_of_small_blocks_repeats():
+    run = lambda: [torch.ones(25_000) for _ in range(400)]  # 40 MB in pieces that the allocator likes to keep  # noqa: E731
+    assert all(30e6 < peak_memory(run) < 60e6 for _ in range(3))
 
 
 def test_count_is_exact():

@@ -14,7 +14,7 @@ STORED = [pytest.param(NOTEBOOKS / f"{paper}.ipynb", id=paper) for paper in pape
 MANIFESTS = [
     pytest.param(path, id=path.parent.relative_to(RESULTS).as_posix())
     for path in sorted(RESULTS.glob("*/*/manifest.json"))
-    if path.parent.parent.name != "interactive" and not path.parent.name.endswith(".partial")
+    if not path.parent.parent.name.endswith(("interactive", "-custom")) and not path.parent.name.endswith(".partial")
 ]
 
 
@@ -81,3 +81,23 @@ def test_perplexity_tables_have_the_columns_of_the_suite(path):
         assert list(frame.columns[: len(COMPARED)]) == COMPARED
         assert frame.ratio.between(0, 1, inclusive="left").all()
         assert (frame[frame.method == "dense"].removed_model == 0).all()
+
+
+def test_lock_names_the_versions_of_the_committed_results():
+    lock = dict(line.split("==") for line in (NOTEBOOKS.parent / "requirements.lock").read_text().splitlines() if "==" in line)
+    lock = {name.lower().replace("_", "-"): version for name, version in lock.items()}
+    for path in RESULTS.glob("workshop/*/manifest.json"):
+        for name, version in json.loads(path.read_text())["packages"].items():
+            assert lock[name] == version.split("+")[0]
+
+
+def test_readme_table_is_the_committed_table():
+    readme = (NOTEBOOKS.parent / "README.md").read_text()
+    frame = pd.read_csv(RESULTS / "workshop" / "slicegpt" / "tables" / "perplexity.csv")
+    rows = 0
+    for row in frame[~frame.method.str.contains("dense shortcuts")].itertuples():
+        label = "dense" if row.method == "dense" else f"SliceGPT {row.ratio:.0%}"
+        cells = [row.model, label, f"{row.perplexity:.2f}", f"{row.params:,}", f"{100 * row.removed_model:.1f} %"]
+        assert "| " + " | ".join(cells) + " |" in readme
+        rows += 1
+    assert readme.count("| wiki-a-") == rows

@@ -33,15 +33,18 @@ def test_other_code_is_another_computation(tmp_path, monkeypatch):
 
 def test_code_version_covers_every_source_file(tmp_path, monkeypatch):
     (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "a.py").write_text("x = 1\n")
+    (tmp_path / "lib" / "weights.bin").write_bytes(b"1")
     monkeypatch.setattr(results, "ROOT", tmp_path)
     versions = []
     for text in ("x = 1\n", "x = 2\n"):
         (tmp_path / "lib" / "a.py").write_text(text)
         results.code_version.cache_clear()
         versions.append(results.code_version())
+    (tmp_path / "lib" / "weights.bin").write_bytes(b"2")  # an embedded model trained again
     results.code_version.cache_clear()
-    assert versions[0] != versions[1]
+    versions.append(results.code_version())
+    results.code_version.cache_clear()
+    assert len(set(versions)) == 3
 
 
 def test_a_failing_cell_leaves_nothing_behind(tmp_path):
@@ -101,6 +104,23 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_interactive_runs_remember_nothing_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for expected in (1, 2):  # someone edits a cell and runs it again: the new number must appear
+        run = Results("toy")
+        assert run.cell(lambda value=expected: value, what="number") == expected
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_progress_is_seldom_and_says_time_and_memory(capsys):
+    progress = results.Progress(interval=0.0)
+    progress("sliced layer 3 of 8")
+    assert "sliced layer 3 of 8; 0 s since the start" in capsys.readouterr().out
+    progress = results.Progress(interval=60.0)
+    progress("sliced layer 4 of 8")
+    assert capsys.readouterr().out == ""
 
 
 def test_tables_and_manifest(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.literal_slicegpt import LiteralSliceGPT
-from lib.anatomy import Anatomy
+from lib.anatomy import FAMILIES, Anatomy
 from lib.calibration import ResidualStream
 from lib.cost import ARCHITECTURES, count
 from lib.cost import meta_model as build_meta_model
@@ -15,10 +15,11 @@ from lib.linalg import random_rotation
 from lib.slicegpt import (
     LAYOUTS,
     decompose,
-    junction_axes,
+    junctions,
     kept_width,
     rotate_and_slice,
     shapes_only,
+    slice_embedding,
     slice_model,
     slice_reader,
     sweep,
@@ -176,7 +177,7 @@ def test_calibration_runs_the_finished_network(family):
     """The projected stream through the dense blocks is the sliced model's stream: same logits on the calibration set."""
     model, ids, k = tiny(family), token_ids(), 20
     stream = ResidualStream(model, ids, batch=4)
-    for _ in junction_axes(stream, decompose(stream)[1], k):
+    for _ in junctions(stream, decompose(stream), k):
         pass
     anatomy = Anatomy(model)
     with torch.no_grad():
@@ -202,6 +203,10 @@ def test_in_place_equals_out_of_place(family):
     consumed = slice_model(model, token_ids(), 0.25, round_interval=1, inplace=True)
     assert consumed is model
     assert torch.equal(logits(consumed), logits(apart))
+    # nothing of the calibration set stays behind in the model
+    assert not [
+        m for m in consumed.modules() if getattr(m, "residual", None) is not None or getattr(m, "extra", None) is not None
+    ]
 
 
 def test_same_calibration_gives_the_same_bits():
@@ -259,8 +264,6 @@ def test_normalised_signal_is_another_estimator():
 
 
 def test_gain_offset_of_gemma_style_norms():
-    from lib.anatomy import FAMILIES
-
     norm, layer = nn.Module(), nn.Linear(4, 3, bias=False, dtype=torch.float64)
     norm.weight = nn.Parameter(torch.tensor([0.5, -0.2, 0.0, 1.0], dtype=torch.float64))
     folded = slice_reader(layer, norm, torch.eye(4, dtype=torch.float64), FAMILIES["gemma3_text"])
@@ -294,6 +297,23 @@ def test_half_precision_casts(dtype):
     assert relative(logits(sliced.to(dtype)).double(), expected) < 0.1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_calibration_in_bfloat16(family, layout):
+    exact = tiny(family)
+    half = slice_model(tiny(family).bfloat16(), token_ids(), 0.25, layout=layout)
+    assert half.dtype == torch.bfloat16
+    assert relative(logits(half).double(), logits(slice_model(exact, token_ids(), 0.25))) < 0.15
+
+
+def test_a_sliced_model_can_be_copied_after_use():
+    import copy
+
+    sliced = slice_model(tiny("opt"), token_ids(), 0.25, slice_head=True)
+    expected = sliced(token_ids()).logits  # with gradients: a stored activation could not be copied
+    assert torch.equal(copy.deepcopy(sliced)(token_ids()).logits, expected)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -306,14 +326,22 @@ def test_sandwich_norms_are_refused_because_rotation_breaks_them():
     assert relative(logits(rotate_and_slice(model, rotations, WIDTH, layout="dense")), logits(model)) > 0.05
 
 
-def test_centring_an_rms_norm_model_would_be_wrong():
+def test_embeddings_are_centred_only_for_layer_norm():
     """The published code subtracts the mean of every embedding, also for RMSNorm models: not the same function."""
-    model = tiny("llama", tie_word_embeddings=False)
-    expected = logits(model)
-    with torch.no_grad():
-        table = model.model.embed_tokens.weight
-        table -= table.mean(-1, keepdim=True)
-    assert relative(logits(model), expected) > 0.05
+    table, eye = nn.Embedding(10, 8, dtype=torch.float64), torch.eye(8, dtype=torch.float64)
+    assert torch.equal(slice_embedding(table, eye, FAMILIES["llama"]).weight, table.weight)
+    centred = slice_embedding(table, eye, FAMILIES["opt"]).weight
+    assert torch.allclose(centred, table.weight - table.weight.mean(-1, keepdim=True))
+
+
+def test_slicing_twice_is_refused():
+    with pytest.raises(ValueError, match="already sliced"):
+        slice_model(slice_model(tiny("llama"), token_ids(), 0.25), token_ids(), 0.25)
+
+
+def test_save_pretrained_says_why_not(tmp_path):
+    with pytest.raises(NotImplementedError, match="reload"):
+        slice_model(tiny("llama"), token_ids(), 0.25).save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("level", [-0.1, 1.0, 1.5])
@@ -363,9 +391,13 @@ def test_widths_that_binary_floats_get_wrong():
     assert int((1 - 0.8) * 5120) == 1023
     assert kept_width(5120, 0.8) == 1024
     assert kept_width(5120, 0.9) == 512
+    assert kept_width(5120, 1 - 0.7) == kept_width(5120, 0.3) == 3584  # a level that was computed
+    assert kept_width(4000, 0.1 * 3) == 2800
 
 
-def test_nothing_left():
+def test_nothing_left_and_no_step():
+    with pytest.raises(ValueError, match="not a positive number"):
+        kept_width(32, 0.5, 0)
     with pytest.raises(ValueError, match="leaves nothing"):
         kept_width(32, 0.9, 8)
 

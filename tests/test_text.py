@@ -26,7 +26,7 @@ class Letters:
         ids = [ord(c) for c in text]
         return type("Encoded", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
 
-    def decode(self, ids):
+    def decode(self, ids, skip_special_tokens=False):
         return "".join(map(chr, ids))
 
 
@@ -36,8 +36,8 @@ class LettersWithStart(Letters):
     def __call__(self, text, return_tensors=None, verbose=True):
         return super().__call__("^" + text, return_tensors)
 
-    def decode(self, ids):
-        return super().decode(ids).removeprefix("^")
+    def decode(self, ids, skip_special_tokens=False):
+        return super().decode(ids).replace("^", "" if skip_special_tokens else "^")
 
 
 def corpus(*rows):
@@ -89,12 +89,14 @@ def test_unknown_names_list_the_known_ones(name, split, message):
         load_corpus(name, split)
 
 
-def test_text_files(tmp_path):
+def test_text_files_are_split_in_order(tmp_path):
     file = tmp_path / "mine.txt"
-    file.write_text("one\n\ntwo\nlines\n\n\nthree\n")
-    assert load_corpus(str(file)).rows == ("one", "two\nlines", "three\n".strip() + "\n")
+    file.write_text("\n\n".join(["zero\nlines", *map(str, range(1, 19)), "\n19"]) + "\n")
+    train, validation, test = (load_corpus(str(file), split).rows for split in text.SPLITS)
+    assert train == ("zero\nlines", *map(str, range(1, 16)))
+    assert (validation, test) == (("16", "17"), ("18", "19"))
     file.write_text("  \n\n")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="at least 10"):
         load_corpus(str(file))
     with pytest.raises(FileNotFoundError, match="existing .txt"):
         load_corpus(str(tmp_path / "none.txt"))
@@ -113,7 +115,11 @@ def test_data_directory_by_environment(tmp_path, monkeypatch):
     monkeypatch.setenv(text.DATA_DIR_VARIABLE, str(tmp_path))
     (tmp_path / "wikitext-2-raw").mkdir()
     (tmp_path / "wikitext-2-raw" / "wiki.test.raw").write_text(" = A = \n \n words \n")
-    assert load_corpus("wikitext2", "test").text == " = A = \n\n \n\n words \n\n"
+    # The hub's rows: a line keeps its end, a blank line is an empty row, and there is no row behind the last line.
+    assert load_corpus("wikitext2", "test").rows == (" = A = \n", "", " words \n")
+    (tmp_path / "ptb").mkdir()
+    (tmp_path / "ptb" / "ptb.test.txt").write_text(" no it was n't \n black monday \n")
+    assert load_corpus("ptb", "test").rows == (" no it was n't ", " black monday ")
 
 
 def test_records_without_the_column_are_refused(tmp_path):
@@ -138,7 +144,8 @@ def test_alpaca_prompts(tmp_path):
 @needs_data
 def test_wikitext_from_the_data_directory():
     corpus = load_corpus("wikitext2", "test", SHARED)
-    assert len(corpus.rows) - (corpus.rows[-1] == "") == 4358
+    assert len(corpus.rows) == 4358
+    assert corpus.rows[1] == " = Robert Boulter = \n"
     for name, split in (("wikitext2", "train"), ("c4", "train"), ("c4", "validation"), ("alpaca", "train")):
         assert len(load_corpus(name, split, SHARED).text) > 100_000
 
@@ -187,12 +194,20 @@ def test_retokenised_rule_is_the_published_deviation():
     again = sample_blocks(corpus(*ROWS), LettersWithStart(), 2, 12, generator(), rule="rows-retokenised")
     assert torch.equal(plain, again)  # a reversible tokenizer changes nothing
     assert (again[:, 0] == ord("^")).all()
+    assert (again[:, 1] != ord("^")).all()  # one start token, not two
 
 
 def test_offsets_rule_cuts_the_joined_stream():
     whole = "\n\n".join(ROWS)
     for block in sample_blocks(corpus(*ROWS), Letters(), 20, 12, generator(), rule="offsets"):
         assert "".join(map(chr, block)) in whole
+
+
+def test_scripts_with_many_tokens_a_character():
+    """Chinese is about three byte-level tokens a character: few characters can fill a block."""
+    _, tokenizer = load("wiki-a-llama")
+    blocks = sample_blocks(corpus("漢字" * 60), tokenizer, 1, 128, generator())
+    assert blocks.shape == (1, 128)
 
 
 @pytest.mark.parametrize("rule", text.SAMPLING_RULES)
