@@ -204,6 +204,96 @@ def train_workshop_models(c, model="", seed=0, steps=0):
         print(f"{name}: reached {manifest['reached']}")
 
 
+def checked(run):
+    """Call `run`; an error that the user can mend becomes one line and exit status 2, anything else stays a traceback."""
+    try:
+        return run()
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError) as error:
+        raise Exit(str(error), code=2) from error
+    except OSError as error:
+        raise Exit(f"{error}: nothing was written", code=1) from error
+
+
+@task(
+    help={
+        "model": "wiki-a-llama, wiki-a-opt, a local folder, or a hub id",
+        "out": "new folder for the compressed model",
+        "ratio": "share to remove, in the method's own sense (SliceGPT: slicing level)",
+        "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
+        "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
+        "data-dir": "folder with benchmark and calibration files, instead of the hub",
+    }
+)
+def compress(
+    c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, round_interval=8,
+    device="cpu", dtype="float32", data_dir="",
+):  # fmt: skip
+    """Compress a model and save it as a folder that evaluate, generate and lib.models.load read."""
+    from lib.compress import METHODS
+    from lib.compress import compress as run
+    from lib.experiment import Calibration
+    from lib.models import positions_of
+
+    choose("method", method, list(METHODS))
+    if data_dir:
+        os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
+
+    def work():
+        draw = Calibration(corpus, samples, length or min(2048, positions_of(model)), seed)
+        return run(model, out, method, ratio, draw, device, dtype, round_interval=round_interval)
+
+    row = checked(work)
+    print(
+        f"{model}, {method} at {ratio:.0%}: {row['params']:,} parameters, {row['removed_model']:.1%} of the model really removed "
+        f"({row['dense_bytes'] / 1e6:.1f} to {row['bytes'] / 1e6:.1f} MB), saved in {out}"
+    )
+
+
+@task(
+    help={
+        "model": "a name or folder, compressed or not",
+        "corpus": "text whose test split is scored",
+        "length": "tokens per window (default: the model's positions, at most 2048)",
+        "windows": "score only the first windows (default: all)",
+        "tasks": "zero-shot tasks of lm-eval, with commas (wiki_a_continuation needs no network)",
+    }
+)
+def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", device="cpu", dtype="float32", data_dir=""):
+    """Perplexity and, if asked for, zero-shot accuracy of a model, compressed or not."""
+    from lib.evaluate import perplexity, zero_shot
+    from lib.models import load
+    from lib.text import load_corpus, token_stream
+
+    if data_dir:
+        os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
+
+    def work():
+        network, tokenizer = load(model, device, dtype)
+        window = length or min(2048, network.config.max_position_embeddings)
+        found = perplexity(network, token_stream(load_corpus(corpus, "test"), tokenizer), window, windows or None)
+        print(
+            f"perplexity {found.perplexity:.3f} on {corpus} (test): {found.windows} windows of {window} tokens; {found.definition}"
+        )
+        for row in zero_shot(network, tokenizer, tuple(tasks.split(","))) if tasks else ():
+            print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f} over {row['documents']} documents")
+
+    checked(work)
+
+
+@task(help={"model": "a name or folder, compressed or not", "prompt": "text to continue", "tokens": "new tokens"})
+def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
+    """Continue a prompt greedily with a model, compressed or not."""
+    from lib.models import load
+
+    def work():
+        network, tokenizer = load(model, device, dtype)
+        ids = tokenizer(prompt, return_tensors="pt").to(network.device)
+        out = network.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
+        print(tokenizer.decode(out[0], skip_special_tokens=True))
+
+    checked(work)
+
+
 @task
 def lint(c):
     """Check style and formatting with ruff."""

@@ -9,13 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lib.checkpoint import is_checkpoint, load_checkpoint
+
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("wiki-a-llama", "wiki-a-opt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float32) -> tuple[nn.Module, object]:
-    """Model in eval mode and its tokenizer, for `wiki-a-llama`, `wiki-a-opt`, a local Hugging Face folder or a hub id.
+    """Model in eval mode and its tokenizer, for `wiki-a-llama`, `wiki-a-opt`, a local folder or a hub id.
+
+    A local folder is in the Hugging Face format, or a compressed model that `lib.checkpoint.save` wrote.
 
     Never runs remote code. Raises ValueError for an unknown dtype, FileNotFoundError where no such model can be reached.
     """
@@ -28,10 +32,12 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no GPU: use device cpu")
     source = locate(name)
+    compressed = is_checkpoint(source)
     try:
         with _no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+            if not compressed:
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     except OSError as error:
         if Path(source).is_dir():
             raise FileNotFoundError(f"the model folder {name} is not complete: {error}") from error
@@ -41,6 +47,8 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
         ) from error
     if len(tokenizer) < 2:
         raise FileNotFoundError(f"the model folder {name} has no tokenizer files: add those of the original model")
+    if compressed:
+        return load_checkpoint(source, device, dtype), tokenizer
     return model.to(device).eval(), tokenizer
 
 
@@ -71,6 +79,16 @@ def locate(name: str) -> str:
     if str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"no folder {folder}: give an existing model folder, or a hub id like facebook/opt-125m")
     return str(name)
+
+
+def positions_of(name: str) -> int:
+    """Longest sequence of a model, from its configuration alone."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(locate(name), trust_remote_code=False).max_position_embeddings
+    except OSError as error:
+        raise FileNotFoundError(f"no configuration of model {name!r} can be reached: check the name and the network") from error
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 from lib.anatomy import Anatomy, Family, Half, attention_half, mlp_half, norm_epsilon, norm_gain, norm_offset
 from lib.calibration import ResidualStream
 from lib.linalg import complete, principal_axes, random_rotation, remove_mean, symmetric_shortcut
-from lib.surgery import embedding, linear, parameter, refuse_saving, shape_shell, shell, untie_head
+from lib.surgery import embedding, linear, parameter, record_edit, shape_shell, shell, untie_head
 
 LAYOUTS = ("low-rank", "dense")
 SIGNALS = ("raw", "normalised")
@@ -231,7 +231,7 @@ def rotate_and_slice(
     for name, table in tables.items():
         sliced.put(name, table)
     untie_head(sliced.model)
-    refuse_saving(sliced.model, "a sliced model is not a stock architecture and would reload as a broken one")
+    record_edit(sliced.model, edit="slicegpt", width=k, layout=layout, slice_head=slice_head)
     return sliced.model
 
 
@@ -304,12 +304,22 @@ def randomly_oriented(axes: Iterator[torch.Tensor], k: int, generator: torch.Gen
         yield torch.cat([q[:, :k] @ random_rotation(k, generator).to(q), q[:, k:]], dim=1)
 
 
-def shapes_only(model: nn.Module, level: float, round_interval: int = 8, **settings) -> nn.Module:
-    """The sliced network as shapes on the meta device, from a model of any size and on any device: for counting."""
+def replay(model: nn.Module, width: int, layout: str, slice_head: bool) -> nn.Module:
+    """Repeat the edit of `rotate_and_slice` on a model without values (parameters on the meta device), in place."""
     check_sliceable(model)
     d = model.config.hidden_size
+    if layout not in LAYOUTS or not isinstance(slice_head, bool) or not isinstance(width, int) or not 0 < width <= d:
+        raise ValueError(f"no such slicing of a model of width {d}: width {width!r}, layout {layout!r}, head {slice_head!r}")
     axes = itertools.repeat(torch.empty(d, d, dtype=torch.float64, device="meta"))
-    return rotate_and_slice(shape_shell(model), axes, kept_width(d, level, round_interval), **settings, inplace=True)
+    return rotate_and_slice(model, axes, width, layout, slice_head, inplace=True)
+
+
+def shapes_only(
+    model: nn.Module, level: float, round_interval: int = 8, layout: str = "low-rank", slice_head: bool = False
+) -> nn.Module:
+    """The sliced network as shapes on the meta device, from a model of any size and on any device: for counting."""
+    check_sliceable(model)
+    return replay(shape_shell(model), kept_width(model.config.hidden_size, level, round_interval), layout, slice_head)
 
 
 def check_sliceable(model: nn.Module) -> None:

@@ -51,13 +51,20 @@ def parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value.clone(memory_format=torch.contiguous_format))
 
 
-def refuse_saving(model: nn.Module, reason: str) -> None:
-    """Make `save_pretrained` fail with a reason: transformers would write a folder that reloads with random weights."""
+def record_edit(model: nn.Module, **edit) -> None:
+    """Note on the model what was done to it, in JSON values, so that `lib.checkpoint` can repeat it on shapes.
 
-    def save_pretrained(*args, **kwargs):
-        raise NotImplementedError(f"this model cannot be saved with save_pretrained: {reason}")
+    transformers' own `save_pretrained` would write a folder that reloads with random weights: it refuses from now on.
+    """
+    model.edits = [*getattr(model, "edits", []), edit]
+    model.save_pretrained = _refuse_to_save
 
-    model.save_pretrained = save_pretrained
+
+def _refuse_to_save(*args, **kwargs):
+    raise NotImplementedError(
+        "a compressed model is not a stock architecture, and save_pretrained would write a folder that reloads with random "
+        "weights: use lib.checkpoint.save, and load the folder with lib.models.load"
+    )
 
 
 def untie_head(model: nn.Module) -> None:

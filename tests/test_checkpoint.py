@@ -1,0 +1,310 @@
+"""A compressed model is a model: saved, reloaded in a fresh process, generated with, evaluated; damage is refused."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from invoke import Exit
+
+import tasks
+from lib import checkpoint
+from lib.checkpoint import CheckpointError, is_checkpoint, load_checkpoint, save
+from lib.compress import compress
+from lib.evaluate import peak_memory
+from lib.experiment import Calibration
+from lib.models import load
+from lib.slicegpt import slice_model
+from tests.conftest import SLICEABLE, tiny, token_ids
+
+# A line per way of compressing; later methods join here. Each maps a dense model to a compressed one.
+WAYS = {
+    "slicegpt, low-rank": lambda m: slice_model(m, token_ids(), 0.25),
+    "slicegpt, dense shortcuts": lambda m: slice_model(m, token_ids(), 0.25, layout="dense"),
+    "slicegpt, sliced head": lambda m: slice_model(m, token_ids(), 0.5, slice_head=True),
+    "slicegpt, level 0": lambda m: slice_model(m, token_ids(), 0.0),
+}
+FAMILIES_OF = dict.fromkeys(WAYS, SLICEABLE)
+CASES = [(way, family) for way in WAYS for family in FAMILIES_OF[way]]
+
+FRESH = """
+import sys, torch
+from lib.models import load
+folder, tokens, dtype = sys.argv[1:]
+model, tokenizer = load(folder, dtype=dtype)
+ids = torch.load(tokens, weights_only=True)["ids"]
+with torch.no_grad():
+    out = {"logits": model(ids).logits}
+for cache in (True, False):
+    out[str(cache)] = model.generate(ids[:2], max_new_tokens=5, do_sample=False, use_cache=cache, pad_token_id=0, eos_token_id=None)
+torch.save(out, tokens)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reload_in_a_fresh_process(tmp_path, dtype):
+    model, tokenizer = load("wiki-a-opt", dtype=dtype)
+    ids = torch.arange(1, 1001).view(10, 100)
+    small = slice_model(model, ids, 0.25)
+    save(small, tokenizer, tmp_path / "small", base="wiki-a-opt")
+    torch.save({"ids": ids}, tmp_path / "tokens.pt")
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "small"), str(tmp_path / "tokens.pt"), dtype]
+    subprocess.run(command, check=True, cwd=Path(tasks.__file__).parent, capture_output=True)
+    found = torch.load(tmp_path / "tokens.pt", weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(found["logits"], small(ids).logits)
+    assert torch.equal(found["True"], found["False"])
+
+
+@pytest.mark.parametrize(("way", "family"), CASES)
+def test_reload_gives_the_same_bits(tmp_path, way, family):
+    small = WAYS[way](tiny(family, torch.float32))
+    again = load_checkpoint(save(small, None, tmp_path / "m"))
+    with torch.no_grad():
+        assert torch.equal(again(token_ids()).logits, small(token_ids()).logits)
+    assert again.edits == small.edits
+    assert not again.training
+    assert not [p for p in again.parameters() if p.is_meta]
+    twice = load_checkpoint(save(again, None, tmp_path / "n"))  # a loaded model can be saved again
+    with torch.no_grad():
+        assert torch.equal(twice(token_ids()).logits, small(token_ids()).logits)
+
+
+def test_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    small = WAYS["slicegpt, low-rank"](tiny("llama", torch.float32))
+    folder = save(small, None, tmp_path / "m")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name.startswith("compressed-00001-of-")
+    assert all(f.stat().st_size < 25_000 for f in files)
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(folder)(token_ids()).logits, small(token_ids()).logits)
+
+
+def test_plain_transformers_does_not_load_it_silently(tmp_path):
+    import transformers
+
+    folder = save(WAYS["slicegpt, low-rank"](tiny("llama", torch.float32)), None, tmp_path / "m")
+    with pytest.raises(OSError, match="no file named|does not appear"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_dense_models_and_existing_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no record of edits"):
+        save(tiny("llama"), None, tmp_path / "m")
+    small = WAYS["slicegpt, low-rank"](tiny("llama"))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="choose another"):
+        save(small, None, tmp_path / "there")
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    small = WAYS["slicegpt, low-rank"](tiny("llama"))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save(small, None, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TypeError, match="JSON"):
+        save(small, None, tmp_path / "m", base=object())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(WAYS["slicegpt, low-rank"](tiny("opt", torch.float32)), None, tmp_path_factory.mktemp("saved") / "m", base="tiny")
+
+
+def changed_copy(saved, tmp_path, change):
+    folder = tmp_path / "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    record = json.loads((folder / "compression.json").read_text())
+    change(folder, record)
+    if (folder / "compression.json").exists() and record is not None:
+        (folder / "compression.json").write_text(json.dumps(record))
+    return folder
+
+
+def first_shard(record):
+    return next(iter(record["shards"].values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f, r: r.update(schema=2), "schema 2"),
+        (lambda f, r: r.clear(), "schema None"),
+        (lambda f, r: r.update(edits=[]), "lacks edits"),
+        (lambda f, r: r.update(dtype="int8"), "lacks edits, dtype"),
+        (lambda f, r: r["edits"][0].update(edit="unknown"), "unknown edit 'unknown'"),
+        (lambda f, r: r["edits"][0].update(width=25), "cannot be repeated|has shape"),
+        (lambda f, r: r["edits"][0].update(width=-1), "no such slicing"),
+        (lambda f, r: r["edits"][0].update(layout="dense"), "has shape|disagree"),
+        (lambda f, r: r["edits"][0].update(slice_head=True), "has shape|disagree"),
+        (lambda f, r: r["edits"][0].update(surprise=1), "cannot be repeated"),
+        (lambda f, r: first_shard(r).pop("lm_head.weight"), "not expected|missing"),
+        (lambda f, r: first_shard(r)["lm_head.weight"].update(shape=[1, 2]), "has shape"),
+        (lambda f, r: first_shard(r)["lm_head.weight"].update(dtype="torch.int8"), "the record says torch.int8"),
+        (lambda f, r: r["shards"].update({"../x": {}}), "lacks edits, dtype or shards"),
+        (lambda f, r: (f / "compressed.safetensors").unlink(), "missing or damaged"),
+        (lambda f, r: (f / "config.json").unlink(), "cannot be read"),
+        (lambda f, r: (f / "config.json").write_text('{"model_type": "gpt2"}'), "gpt2"),
+    ],
+)
+def test_damage_is_refused(saved, tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(changed_copy(saved, tmp_path, change))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000])
+def test_truncated_weights(saved, tmp_path, keep):
+    folder = changed_copy(saved, tmp_path, lambda f, r: None)
+    weights = folder / "compressed.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        load_checkpoint(folder)
+
+
+def test_not_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"compression.json"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "compression.json").write_text("{")
+    assert is_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load_checkpoint(tmp_path)
+
+
+def paths_in(value, prefix=()):
+    """Every place in a JSON value."""
+    yield prefix
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from paths_in(inner, (*prefix, key))
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-5, 10**6), st.floats(allow_nan=False), st.text(max_size=5), st.just([]), st.just({})
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_of_the_record_is_refused_or_harmless(saved, tmp_path, data):
+    record = json.loads((saved / "compression.json").read_text())
+    places = [p for p in paths_in(record) if p and p[0] != "provenance"]
+    place, junk = data.draw(st.sampled_from(places)), data.draw(JUNK)
+
+    def change(folder, record):
+        inner = record
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = junk
+
+    folder = changed_copy(saved, tmp_path, change)
+    try:
+        loaded = load_checkpoint(folder)
+    except CheckpointError:
+        return
+    with torch.no_grad():  # what loads in spite of the change is the model that was saved
+        assert torch.equal(loaded(token_ids()).logits, load_checkpoint(saved)(token_ids()).logits)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_of_a_tensor_header_is_refused_or_harmless(saved, tmp_path, data):
+    def change(folder, record):
+        path = folder / "compressed.safetensors"
+        content = path.read_bytes()
+        size = struct.unpack("<Q", content[:8])[0]
+        header = bytearray(content[: 8 + size])
+        header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(bytes(header) + content[8 + size :])
+
+    folder = changed_copy(saved, tmp_path, change)
+    try:
+        loaded = load_checkpoint(folder)
+    except CheckpointError:
+        return
+    assert {n: p.shape for n, p in loaded.named_parameters()} == {
+        n: p.shape for n, p in load_checkpoint(saved).named_parameters()
+    }
+
+
+def test_loading_needs_little_more_than_the_weights(tmp_path):
+    model = tiny(
+        "llama", torch.float32, hidden_size=512, intermediate_size=1408, vocab_size=4000, num_hidden_layers=6, head_dim=64
+    )
+    folder = save(slice_model(model, token_ids(), 0.25), None, tmp_path / "m")
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert size > 40e6
+    load_checkpoint(folder)  # imports happen once
+    peak = peak_memory(lambda: load_checkpoint(folder))
+    assert peak is None or peak < 1.3 * size
+
+
+# --- from the command line -----------------------------------------------------------------------------------------------
+
+
+def test_compress_evaluate_generate(tmp_path, capsys):
+    out = str(tmp_path / "small")
+    tasks.compress.body(None, "wiki-a-llama", out, samples=16, length=64, round_interval=1)
+    said = capsys.readouterr().out
+    assert "really removed" in said
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())["provenance"]
+    assert record["base"]["name"] == "wiki-a-llama"
+    assert record["calibration"]["samples"] == 16
+    assert record["calibration"]["corpus"] == "wiki-a"
+    tasks.evaluate.body(None, out, windows=4)
+    tasks.evaluate.body(None, "wiki-a-llama", windows=4)
+    small, dense = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines())
+    assert dense < small < 3 * dense
+    tasks.generate.body(None, out, "The history of", tokens=5)
+    assert capsys.readouterr().out.startswith("The history of")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "wiki-b"}, "wiki-b"),
+        ({"method": "magic"}, "choose one of slicegpt"),
+        ({"ratio": 1.0}, r"\[0, 1\)"),
+        ({"corpus": "nope"}, "choose one of wiki-a"),
+        ({"length": 4096}, "positions"),
+        ({"dtype": "int3"}, "float32, bfloat16"),
+        ({"device": "cuda:7"}, "no GPU"),
+        ({"samples": 10**6}, "fewer or shorter"),
+    ],
+)
+def test_bad_commands_write_nothing(tmp_path, arguments, message):
+    if arguments.get("device") and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    arguments = {"model": "wiki-a-llama", "out": str(tmp_path / "out")} | arguments
+    with pytest.raises(Exit, match=message) as stop:
+        tasks.compress.body(None, **arguments)
+    assert stop.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_refused_before_any_work(tmp_path):
+    with pytest.raises(FileExistsError, match="choose another"):
+        compress("no-such-model", tmp_path)
+    with pytest.raises(Exit, match="record of edits|not complete|compression|no config"):
+        tasks.evaluate.body(None, str(tmp_path))
+
+
+def test_default_calibration_fits_the_model(tmp_path):
+    row = compress("wiki-a-opt", tmp_path / "m", calibration=Calibration("wiki-a", 4, 32), round_interval=1)
+    assert row["removed_decoder"] > 0
+    assert row["params"] < 10**7
