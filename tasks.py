@@ -271,9 +271,7 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", device="c
         network, tokenizer = load(model, device, dtype)
         window = length or min(2048, network.config.max_position_embeddings)
         found = perplexity(network, token_stream(load_corpus(corpus, "test"), tokenizer), window, windows or None)
-        print(
-            f"perplexity {found.perplexity:.3f} on {corpus} (test): {found.windows} windows of {window} tokens; {found.definition}"
-        )
+        print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")
         for row in zero_shot(network, tokenizer, tuple(tasks.split(","))) if tasks else ():
             print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f} over {row['documents']} documents")
 

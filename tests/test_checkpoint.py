@@ -42,7 +42,8 @@ ids = torch.load(tokens, weights_only=True)["ids"]
 with torch.no_grad():
     out = {"logits": model(ids).logits}
 for cache in (True, False):
-    out[str(cache)] = model.generate(ids[:2], max_new_tokens=5, do_sample=False, use_cache=cache, pad_token_id=0, eos_token_id=None)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    out[str(cache)] = model.generate(ids[:2], use_cache=cache, **settings)
 torch.save(out, tokens)
 """
 
