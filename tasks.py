@@ -218,6 +218,7 @@ def checked(run):
     help={
         "model": "wiki-a-llama, wiki-a-opt, a local folder, or a hub id",
         "out": "new folder for the compressed model",
+        "method": "slicegpt, or slicegpt-global (one basis: the result is a stock model)",
         "ratio": "share to remove, in the method's own sense (SliceGPT: slicing level)",
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
@@ -228,7 +229,7 @@ def compress(
     c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, round_interval=8,
     device="cpu", dtype="float32", data_dir="",
 ):  # fmt: skip
-    """Compress a model and save it as a folder that evaluate, generate and lib.models.load read."""
+    """Compress a model and save it as a folder for evaluate and generate (slicegpt-global: for any runtime)."""
     from lib.compress import METHODS
     from lib.compress import compress as run
     from lib.experiment import Calibration

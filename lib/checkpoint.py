@@ -7,10 +7,12 @@ not at all.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,8 +46,6 @@ def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
     edits = getattr(model, "edits", None)
     if not edits:
         raise ValueError("this model carries no record of edits: save a dense model with its own save_pretrained")
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another output folder, or remove this one first")
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     shards = _shards(tensors)
     record = {
@@ -59,20 +59,47 @@ def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
         "provenance": provenance,
     }
     text = json.dumps(record, indent=1)  # before anything is written: provenance may hold what JSON cannot
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with _written_whole(folder) as partial:
         for file, names in shards.items():
             save_file({name: tensors[name] for name in names}, partial / file, metadata={"format": "pt"})
         model.config.to_json_file(partial / CONFIG)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / RECORD).write_text(text + "\n")
+    return folder
+
+
+def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
+    """Write a model that is an ordinary architecture to `folder`, for any runtime that reads Hugging Face folders.
+
+    Raises ValueError, naming the part, for a model that no stock class can hold; FileExistsError for an existing folder.
+    """
+    folder = Path(folder).expanduser()
+    if edits := getattr(model, "edits", None):
+        raise ValueError(
+            f"not a stock model: {', '.join(edit['edit'] for edit in edits)} put shortcuts on its residual paths. Save it with "
+            "lib.checkpoint.save, or compress with method slicegpt-global, whose result is stock"
+        )
+    with _written_whole(folder) as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return folder
+
+
+@contextlib.contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the name `folder` at the end and vanishes if anything fails."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another output folder, or remove this one first")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return folder
 
 
 def _shards(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib.checkpoint import save
+from lib.checkpoint import export, save
 from lib.cost import count
 from lib.experiment import Calibration
 from lib.models import fingerprint, load
 from lib.results import Progress, package_versions
-from lib.slicegpt import slice_model
+from lib.slicegpt import global_axes, kept_width, slice_model, stock_model
 from lib.text import load_corpus, sample_blocks
 
 
@@ -21,8 +21,12 @@ def _slicegpt(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Calla
     return slice_model(model, ids, ratio, inplace=True, progress=progress, **settings)
 
 
+def _slicegpt_global(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, round_interval: int = 8) -> nn.Module:
+    return stock_model(model, global_axes(model, ids), kept_width(model.config.hidden_size, ratio, round_interval))
+
+
 # One line per method: (model, calibration ids, ratio in the paper's own sense, progress, settings) -> compressed model.
-METHODS = {"slicegpt": _slicegpt}
+METHODS = {"slicegpt": _slicegpt, "slicegpt-global": _slicegpt_global}
 
 
 def compress(
@@ -56,7 +60,9 @@ def compress(
     small = METHODS[method](network, ids, ratio, progress or Progress(), **settings)
     size = count(small)
     row = {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
-    save(
-        small, tokenizer, out, base=base, calibration=draw.record(), packages=package_versions(), settings=settings, **row
-    )  # fmt: skip
+    if hasattr(small, "edits"):
+        facts = {"base": base, "calibration": draw.record(), "packages": package_versions(), "settings": settings}
+        save(small, tokenizer, out, **facts, **row)
+    else:  # an ordinary architecture: anyone can load it
+        export(small, tokenizer, out)
     return row

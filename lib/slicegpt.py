@@ -10,11 +10,13 @@ sliced network in the original coordinates; each half block runs once, and the d
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from lib.anatomy import Anatomy, Family, Half, attention_half, mlp_half, norm_epsilon, norm_gain, norm_offset
@@ -389,3 +391,72 @@ def _sweep(model, stream, cuts, layout, signal, orientation, slice_head, precisi
 def slice_model(model: nn.Module, ids: torch.Tensor, level: float, **settings) -> nn.Module:
     """Slice a model at one level; `settings` are those of `sweep`."""
     return next(sweep(model, ids, [level], **settings))[1]
+
+
+# --- one basis for all junctions: an ordinary, narrower model --------------------------------------------------------------
+
+
+def global_axes(model: nn.Module, ids: torch.Tensor, batch: int = 8) -> torch.Tensor:
+    """Principal axes [d, d] of all junctions of the dense model together; any width can be cut from them.
+
+    The covariances are summed after division by their traces (our choice: late junctions carry far more energy and would
+    decide alone). One pass over the dense model, without the paper's re-measuring behind each cut.
+    """
+    check_sliceable(model)
+    stream = ResidualStream(model, ids, batch=batch)
+    total = stream.gram()
+    total /= total.trace()
+    for block in range(len(stream.anatomy.blocks)):
+        for half in (attention_half, mlp_half):
+            stream.advance(half, block)
+            gram = stream.gram()
+            total += gram / gram.trace()
+    return principal_axes(total)[1]
+
+
+def stock_model(model: nn.Module, axes: torch.Tensor, k: int) -> nn.Module:
+    """Slice every junction with the same axes [d, d]: a stock model of width k that needs nothing of this suite.
+
+    All shortcuts are the identity, head included. What remains is the norm, which must divide by d and not by k: since
+    ‖u‖²/k + ε d/k = (d/k)(‖u‖²/d + ε), a stock RMSNorm with gain √(d/k) and epsilon ε d/k does just that. Raises
+    ValueError for families whose stock class cannot hold the result.
+    """
+    check_sliceable(model)
+    dense = Anatomy(model)
+    family, d = dense.family, dense.width
+    _check_stock(model, dense)
+    a = axes[:, :k].to(dense.head.weight.device)
+    config = copy.deepcopy(model.config)
+    config.head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    config.hidden_size, config.rms_norm_eps, config.tie_word_embeddings = k, config.rms_norm_eps * d / k, False
+    with init_empty_weights(include_buffers=False):
+        narrow = Anatomy(type(model)(config))
+
+    def norm_like(norm: nn.Module) -> nn.Parameter:
+        return parameter(torch.full((k,), (d / k) ** 0.5, dtype=torch.float64), like=norm.weight)
+
+    for block, old in zip(narrow.blocks, dense.blocks, strict=True):
+        for half in dense.halves:
+            norm = old.get_submodule(half.norm)
+            for name in half.readers:
+                block.set_submodule(name, slice_reader(old.get_submodule(name), norm, a, family))
+            block.set_submodule(half.writer, slice_writer(old.get_submodule(half.writer), a, family))
+            block.get_submodule(half.norm).weight = norm_like(norm)
+    for name in family.embeddings:
+        narrow.put(name, slice_embedding(dense.get(name), a, family))
+    final_norm = dense.get(family.final_norm)
+    narrow.get(family.final_norm).weight = norm_like(final_norm)
+    narrow.put(family.head, slice_reader(dense.head, final_norm, a, family))
+    return narrow.model.to(dense.head.weight.device).eval()
+
+
+def _check_stock(model: nn.Module, dense: Anatomy) -> None:
+    """Raise ValueError with the reason where no stock class holds a one-basis slicing of this model."""
+    family, kind = dense.family, model.config.model_type
+    advice = "use per-junction slicing and lib.checkpoint instead"
+    if family.subtracts_mean or family.gain_offset:
+        raise ValueError(f"a narrower {kind} is not a stock model: its class ties head size and norm to the width; {advice}")
+    norms = {half.norm for half in dense.halves}
+    for name, module in dense.blocks[0].named_modules():
+        if hasattr(module, "variance_epsilon") and name not in norms:
+            raise ValueError(f"{kind} normalises {name} with the epsilon of its other norms, which must change; {advice}")

@@ -15,13 +15,13 @@ from invoke import Exit
 
 import tasks
 from lib import checkpoint
-from lib.checkpoint import CheckpointError, is_checkpoint, load_checkpoint, save
+from lib.checkpoint import CheckpointError, export, is_checkpoint, load_checkpoint, save
 from lib.compress import compress
 from lib.evaluate import peak_memory
 from lib.experiment import Calibration
 from lib.models import load
-from lib.slicegpt import slice_model
-from tests.conftest import SLICEABLE, tiny, token_ids
+from lib.slicegpt import global_axes, rotate_and_slice, slice_model, stock_model
+from tests.conftest import SLICEABLE, relative, tiny, token_ids
 
 # A line per way of compressing; later methods join here. Each maps a dense model to a compressed one.
 WAYS = {
@@ -255,6 +255,73 @@ def test_loading_needs_little_more_than_the_weights(tmp_path):
     assert peak is None or peak < 1.3 * size
 
 
+# --- stock export ----------------------------------------------------------------------------------------------------------
+
+PLAIN = """
+import sys, torch, transformers
+folder, tokens = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+ids = torch.load(tokens, weights_only=True)["ids"]
+with torch.no_grad():
+    torch.save({"logits": model(ids).logits, "text": model.generate(ids[:1], max_new_tokens=4, do_sample=False)}, tokens)
+assert "lib" not in sys.modules
+"""
+
+
+def test_export_loads_without_this_package(tmp_path):
+    model, tokenizer = load("wiki-a-llama")
+    ids = torch.arange(1, 1001).view(10, 100)
+    narrow = stock_model(model, global_axes(model, ids), 96)
+    folder = export(narrow, tokenizer, tmp_path / "stock")
+    torch.save({"ids": ids}, tmp_path / "tokens.pt")
+    subprocess.run([sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "tokens.pt")], check=True, cwd=tmp_path)
+    found = torch.load(tmp_path / "tokens.pt", weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(found["logits"], narrow(ids).logits)
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 96
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("k", [32, 24, 9])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_stock_model_is_the_sliced_network_with_one_basis(family, k):
+    """The stock norm with gain √(d/k) and epsilon ε d/k against our own norm that divides by d."""
+    model = tiny(family)
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1e-3  # large enough to show
+    model.config.rms_norm_eps = 1e-3
+    axes = global_axes(model, token_ids())
+    sliced = rotate_and_slice(model, iter([axes] * 7), k, layout="dense", slice_head=True)
+    stock = stock_model(model, axes, k)
+    with torch.no_grad():
+        assert relative(stock(token_ids()).logits, sliced(token_ids()).logits) < 1e-10
+        assert (relative(stock(token_ids()).logits, model(token_ids()).logits) < 1e-10) == (k == 32)
+    assert type(stock) is type(model)
+
+
+@pytest.mark.parametrize(("family", "message"), [("opt", "not a stock model"), ("qwen3", "q_norm"), ("gemma3_text", "sandwich")])
+def test_families_without_a_stock_form_are_refused(family, message):
+    with pytest.raises(ValueError, match=message):
+        stock_model(tiny(family), torch.eye(32, dtype=torch.float64), 24)
+
+
+def test_export_names_what_is_not_stock(tmp_path):
+    with pytest.raises(ValueError, match="slicegpt put shortcuts.*slicegpt-global"):
+        export(WAYS["slicegpt, low-rank"](tiny("llama")), None, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compress_to_a_stock_model(tmp_path):
+    import transformers
+
+    row = compress("wiki-a-llama", tmp_path / "m", "slicegpt-global", 0.25, Calibration("wiki-a", 8, 64))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert plain.config.hidden_size == 96
+    assert plain.num_parameters() == row["params"]
+    assert row["removed_model"] == pytest.approx(0.25, abs=1e-3)
+
+
 # --- from the command line -----------------------------------------------------------------------------------------------
 
 
@@ -279,7 +346,7 @@ def test_compress_evaluate_generate(tmp_path, capsys):
     ("arguments", "message"),
     [
         ({"model": "wiki-b"}, "wiki-b"),
-        ({"method": "magic"}, "choose one of slicegpt"),
+        ({"method": "magic"}, "choose one of slicegpt, slicegpt-global"),
         ({"ratio": 1.0}, r"\[0, 1\)"),
         ({"corpus": "nope"}, "choose one of wiki-a"),
         ({"length": 4096}, "positions"),
