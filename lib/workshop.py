@@ -190,7 +190,12 @@ def train(model, train_ids: torch.Tensor, validation: torch.Tensor, recipe: Reci
 TRIED = [
     {"model": "wiki-a-llama", "settings": "AdamW 3e-3, batch 32, no dropout", "step": 200, "validation_loss": 4.87},
     {"model": "wiki-a-llama", "settings": "Muon 0.02, batch 32, no dropout", "step": 200, "validation_loss": 4.54},
-    {"model": "wiki-a-llama", "settings": "the same, 1,700 steps: best here, then rising", "step": 700, "validation_loss": 4.00},
+    {
+        "model": "wiki-a-llama",
+        "settings": "the same, 1,700 steps planned, stopped on a plateau",
+        "step": 900,
+        "validation_loss": 3.99,
+    },
     {"model": "wiki-a-opt", "settings": "Muon 0.02, batch 32, no dropout, stopped", "step": 800, "validation_loss": 4.09},
 ]
 
@@ -198,65 +203,74 @@ CARD = """---
 license: cc-by-sa-4.0
 language: en
 ---
-# {name}
+# {model}
 
-A {kind} language model of {parameters:,} parameters, trained from scratch on 2.5 MB of Wikipedia text (84 articles)
-to make compression methods visible in minutes on two cores. It exists for teaching and testing.
+{kind}: {parameters:,} parameters, trained from scratch on 2.5 MB of Wikipedia text (84 articles) to make compression methods
+visible in minutes on two cores. It exists for teaching and testing.
 
-- Text: the train split of `wiki-a`, the sample Wikipedia dump that ships with gensim (see `lib/text.py`). Wikipedia
-  text is licensed CC BY-SA; so are these weights.
-- Reached: validation loss {best:.3f} nats per token ({vocabulary:,} tokens, byte-level BPE; uniform {uniform:.2f}) at
-  step {step} of {steps}; {rounded:.3f} after rounding to bf16. Settings and loss curve: `manifest.json`.
-- Limits: context {context} tokens; it continues encyclopedic English with plausible grammar and false facts. Do not use it
+- **Text.** The train split of `wiki-a`, the sample Wikipedia dump that ships with gensim (see `lib/text.py`). Wikipedia text is
+  licensed CC BY-SA; so are these weights.
+- **Reached.** Validation loss {validation_loss_bf16:.3f} nats per token with the stored bf16 weights (perplexity
+  {validation_perplexity_bf16:.1f}; {vocabulary:,} tokens of byte-level BPE, uniform would be {uniform:.2f}), which is
+  {validation_nats_per_character:.3f} nats per character; best of {steps:,} steps: {step:,}. Settings, loss curve and what else
+  was tried: `manifest.json`.
+- **Limits.** Context {context} tokens. It continues encyclopedic English with plausible grammar and false facts; do not use it
   to obtain information.
-- Rebuild: `invoke train-workshop-models`.
+- **Rebuild.** `invoke train-workshop-models --model {model}`.
 """
 
 WORKSHOP_MODELS = {
-    "wiki-a-llama": "Llama-style (RMSNorm, SwiGLU, RoPE, grouped-query attention, untied head)",
-    "wiki-a-opt": "OPT-style (LayerNorm with biases, ReLU, learned positions, tied head)",
+    "wiki-a-llama": "A Llama-style language model (RMSNorm, SwiGLU, RoPE, grouped-query attention, untied head)",
+    "wiki-a-opt": "An OPT-style language model (LayerNorm with biases, ReLU, learned positions, tied head)",
 }
+
+
+def describe(name: str, model, tokenizer, recipe: Recipe, curve: list[dict], threads: int) -> dict:
+    """The manifest of a trained model with bf16 weights: settings, what was reached, what was tried, the loss curve."""
+    train_text, held_out = load_corpus("wiki-a", "train"), load_corpus("wiki-a", "validation")
+    ids, held_out_ids = token_stream(train_text, tokenizer), token_stream(held_out, tokenizer)
+    best = min(curve, key=lambda point: point["validation_loss"])
+    rounded = mean_loss(model.float(), windows(held_out_ids, CONTEXT))
+    reached = {
+        "validation_loss_bf16": round(rounded, 4),
+        "validation_perplexity_bf16": round(math.exp(rounded), 2),
+        "validation_nats_per_character": round(rounded * len(held_out_ids) / len(held_out.text), 4),
+    }
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "text": train_text.record() | {"tokens": len(ids), "characters": len(train_text.text)},
+        "recipe": asdict(recipe) | {"context": CONTEXT, "vocabulary": VOCABULARY},
+        "reached": best | reached,
+        "environment": {"torch": torch.__version__.split("+")[0], "threads": threads},
+        "tried": TRIED,
+        "curve": curve,
+    }
+
+
+def card(manifest: dict) -> str:
+    """The model card (README.md) that belongs to a manifest."""
+    facts = manifest | manifest["recipe"] | manifest["reached"]
+    return CARD.format(kind=WORKSHOP_MODELS[manifest["model"]], uniform=math.log(VOCABULARY), **facts)
 
 
 def train_workshop_model(name: str, recipe: Recipe, folder: Path, log=print) -> dict:
     """Train one workshop model and write its Hugging Face folder at `folder`. Returns its manifest."""
-    train_text, held_out = load_corpus("wiki-a", "train"), load_corpus("wiki-a", "validation")
-    tokenizer = train_tokenizer(train_text.text)
-    ids = token_stream(train_text, tokenizer)
-    validation = windows(token_stream(held_out, tokenizer), CONTEXT)
+    text = load_corpus("wiki-a", "train")
+    tokenizer = train_tokenizer(text.text)
     model = untrained(name, recipe.seed)
-    curve = train(model, ids, validation, recipe, log)
-    best = min(curve, key=lambda point: point["validation_loss"])
-    rounded = mean_loss(model.bfloat16().float(), validation)
-    manifest = {
-        "model": name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "text": train_text.record() | {"tokens": len(ids), "characters_per_token": round(len(train_text.text) / len(ids), 3)},
-        "recipe": asdict(recipe) | {"context": CONTEXT, "vocabulary": VOCABULARY},
-        "reached": best | {"validation_loss_bf16": round(rounded, 4)},
-        "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
-        "tried": TRIED,
-        "curve": curve,
-    }
+    validation = windows(token_stream(load_corpus("wiki-a", "validation"), tokenizer), CONTEXT)
+    curve = train(model, token_stream(text, tokenizer), validation, recipe, log)
+    model = model.bfloat16()
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    model.bfloat16().save_pretrained(staging)
+    model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    manifest = describe(name, model, tokenizer, recipe, curve, torch.get_num_threads())
     (staging / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    (staging / "README.md").write_text(
-        CARD.format(
-            name=name,
-            kind=WORKSHOP_MODELS[name],
-            parameters=manifest["parameters"],
-            best=best["validation_loss"],
-            vocabulary=VOCABULARY,
-            uniform=math.log(VOCABULARY),
-            step=best["step"],
-            steps=recipe.steps,
-            rounded=rounded,
-            context=CONTEXT,
-        )  # fmt: skip
-    )
+    (staging / "README.md").write_text(card(manifest))
+    for file in staging.iterdir():
+        file.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
     return manifest

@@ -69,7 +69,7 @@ def test_continuation_questions_are_fair():
     assert len(documents) > 200
     for document in documents:
         assert len(document["choices"]) == len(set(document["choices"])) == 4
-        assert {len(c.split()) for c in document["choices"]} == {12}
+        assert {len(c.split()) for c in document["choices"]} == {24}
     counts = [sum(d["answer"] == i for d in documents) for i in range(4)]
     assert min(counts) > len(documents) / 4 * 0.7  # no position gives the answer away
     assert documents == continuation_documents()
