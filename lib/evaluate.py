@@ -60,9 +60,10 @@ def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int |
 def zero_shot(
     model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32
 ) -> list[dict]:
-    """Zero-shot accuracy by lm-eval: one row per task with `task, acc, acc_norm, stderr, documents, limit, harness`.
+    """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, ...`.
 
-    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks. `stderr` belongs to acc.
+    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks. `metric` says which of
+    lm-eval's metrics `acc` is, `stderr` belongs to it.
     """
     with _quiet("lm_eval", "lm-eval", "transformers", "datasets"):
         import lm_eval
@@ -82,13 +83,15 @@ def zero_shot(
     rows = []
     for name in tasks:
         scores = found["results"][name]
-        if "acc,none" not in scores:
+        metric = next((m for m in ("acc_mutual_info", "acc") if f"{m},none" in scores), None)
+        if metric is None:
             raise ValueError(f"lm-eval's task {name!r} reports no accuracy: choose a multiple-choice task")
         parts = found.get("group_subtasks", {}).get(name) or [name]  # a group like mmlu counts the documents of its parts
-        accuracy, documents = scores["acc,none"], sum(found["n-samples"][part]["effective"] for part in parts)
+        accuracy, documents = scores[f"{metric},none"], sum(found["n-samples"][part]["effective"] for part in parts)
         rows.append(
             {
                 "task": name,
+                "metric": metric,
                 "acc": accuracy,
                 "acc_norm": scores.get("acc_norm,none"),
                 "stderr": (accuracy * (1 - accuracy) / max(documents - 1, 1)) ** 0.5,

@@ -69,7 +69,7 @@ def test_continuation_questions_are_fair():
     assert len(documents) > 200
     for document in documents:
         assert len(document["choices"]) == len(set(document["choices"])) == 4
-        assert {len(c.split()) for c in document["choices"]} == {24}
+        assert {len(c.split()) for c in document["choices"]} == {12}
     counts = [sum(d["answer"] == i for d in documents) for i in range(4)]
     assert min(counts) > len(documents) / 4 * 0.7  # no position gives the answer away
     assert documents == continuation_documents()
@@ -86,11 +86,13 @@ def test_lm_eval_agrees_with_a_plain_scorer():
             ids = torch.tensor([tokenizer(f"{document['context']} {choice}").input_ids])
             assert ids[0, : len(context)].tolist() == context
             with torch.no_grad():
-                steps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-            scores.append(steps[len(context) - 1 :].sum().item())
+                after = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(context) - 1 :]
+                alone = torch.tensor([[tokenizer.bos_token_id, *tokenizer(f" {choice}").input_ids]])
+                before = model(alone).logits[0, :-1].log_softmax(-1).gather(1, alone[0, 1:, None])
+            scores.append((after.sum() - before.sum()).item())
         hits += max(range(4), key=scores.__getitem__) == document["answer"]
     assert row["acc"] == pytest.approx(hits / 40)
-    assert (row["task"], row["documents"], row["limit"]) == (TASK, 40, 40)
+    assert (row["task"], row["metric"], row["documents"], row["limit"]) == (TASK, "acc_mutual_info", 40, 40)
     assert row["stderr"] == pytest.approx((row["acc"] * (1 - row["acc"]) / 39) ** 0.5)
 
 
@@ -107,7 +109,7 @@ def test_embedded_models_are_well_above_chance():
     for name in ("wiki-a-llama", "wiki-a-opt"):
         model, tokenizer = load(name)
         row = zero_shot(model, tokenizer)[0]
-        assert row["acc"] - 0.25 > 5 * row["stderr"], row
+        assert row["acc"] - 0.25 > 10 * row["stderr"], row
 
 
 def test_speed_reports_tokens_and_refuses_long_prompts():
