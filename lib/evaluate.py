@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import logging
 import statistics
@@ -74,6 +75,7 @@ def zero_shot(
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[continuation_task() if name == TASK else name for name in tasks],
+            task_manager=_task_manager(any(name != TASK for name in tasks)),
             verbosity="ERROR",
             num_fewshot=0,
             limit=limit,
@@ -101,6 +103,14 @@ def zero_shot(
             }
         )
     return rows
+
+
+@functools.cache
+def _task_manager(with_harness_tasks: bool):
+    """lm-eval reads thousands of task files to find names: once, and only if one of its own tasks is asked for."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_harness_tasks)
 
 
 @contextlib.contextmanager
