@@ -17,12 +17,12 @@ CHOICES, CONTEXT_WORDS, CONTINUATION_WORDS = 4, 40, 12
 def continuation_documents(seed: int = 0) -> list[dict]:
     """Questions with `context`, `choices` (four passages of 12 words) and `answer` (index of the true one).
 
-    One question per paragraph of the held-out articles (validation and test) that is long enough; wrong choices are the
-    same stretch of paragraphs in three other such articles, so they differ in topic but not in length, style or position.
+    One question per test-split paragraph that is long enough; wrong choices are the same stretch of paragraphs in three
+    other test articles, so they differ in topic but not in length, style or position.
     """
     passages: dict[str, list[tuple[str, str]]] = {}
     for position, (title, rows) in enumerate(wiki_a_articles()):
-        if wiki_a_split(position) == "train":
+        if wiki_a_split(position) != "test":
             continue
         words = [row.split() for row in rows]
         passages[title] = [
