@@ -128,6 +128,9 @@ tasks.reproduce.body(None)
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
 def test_a_killed_run_continues(project):
+    # Slow enough that the orphaned kernel, which notices within a second that its parent died, cannot finish the work.
+    path = project / "notebooks" / "toy.ipynb"
+    path.write_text(path.read_text().replace("time.sleep(0.3)", "time.sleep(2)"))
     command = [sys.executable, "-c", RUNNER, str(project)]
     settings = dict(cwd=Path(tasks.__file__).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = subprocess.Popen(command, start_new_session=True, **settings)
