@@ -8,7 +8,7 @@ a *junction* is the residual stream right before a norm (SliceGPT, section 3).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +38,7 @@ class Family:
     head: str = "lm_head"
     subtracts_mean: bool = False  # LayerNorm does, RMSNorm does not
     gain_offset: float = 0.0  # Gemma stores gain - 1
+    parallel: bool = False  # attention and MLP read the same stream and are added together (Phi-2, GPT-NeoX)
 
 
 _LLAMA = Family(
@@ -77,6 +78,25 @@ FAMILIES = {
         ),
         gain_offset=1.0,
     ),
+    "phi": Family(
+        blocks="model.layers",
+        embeddings=("model.embed_tokens",),
+        final_norm="model.final_layernorm",
+        attention=Half("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.dense"),
+        mlp=Half("input_layernorm", ("mlp.fc1",), "mlp.fc2"),  # the same norm feeds both halves
+        subtracts_mean=True,
+        parallel=True,
+    ),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        embeddings=("gpt_neox.embed_in",),
+        final_norm="gpt_neox.final_layer_norm",
+        attention=Half("input_layernorm", ("attention.query_key_value",), "attention.dense"),
+        mlp=Half("post_attention_layernorm", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+        attention_module="attention",
+        subtracts_mean=True,
+        parallel=True,
+    ),
 }  # fmt: skip
 
 
@@ -93,6 +113,10 @@ def family_of(model: nn.Module) -> Family:
             "this OPT model (like OPT-350M) normalises after each residual add, projects its embeddings or has no final norm, "
             "so its residual stream is not that of a pre-norm model: use a pre-norm OPT, such as 125M or 1.3B"
         )
+    if kind == "phi" and model.config.qk_layernorm:
+        raise ValueError("this Phi model normalises queries and keys, which its family record does not know: use Phi-1, 1.5 or 2")
+    if kind == "gpt_neox" and not model.config.use_parallel_residual:
+        raise ValueError("this GPT-NeoX model adds attention before its MLP, but its family record is that of parallel blocks")
     return FAMILIES[kind]
 
 
@@ -138,6 +162,19 @@ class Anatomy:
     @property
     def halves(self) -> tuple[Half, Half]:
         return self.family.attention, self.family.mlp
+
+    @property
+    def steps(self) -> tuple[tuple[Callable, tuple[Half, ...]], ...]:
+        """A block from junction to junction: what runs each step, and the halves that it adds to the stream."""
+        attention, mlp = self.halves
+        if self.family.parallel:
+            return ((whole_block, (attention, mlp)),)
+        return (attention_half, (attention,)), (mlp_half, (mlp,))
+
+    @property
+    def junctions(self) -> int:
+        """Points of the residual stream before a norm: 2 L + 1, or L + 1 where blocks are parallel."""
+        return len(self.steps) * len(self.blocks) + 1
 
 
 def norm_gain(norm: nn.Module, family: Family) -> torch.Tensor | float:
@@ -209,6 +246,11 @@ def attention_half(block: nn.Module, family: Family, x: torch.Tensor, kwargs: di
         except _Stop as stopped:
             return stopped.hidden.view(x.shape)  # OPT flattens batch and tokens before its MLP
     raise RuntimeError(f"{type(block).__name__} never called {family.mlp.norm}: its family record is wrong")
+
+
+def whole_block(block: nn.Module, family: Family, x: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    """Residual stream after a whole block. x, result: [batch, tokens, d]."""
+    return block(x, **kwargs)
 
 
 def mlp_half(block: nn.Module, family: Family, x: torch.Tensor, kwargs: dict) -> torch.Tensor:

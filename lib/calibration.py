@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy, attention_half, mlp_half
+from lib.anatomy import Anatomy, whole_block
 from lib.linalg import add_gram, remove_mean
 
 
@@ -106,8 +106,33 @@ class ResidualStream:
 
     def advance_block(self, block: int) -> None:
         """Replace the stream by the one after a whole block."""
-        self.advance(attention_half, block)
-        self.advance(mlp_half, block)
+        self.advance(whole_block, block)
+
+    @torch.no_grad()
+    def observe(self, block: int, see: dict[str, Callable[[torch.Tensor], None]]) -> None:
+        """Run a block on the stream and throw its output away: the stream stays where it is.
+
+        see: for names of modules inside the block, what to do with the inputs [n, features] that each of them gets for the
+        real tokens, batch by batch. Modules that share an input (q, k, v) need only one of them to be named.
+        """
+        module = self.anatomy.blocks[block]
+        kept: list[torch.Tensor | None] = [None]  # which rows of the present batch are real
+
+        def hook(use: Callable) -> Callable:
+            def give(_, inputs):
+                x = inputs[0].flatten(0, -2)
+                use(x if kept[0] is None else x[kept[0]])
+
+            return give
+
+        handles = [module.get_submodule(name).register_forward_pre_hook(hook(use)) for name, use in see.items()]
+        try:
+            for rows in self._slices():
+                kept[0] = None if self.mask is None else self.mask[rows].bool().flatten().to(self.device)
+                whole_block(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def gram(self, signal: Callable | None = None) -> torch.Tensor:

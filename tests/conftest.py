@@ -22,17 +22,25 @@ OPT = dict(
     vocab_size=VOCABULARY, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48, num_hidden_layers=LAYERS,
     num_attention_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=0, dropout=0.0,
 )  # fmt: skip
+
+
+def without(settings: dict, *names: str) -> dict:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
 CONFIGS = {
     "llama": lambda **kw: transformers.LlamaConfig(**COMMON | kw),
     "mistral": lambda **kw: transformers.MistralConfig(**COMMON | kw),
     "qwen2": lambda **kw: transformers.Qwen2Config(**COMMON | kw),
     "qwen3": lambda **kw: transformers.Qwen3Config(**COMMON | kw),
     "opt": lambda **kw: transformers.OPTConfig(**OPT | kw),
+    "phi": lambda **kw: transformers.PhiConfig(**without(COMMON, "head_dim") | kw),
+    "gpt_neox": lambda **kw: transformers.GPTNeoXConfig(**without(COMMON, "head_dim", "num_key_value_heads") | kw),
     "gemma3_text": lambda **kw: transformers.Gemma3TextConfig(
         **COMMON | dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]) | kw
     ),
 }
-SLICEABLE = ("llama", "mistral", "qwen2", "qwen3", "opt")
+SLICEABLE = ("llama", "mistral", "qwen2", "qwen3", "opt", "phi", "gpt_neox")
 
 
 def tiny(family: str, dtype=torch.float64, attention: str = "sdpa", seed: int = 0, **settings):

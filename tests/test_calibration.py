@@ -56,6 +56,42 @@ def test_walk_is_causal(family):
     assert not torch.equal(streams[0].hidden[:, -1], streams[1].hidden[:, -1])
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_steps_from_junction_to_junction_make_a_block(family):
+    model = tiny(family)
+    streams = [ResidualStream(model, token_ids(3), batch=2) for _ in range(2)]
+    for run, halves in streams[0].anatomy.steps:
+        assert halves
+        streams[0].advance(run, 1)
+    streams[1].advance_block(1)
+    assert relative(streams[0].hidden, streams[1].hidden) < 1e-12
+    assert streams[0].anatomy.junctions == (LAYERS if streams[0].anatomy.family.parallel else 2 * LAYERS) + 1
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_observed_inputs_are_those_of_the_running_model(family, padded):
+    model, ids = tiny(family, torch.float32), token_ids(5)
+    mask = torch.ones_like(ids)
+    mask[::2, 13:] = 0
+    mask = mask if padded else None
+    stream = ResidualStream(model, ids, mask, batch=2)
+    stream.advance_block(0)
+    before, names = stream.hidden.clone(), [name for half in stream.anatomy.halves for name in (half.readers[0], half.writer)]
+    seen = {name: [] for name in names}
+    stream.observe(1, {name: found.append for name, found in seen.items()})
+    assert torch.equal(stream.hidden, before)
+    expected, block = {}, stream.anatomy.blocks[1]
+    for name in names:
+        block.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: expected.update({name: x[0]}))
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    for name, found in seen.items():
+        inputs = expected[name].flatten(0, -2)
+        inputs = inputs if mask is None else inputs[mask.bool().flatten()]
+        assert relative(torch.cat(found), inputs) < 1e-5
+
+
 def test_model_is_left_as_it_was():
     model, ids = tiny("llama"), token_ids(2)
     before = [type(m) for m in model.modules()]
@@ -70,6 +106,19 @@ def test_entry_restores_blocks_when_the_model_fails():
     with pytest.raises(IndexError):
         enter(Anatomy(model), torch.tensor([[10_000]]))
     assert type(Anatomy(model).blocks[0]).__name__ == "LlamaDecoderLayer"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("gpt_neox", {"use_parallel_residual": False}, "parallel blocks"),
+        ("phi", {"qk_layernorm": True}, "normalises queries"),
+        ("opt", {"do_layer_norm_before": False}, "pre-norm"),
+    ],
+)
+def test_variants_that_the_record_does_not_describe_are_refused(family, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Anatomy(tiny(family, **settings))
 
 
 def test_wrong_family_record_is_reported():
