@@ -30,6 +30,19 @@ def choose(kind: str, value: str, known: list[str]) -> str:
     return value
 
 
+def named_values(settings: list[str]) -> dict:
+    """What `--set NAME=VALUE` options say, values read as YAML."""
+    import yaml
+
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise Exit(f"--set takes NAME=VALUE, not {setting!r}", code=2)
+        found[name] = yaml.safe_load(value)
+    return found
+
+
 def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
     """Parameters of a paper's notebook under a profile, overridden by NAME=VALUE settings; every name is checked."""
     import papermill
@@ -37,11 +50,7 @@ def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
 
     known = papermill.inspect_notebook(str(NOTEBOOKS / f"{paper}.ipynb"))
     chosen = dict((yaml.safe_load((PROFILES / f"{profile}.yaml").read_text()) or {}).get(paper) or {})
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise Exit(f"--set takes NAME=VALUE, not {setting!r}", code=2)
-        chosen[name] = yaml.safe_load(value)
+    chosen |= named_values(settings)
     for name in chosen:
         choose(f"parameter of {paper}", name, sorted(set(known) - {"folder", "profile"}))
     return chosen
@@ -223,14 +232,16 @@ def checked(run):
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
         "data-dir": "folder with benchmark and calibration files, instead of the hub",
-    }
+        "set": "a setting of the method, NAME=VALUE; may be repeated, as in --set layout=dense --set schedule=variance",
+    },
+    iterable=["set"],
 )
 def compress(
-    c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, round_interval=8,
-    device="cpu", dtype="float32", data_dir="",
+    c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, device="cpu",
+    dtype="float32", data_dir="", set=None,
 ):  # fmt: skip
     """Compress a model and save it as a folder for evaluate and generate (slicegpt-global: for any runtime)."""
-    from lib.compress import METHODS
+    from lib.compress import METHODS, check_settings
     from lib.compress import compress as run
     from lib.experiment import Calibration
     from lib.models import positions_of
@@ -239,9 +250,12 @@ def compress(
     if data_dir:
         os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
 
+    settings = named_values(set or [])
+
     def work():
+        check_settings(method, settings)
         draw = Calibration(corpus, samples, length or min(2048, positions_of(model)), seed)
-        return run(model, out, method, ratio, draw, device, dtype, round_interval=round_interval)
+        return run(model, out, method, ratio, draw, device, dtype, **settings)
 
     row = checked(work)
     print(

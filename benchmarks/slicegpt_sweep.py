@@ -71,7 +71,7 @@ def memory() -> None:
 
     def calibrate() -> None:
         stream = ResidualStream(model, ids, batch=4)
-        for _ in junctions(stream, decompose(stream), 384):
+        for _ in junctions(stream, decompose(stream), [384] * (stream.anatomy.junctions - 1) + [512]):
             pass
 
     calibrate()  # libraries allocate their own workspace once

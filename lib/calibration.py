@@ -94,15 +94,16 @@ class ResidualStream:
         return self._unpadded_kwargs[len(ids)][block]
 
     @torch.no_grad()
-    def advance(self, half: Callable, block: int, before: Callable | None = None) -> None:
-        """Replace the stream by the one after `half` (`attention_half` or `mlp_half`) of a block.
+    def advance(self, run: Callable, block: int, before: Callable | None = None, after: torch.Tensor | None = None) -> None:
+        """Replace the stream by the one after a step (`run`, from `Anatomy.steps`) of a block.
 
-        `before` maps each batch [b, tokens, d] as it leaves the buffer.
+        `before` maps each batch [b, tokens, d] as it leaves the buffer; `after` [d] is added as it comes back.
         """
         module, family = self.anatomy.blocks[block], self.anatomy.family
         for rows in self._slices():
             x = self.hidden[rows]
-            self.hidden[rows] = half(module, family, x if before is None else before(x), self._block_kwargs(rows, block))
+            out = run(module, family, x if before is None else before(x), self._block_kwargs(rows, block))
+            self.hidden[rows] = out if after is None else out + after.to(out)
 
     def advance_block(self, block: int) -> None:
         """Replace the stream by the one after a whole block."""
@@ -134,18 +135,22 @@ class ResidualStream:
             for handle in handles:
                 handle.remove()
 
-    @torch.no_grad()
-    def gram(self, signal: Callable | None = None) -> torch.Tensor:
-        """Second moment Σ xᵀx [d, d] in float64 of the stream's real tokens, each mapped by `signal` first.
+    def tokens(self) -> Iterator[torch.Tensor]:
+        """The stream's real tokens [n, d], batch by batch.
 
         For a family whose norm subtracts the mean, the mean is taken out: that is the stream the rotated network has.
         """
-        d = self.hidden.shape[-1]
-        total = torch.zeros(d, d, dtype=torch.float64, device=self.device)
         for rows in self._slices():
             x = self.hidden[rows]
             x = x.flatten(0, 1) if self.mask is None else x[self.mask[rows].bool().to(self.device)]
-            x = remove_mean(x) if self.anatomy.family.subtracts_mean else x
+            yield remove_mean(x) if self.anatomy.family.subtracts_mean else x
+
+    @torch.no_grad()
+    def gram(self, signal: Callable | None = None) -> torch.Tensor:
+        """Second moment Σ xᵀx [d, d] in float64 of `tokens`, each mapped by `signal` first."""
+        d = self.hidden.shape[-1]
+        total = torch.zeros(d, d, dtype=torch.float64, device=self.device)
+        for x in self.tokens():
             add_gram(total, x if signal is None else signal(x))
         return total
 

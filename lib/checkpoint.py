@@ -20,15 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lib import slicegpt
+from lib import sliced_network
 from lib.anatomy import FAMILIES
 
-SCHEMA = 1
+SCHEMA = 2
 RECORD, CONFIG, WEIGHTS = "compression.json", "config.json", "compressed{suffix}.safetensors"
 SHARD_BYTES = 4 * 2**30
 
 # One line per method: the name that its edits carry in `model.edits`, and the function that repeats one on shapes.
-REPLAY = {"slicegpt": slicegpt.replay}
+REPLAY = {"slicegpt": sliced_network.replay}
 
 
 class CheckpointError(ValueError):
@@ -46,7 +46,7 @@ def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
     edits = getattr(model, "edits", None)
     if not edits:
         raise ValueError("this model carries no record of edits: save a dense model with its own save_pretrained")
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    tensors = {name: value.contiguous() for name, value in _stored(model).items()}
     shards = _shards(tensors)
     record = {
         "schema": SCHEMA,
@@ -77,7 +77,7 @@ def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     if edits := getattr(model, "edits", None):
         raise ValueError(
-            f"not a stock model: {', '.join(edit['edit'] for edit in edits)} put shortcuts on its residual paths. Save it with "
+            f"not a stock model: {', '.join(edit['edit'] for edit in edits)} changed its shapes. Save it with "
             "lib.checkpoint.save, or compress with method slicegpt-global, whose result is stock"
         )
     with _written_whole(folder) as partial:
@@ -97,9 +97,16 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except SafetensorError as error:  # which is no OSError, also when the disk is full
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone by its new name if all went well
+
+
+def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with a shared tensor (a tied head) under its first name only."""
+    firsts, all_names = (dict(model.named_parameters(remove_duplicate=once)) for once in (True, False))
+    return {name: value for name, value in model.state_dict().items() if name in firsts or name not in all_names}
 
 
 def _shards(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
@@ -125,19 +132,22 @@ def load_checkpoint(folder: str | Path, device: str = "cpu", dtype: torch.dtype 
     Raises CheckpointError for anything that does not fit together: schema, edits, config, tensor names, shapes, dtypes.
     """
     folder = Path(folder).expanduser()
-    record = _read_record(folder)
+    record = read_record(folder)
     model = _empty_model(folder, record)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in _stored(model).items()}
     recorded = {name: facts for shard in record["shards"].values() for name, facts in shard.items()}
     _same_names("the record and the edited model", set(recorded), set(expected))
     tensors = {}
     for file, names in record["shards"].items():
         tensors |= _read_shard(folder, file, names, expected)
-    model.load_state_dict(tensors, strict=True, assign=True)
+    shared = set(model.state_dict()) - set(tensors)
+    model.load_state_dict(tensors, strict=not shared, assign=True)
+    model.tie_weights()  # what was saved once is used twice again; does nothing where the head has a matrix of its own
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _read_record(folder: Path) -> dict:
+def read_record(folder: Path) -> dict:
+    """The record of edits and provenance of the compressed model in `folder`. Raises CheckpointError where it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except OSError as error:
@@ -177,6 +187,7 @@ def _empty_model(folder: Path, record: dict) -> nn.Module:
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, record["dtype"]))
     except Exception as error:  # any inconsistent number in a config fails somewhere inside the library
         raise CheckpointError(f"{folder}/{CONFIG} does not describe a model: {error}") from error
+    model.tie_weights()  # parameters without memory were made one by one, tied ones too
     for edit in record["edits"]:
         settings = {name: value for name, value in edit.items() if name != "edit"}
         if edit.get("edit") not in REPLAY:

@@ -2,31 +2,81 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lib.checkpoint import export, save
+from lib.checkpoint import export, read_record, save
 from lib.cost import count
 from lib.experiment import Calibration
 from lib.models import fingerprint, load
 from lib.results import Progress, package_versions
-from lib.slicegpt import global_axes, kept_width, slice_model, stock_model
+from lib.sliced_network import shapes_only
+from lib.slicegpt import constant_widths, global_axes, kept_width, slice_model, spectra, stock_model, widths_for_size
 from lib.text import load_corpus, sample_blocks
 
 
-def _slicegpt(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, **settings) -> nn.Module:
-    return slice_model(model, ids, ratio, inplace=True, progress=progress, **settings)
+def _slicegpt(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    progress: Callable,
+    *,
+    round_interval: int = 8,
+    layout: str = "",
+    schedule: str = "constant",
+    slice_head: bool = False,
+    compensate: bool = False,
+) -> nn.Module:
+    """SliceGPT. layout: empty for `tied` where the model's head shares its embedding table and stays whole, else `low-rank`.
+
+    schedule: `constant`, `variance` (as many parameters as `constant` would leave), or the folder of a sliced model whose
+    widths are taken over.
+    """
+    tied = model.config.tie_word_embeddings and not slice_head
+    layout = layout or ("tied" if tied else "low-rank")
+    cut: float | list[int] = ratio
+    if schedule == "variance":
+        size = count(shapes_only(model, constant_widths(model, ratio, round_interval, slice_head), layout)).params
+        cut = widths_for_size(model, spectra(model, ids), size, round_interval, layout, slice_head)
+    elif schedule != "constant":
+        cut = saved_widths(schedule)
+    return slice_model(
+        model, ids, cut, round_interval=round_interval, layout=layout, slice_head=slice_head, compensate=compensate,
+        inplace=True, progress=progress,
+    )  # fmt: skip
 
 
-def _slicegpt_global(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, round_interval: int = 8) -> nn.Module:
+def saved_widths(folder: str | Path) -> list[int]:
+    """The widths, junction by junction, of a sliced model saved in `folder`. Raises ValueError where there are none."""
+    for edit in read_record(Path(folder).expanduser())["edits"]:
+        if edit.get("edit") == "slicegpt":
+            return edit["widths"]
+    raise ValueError(f"{folder} holds no sliced model: a schedule is constant, variance, or the folder of a sliced model")
+
+
+def _slicegpt_global(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, round_interval: int = 8
+) -> nn.Module:
     return stock_model(model, global_axes(model, ids), kept_width(model.config.hidden_size, ratio, round_interval))
 
 
 # One line per method: (model, calibration ids, ratio in the paper's own sense, progress, settings) -> compressed model.
 METHODS = {"slicegpt": _slicegpt, "slicegpt-global": _slicegpt_global}
+
+
+def check_settings(method: str, settings: dict) -> None:
+    """Raise ValueError for an unknown method or a setting that it does not take, naming those that it does."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    known = [p.name for p in inspect.signature(METHODS[method]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"unknown setting {name!r} of {method}: choose one of {', '.join(known)}")
 
 
 def compress(
@@ -43,11 +93,11 @@ def compress(
     """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of sizes, really counted.
 
     ratio: the method's own notion, in [0, 1) (SliceGPT: slicing level). calibration: 128 sequences of wiki-a as long as the
-    model's positions permit, at most 2,048, unless given. settings: arguments of the method, such as round_interval.
+    model's positions permit, at most 2,048, unless given. settings: arguments of the method (see METHODS), such as
+    round_interval.
     Raises ValueError or FileExistsError before any long work for arguments that cannot work.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    check_settings(method, settings)
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.25 means a quarter")
     if Path(out).expanduser().exists():
@@ -61,7 +111,13 @@ def compress(
     size = count(small)
     row = {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
     if hasattr(small, "edits"):
-        facts = {"base": base, "calibration": draw.record(), "packages": package_versions(), "settings": settings}
+        tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # which samples were drawn, beyond the rule and the seed
+        facts = {
+            "base": base,
+            "calibration": draw.record() | {"tokens_sha256": tokens},
+            "packages": package_versions(),
+            "settings": settings,
+        }
         save(small, tokenizer, out, **facts, **row)
     else:  # an ordinary architecture: anyone can load it
         export(small, tokenizer, out)

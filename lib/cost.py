@@ -73,7 +73,20 @@ ARCHITECTURES = {
     | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8),
     "Llama-3-8B": _LLAMA_2_7B
     | dict(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192),
-}
+    "Llama-3.2-1B": _LLAMA_2_7B
+    | dict(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_key_value_heads=8, head_dim=64,
+        max_position_embeddings=131072, tie_word_embeddings=True,
+    ),
+    "Qwen3-0.6B": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=True,
+    ),
+    "Phi-2": dict(
+        model_type="phi", vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
 
 
 def meta_model(architecture: str) -> nn.Module:

@@ -40,20 +40,27 @@ def random_rotation(n: int, generator: torch.Generator) -> torch.Tensor:
     return q * r.diagonal().sign()
 
 
-def symmetric_shortcut(a: torch.Tensor, axes: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the basis B of a kept subspace so that the shortcut AᵀB becomes I - CCᵀ. Returns (B [d, k], C [k, r]).
+def coordinate_axes(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies [d], largest first, and the permutation matrix [d, d] that sorts the coordinates by them: PCA without rotation."""
+    values, order = gram.diagonal().sort(descending=True, stable=True)
+    return values, torch.eye(len(gram), dtype=gram.dtype, device=gram.device)[:, order]
 
-    a: orthonormal columns [d, k] of the previous kept subspace; axes: orthogonal [d, d], whose first k columns span
+
+def symmetric_shortcut(a: torch.Tensor, axes: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the basis B of a kept subspace so that the shortcut AᵀB becomes [I - CCᵀ, 0]. Returns (B [d, k], C [j, r]).
+
+    a: orthonormal columns [d, j] of the previous kept subspace, j <= k; axes: orthogonal [d, d], whose first k columns span
     the next one. Inside that span any basis gives the same network, because the norm commutes with rotations. Writing
     AᵀB = P O in polar form and absorbing O into B leaves the symmetric P = cos of the principal angles, and
-    I - P = CCᵀ has rank r <= min(k, d - k). With T = AᵀB_perp = U sin Wᵀ, C = U sin / sqrt(1 + cos): no cancellation
-    when the angles are small.
+    I - P = CCᵀ has rank r <= min(j, d - k). With T = AᵀB_perp = U sin Wᵀ, C = U sin / sqrt(1 + cos): no cancellation
+    when the angles are small. The squared length of a column of C is 1 - cos of its angle; columns come longest first.
     """
-    kept, dropped = axes[:, :k], axes[:, k:]
-    left, _, right = torch.linalg.svd(a.T @ kept)
+    j, kept, dropped = a.shape[1], axes[:, :k], axes[:, k:]
+    left, _, right = torch.linalg.svd(a.T @ kept)  # [j, j], [k, k]: the last k - j rows of `right` are new directions
     u, sine, _ = torch.linalg.svd(a.T @ dropped, full_matrices=False)
     cosine = (1 - sine.square()).clamp(min=0).sqrt()
-    return kept @ (left @ right).T, u * (sine / (1 + cosine).sqrt())
+    b = kept @ torch.cat([right[:j].T @ left.T, right[j:].T], dim=1)
+    return b, u * (sine / (1 + cosine).sqrt())
 
 
 def complete(a: torch.Tensor) -> torch.Tensor:

@@ -1,32 +1,46 @@
 """SliceGPT (Ashkboos et al., arXiv 2401.15024): rotate the residual stream to its principal axes, delete the last ones.
 
-The stream x at each junction is replaced by u = x A, where the k columns of A span the directions of largest energy.
-Readers become W A, writers Aᵀ W, and between two junctions with bases A and B a *shortcut* AᵀB carries the residual.
+The stream x at each junction is replaced by u = x A, where the k columns of A span the directions of largest energy. What is
+built from the axes is in `lib.sliced_network`; here they are found.
 
-How the calibration works here: keeping k directions of the stream is the same as projecting it, x̂ = x A Aᵀ, and the
+How the calibration works: keeping k directions of the stream is the same as projecting it, x̂ = x A Aᵀ, and the
 norm sees ‖x̂‖ = ‖u‖. So we run the model's own, unchanged dense blocks on a projected stream. That is exactly the
 sliced network in the original coordinates; each half block runs once, and the dense weights are read, never modified.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from lib.anatomy import Anatomy, Family, Half, attention_half, mlp_half, norm_epsilon, norm_gain, norm_offset
+from lib.anatomy import Anatomy, norm_epsilon, norm_gain
 from lib.calibration import ResidualStream
-from lib.linalg import complete, principal_axes, random_rotation, remove_mean, symmetric_shortcut
-from lib.surgery import embedding, linear, parameter, record_edit, shape_shell, shell, untie_head
+from lib.cost import count
+from lib.linalg import coordinate_axes, principal_axes, random_rotation, remove_mean
+from lib.sliced_network import (
+    LAYOUTS,
+    Junction,
+    check_sliceable,
+    check_widths,
+    rotate_and_slice,
+    shapes_only,
+    slice_embedding,
+    slice_reader,
+    slice_writer,
+)
+from lib.surgery import parameter
 
-LAYOUTS = ("low-rank", "dense")
 SIGNALS = ("raw", "normalised")
 ORIENTATIONS = ("pca", "random")
+STATISTICS = ("sliced", "dense")
 
 
 def kept_width(d: int, level: float, round_interval: int = 8) -> int:
@@ -48,196 +62,62 @@ def kept_width(d: int, level: float, round_interval: int = 8) -> int:
     return k
 
 
-# --- modules of the sliced network ------------------------------------------------------------------------------------
+def constant_widths(model: nn.Module, level: float, round_interval: int = 8, slice_head: bool = False) -> list[int]:
+    """The paper's schedule: the same width at every junction; the last one is the head's, d unless it is sliced too."""
+    d = model.config.hidden_size
+    k = kept_width(d, level, round_interval)
+    return [k] * (Anatomy(model).junctions - 1) + [k if slice_head else d]
 
 
-class JunctionNorm(nn.Module):
-    """Gain-free RMS norm of a sliced stream [..., k], dividing by the *original* d: deleted coordinates count as zeros.
+def variance_widths(energies: torch.Tensor, discarded: float, round_interval: int = 8, slice_head: bool = False) -> list[int]:
+    """The paper's varying schedule (section 4, Table 6): at each junction, the fewest axes that discard at most this energy.
 
-    If the writer of the same half needs it for a shortcut (`remembers`), its input is kept until that writer takes it.
-    `extra` is set on the final norm when the head is not sliced: the last d - k coordinates of the last writer, joined to
-    the stream before the norm.
+    energies [junctions, d], largest first, from `spectra`: those of the dense model, so that the widths are known before
+    anything is sliced (the paper reads each spectrum as it slices). discarded: share of the energy, in [0, 1). Widths are
+    rounded up to multiples of `round_interval`, at most d.
     """
-
-    def __init__(self, d: int, epsilon: float):
-        super().__init__()
-        self.d, self.epsilon, self.remembers = d, epsilon, False
-        self.residual: torch.Tensor | None = None
-        self.extra: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.extra is not None:
-            x = torch.cat([x, self.extra.view(*x.shape[:-1], -1)], dim=-1)
-            self.extra = None
-        elif self.remembers:
-            self.residual = x
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) / self.d + self.epsilon)
-        return (wide * scale).to(x.dtype)
-
-    def take(self) -> torch.Tensor:
-        residual, self.residual = self.residual, None
-        return residual
-
-    def extra_repr(self) -> str:
-        return f"d={self.d}, epsilon={self.epsilon}"
+    if not 0 <= discarded < 1:
+        raise ValueError(f"the discarded share of energy must be in [0, 1), not {discarded}")
+    d = energies.shape[1]
+    kept = energies.double().cumsum(1) / energies.double().sum(1, keepdim=True)
+    widths = [1 + int((share < 1 - discarded - 1e-12).sum()) for share in kept]
+    widths = [min(d, -(-k // round_interval) * round_interval) for k in widths]
+    return widths if slice_head else [*widths[:-1], d]
 
 
-class ShortcutWriter(nn.Linear):
-    """A writer that also applies the shortcut, so that the block's own `residual + output` is right (stock forward).
-
-    Low-rank layout: output - (uC)Cᵀ, so the sum is u(I - CCᵀ) + output. Dense layout: output + uS - u. In the last half
-    before an unsliced head the output has d columns: the first k are returned, the rest goes to the final norm.
-    """
-
-    def __init__(
-        self,
-        source: nn.Linear,
-        norm: JunctionNorm,
-        shortcut: nn.Parameter | None,
-        layout: str,
-        final_norm: JunctionNorm | None = None,
-    ):
-        super().__init__(source.in_features, source.out_features, bias=source.bias is not None, device="meta")
-        self.weight, self.bias = source.weight, source.bias
-        self.shortcut, self.layout = shortcut, layout
-        self._norms = [norm] if final_norm is None else [norm, final_norm]  # a list: they belong to the block and the model
-        norm.remembers = True
-
-    @property
-    def macs_per_token(self) -> int:
-        shortcut = 0 if self.shortcut is None else self.shortcut.numel()
-        return self.weight.numel() + shortcut * (1 if self.layout == "dense" else 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out, u = super().forward(x), self._norms[0].take()
-        if self.shortcut is not None and self.layout == "dense":
-            k = u.shape[-1]
-            out = out + u @ self.shortcut
-            out = torch.cat([out[..., :k] - u, out[..., k:]], dim=-1)
-        elif self.shortcut is not None:
-            out = out - (u @ self.shortcut) @ self.shortcut.T
-        if len(self._norms) > 1:
-            out, self._norms[1].extra = out.split([u.shape[-1], out.shape[-1] - u.shape[-1]], dim=-1)
-        return out
-
-
-# --- cutting the weights (float64, cast once) --------------------------------------------------------------------------
-
-
-def slice_reader(layer: nn.Linear, norm: nn.Module, a: torch.Tensor, family: Family) -> nn.Linear:
-    """W diag(gain) A, with the norm's offset folded into the bias: b + W offset. Result: [out, k]."""
-    weight = layer.weight.detach().double()
-    bias = None if layer.bias is None else layer.bias.detach().double()
-    if (offset := norm_offset(norm)) is not None:
-        bias = weight @ offset + (0 if bias is None else bias)
-    return linear((weight * norm_gain(norm, family)) @ a, bias, like=layer.weight)
-
-
-def slice_writer(layer: nn.Linear, b: torch.Tensor, family: Family) -> nn.Linear:
-    """Bᵀ M W and Bᵀ M bias, where M subtracts the mean if the family's norms do. Result: [k, in]."""
-
-    def centre(x):
-        return remove_mean(x, dim=0) if family.subtracts_mean else x
-
-    weight = b.T @ centre(layer.weight.detach().double())
-    bias = None if layer.bias is None else b.T @ centre(layer.bias.detach().double())
-    return linear(weight, bias, like=layer.weight)
-
-
-def slice_embedding(table: nn.Embedding, a: torch.Tensor, family: Family) -> nn.Embedding:
-    """E M A: centred only where the norms subtract the mean (the published code centres always, which is wrong)."""
-    weight = table.weight.detach().double()
-    return embedding(table, (remove_mean(weight) if family.subtracts_mean else weight) @ a)
-
-
-def _sliced_half(
-    block: nn.Module,
-    half: Half,
-    family: Family,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    shortcut: torch.Tensor | None,
-    layout: str,
-    final_norm: JunctionNorm | None,
-) -> dict[str, nn.Module]:
-    """The modules, by name, that replace norm, readers and writer of one half; a, b: kept bases before and after it.
-
-    `final_norm` is given for the last half before an unsliced head and takes the coordinates beyond k.
-    """
-    norm = block.get_submodule(half.norm)
-    junction = JunctionNorm(a.shape[0], norm_epsilon(norm))
-    writer = slice_writer(block.get_submodule(half.writer), b, family)
-    if shortcut is not None or final_norm is not None:
-        stored = None if shortcut is None else parameter(shortcut, like=writer.weight)
-        writer = ShortcutWriter(writer, junction, stored, layout, final_norm)
-    readers = {name: slice_reader(block.get_submodule(name), norm, a, family) for name in half.readers}
-    return {half.norm: junction, half.writer: writer} | readers
-
-
-def connect(a: torch.Tensor, axes: torch.Tensor, k: int, layout: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Basis after a half and the shortcut that leads to it from basis a [d, k].
-
-    Low-rank: (B, C) with AᵀB = I - CCᵀ. Dense, as published: (B, S = AᵀB). Towards an unsliced head (k = d) the low-rank
-    layout starts the last basis with A itself, so the shortcut is zero padding and needs no parameters.
-    """
-    d = axes.shape[0]
-    if layout == "dense":
-        b = axes[:, :k]
-        return b, a.T @ b
-    if k == d > a.shape[1]:
-        return complete(a), None
-    b, c = symmetric_shortcut(a, axes, k)
-    return b, c if c.shape[1] else None
-
-
-def rotate_and_slice(
+def widths_for_size(
     model: nn.Module,
-    axes: Iterator[torch.Tensor],
-    k: int,
+    energies: torch.Tensor,
+    params: int,
+    round_interval: int = 8,
     layout: str = "low-rank",
     slice_head: bool = False,
-    inplace: bool = False,
-    progress: Callable[[str], None] | None = None,
-) -> nn.Module:
-    """Build the sliced network from one orthogonal matrix [d, d] per junction, taken from `axes` as it is needed.
+) -> list[int]:
+    """A variance schedule that comes close to `params` parameters from below, counted on the real modules.
 
-    Any orthogonal matrices leave the function unchanged at k = d (the paper's Theorem 1); principal axes lose least
-    below. The result is a model of the same class with narrower modules; the dense one stays intact, or is consumed
-    block by block with `inplace` so that both are never in memory.
+    Bisects the discarded energy. (Size is not quite monotone in it: a shortcut to a narrower junction is stored dense.)
+    Raises ValueError if even the smallest model is larger.
     """
-    dense = Anatomy(model)
-    family, d = dense.family, dense.width
-    head, final_norm = dense.head, dense.get(family.final_norm)
-    sliced = Anatomy(model if inplace else shell(model))
-    axes = (q.to(head.weight.device) for q in axes)
+    low, high = 0.0, 1 - 1e-9  # too large a model, small enough a model
 
-    a = next(axes)[:, :k]
-    tables = {name: slice_embedding(dense.get(name), a, family) for name in family.embeddings}
-    last_norm = JunctionNorm(d, norm_epsilon(final_norm))
-    for i, block in enumerate(sliced.blocks):
-        new: dict[str, nn.Module] = {}
-        for half in dense.halves:
-            widens = i + 1 == len(sliced.blocks) and half is family.mlp and not slice_head and k < d
-            # An unsliced head needs no principal axes at the last junction: nothing is deleted there.
-            q = complete(a) if widens else next(axes)
-            b, shortcut = connect(a, q, d if widens else k, layout)
-            new |= _sliced_half(block, half, family, a, b, shortcut, layout, last_norm if widens else None)
-            a = b
-        for name, module in new.items():  # only now: finding the axes ran the dense block
-            block.set_submodule(name, module)
-        if progress:
-            progress(f"sliced layer {i + 1} of {len(sliced.blocks)} to width {k}")
-    sliced.put(family.head, slice_reader(head, final_norm, a, family))
-    sliced.put(family.final_norm, last_norm)
-    for name, table in tables.items():
-        sliced.put(name, table)
-    untie_head(sliced.model)
-    record_edit(sliced.model, edit="slicegpt", width=k, layout=layout, slice_head=slice_head)
-    return sliced.model
+    def size(discarded: float) -> int:
+        return count(shapes_only(model, variance_widths(energies, discarded, round_interval, slice_head), layout)).params
+
+    if size(high) > params:
+        raise ValueError(f"no variance schedule of this model has at most {params:,} parameters: ask for more")
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) > params else (low, middle)
+    return variance_widths(energies, high, round_interval, slice_head)
 
 
 # --- calibration --------------------------------------------------------------------------------------------------------
+
+
+def rms_normalise(x: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
+    """Each row of x [..., d] divided by its root mean square; at least float32."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x * (x.square().mean(-1, keepdim=True) + epsilon).clamp(min=1e-30).rsqrt()
 
 
 def decompose(
@@ -248,39 +128,90 @@ def decompose(
     signal `raw` decomposes the residual stream itself, as the released code does; `normalised` decomposes the output of
     the norm, as the paper's text says (each token then has the same weight).
     """
-
-    def rms_normalise(x):
-        x = x if x.dtype == torch.float64 else x.float()
-        return x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
-
     return principal_axes(stream.gram(rms_normalise if signal == "normalised" else None), precision)
 
 
 def junctions(
     stream: ResidualStream,
     first: tuple[torch.Tensor, torch.Tensor],
-    k: int,
+    widths: Sequence[int],
     signal: str = "raw",
     precision: torch.dtype = torch.float64,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`decompose` at every junction in order, each measured on the stream already sliced to k before it.
+    compensate: bool = False,
+) -> Iterator[Junction]:
+    """Every junction in order, each measured on the stream already sliced to `widths` before it.
 
     `first` is the decomposition of junction 0, where the stream must stand. One evaluation of each half block: measure,
-    project, go on (the published code runs every block twice). At k = d this is the dense model.
+    project, go on (the published code runs every block twice). At widths d this is the dense model. `compensate` also
+    measures the mean of what is deleted and gives it back, as the finished network will.
     """
-    found = first
-    yield found
-    for block in range(len(stream.anatomy.blocks)):
-        for half in (attention_half, mlp_half):
-            stream.advance(half, block, before=_projection(found[1], k, stream.anatomy))
-            found = decompose(stream, signal, precision)
-            yield found
+    anatomy, found = stream.anatomy, first
+    steps = [(run, halves, block) for block in range(len(anatomy.blocks)) for run, halves in anatomy.steps]
+    for k, (run, halves, block) in zip(widths[:-1], steps, strict=True):
+        values, axes = found
+        project = _projection(axes, k, anatomy)
+        norms = [anatomy.blocks[block].get_submodule(half.norm) for half in halves]
+        shifts = _deleted_means(stream, project, norm_epsilon(norms[0])) if compensate else (None, None)
+        yield Junction(axes, values, *shifts)
+        with _shifted(norms, shifts[1], anatomy):
+            stream.advance(run, block, before=project, after=shifts[0])
+        found = decompose(stream, signal, precision)
+    values, axes = found
+    shifts = (None, None)
+    if compensate:
+        final_norm = anatomy.get(anatomy.family.final_norm)
+        shifts = _deleted_means(stream, _projection(axes, widths[-1], anatomy), norm_epsilon(final_norm))
+    yield Junction(axes, values, *shifts)
+
+
+def _deleted_means(stream: ResidualStream, project: Callable, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [d] over the real tokens of what a projection takes from the stream and from the norm's output (before gain)."""
+    from_stream = from_norm = 0.0
+    tokens = 0
+    for x in stream.tokens():
+        kept = project(x)
+        from_stream += (x.double() - kept.double()).sum(0)
+        from_norm += (rms_normalise(x, epsilon).double() - rms_normalise(kept, epsilon).double()).sum(0)
+        tokens += len(x)
+    return from_stream / tokens, from_norm / tokens
+
+
+@contextlib.contextmanager
+def _shifted(norms: list[nn.Module], shift: torch.Tensor | None, anatomy: Anatomy) -> Iterator[None]:
+    """Add gain · shift to what these norms return: a mean given back to the readers behind them."""
+    handles = []
+    for norm in {id(norm): norm for norm in norms}.values() if shift is not None else ():
+        given = norm_gain(norm, anatomy.family) * shift
+        handles.append(norm.register_forward_hook(lambda _, inputs, out, given=given: out + given.to(out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def spectra(model: nn.Module, ids: torch.Tensor, signal: str = "raw", batch: int = 8) -> torch.Tensor:
-    """Eigenvalues [2 L + 1, d] of every junction of the dense model, largest first: how much energy slicing could keep."""
+    """Eigenvalues [junctions, d] of the dense model, largest first: how much energy slicing could keep."""
     stream = ResidualStream(model, ids, batch=batch)
-    return torch.stack([values for values, _ in junctions(stream, decompose(stream, signal), stream.anatomy.width, signal)])
+    full = [stream.anatomy.width] * stream.anatomy.junctions
+    return torch.stack([found.values for found in junctions(stream, decompose(stream, signal), full, signal)])
+
+
+def principal_angles(model: nn.Module, ids: torch.Tensor, level: float, round_interval: int = 8, batch: int = 8) -> torch.Tensor:
+    """Angles [steps, k] in degrees, ascending, between the subspaces kept at neighbouring junctions of the sliced network.
+
+    Their cosines are the singular values of the shortcuts AᵀB. Angles of zero are directions that both junctions keep.
+    """
+    check_sliceable(model)
+    stream = ResidualStream(model, ids, batch=batch)
+    widths = constant_widths(model, level, round_interval, slice_head=True)
+    kept = [found.axes[:, : widths[0]] for found in junctions(stream, decompose(stream), widths)]
+    # From the sines of the dropped part: the arc cosine of a number near 1 has no digits left.
+    angles = []
+    for a, b in itertools.pairwise(kept):
+        sine = torch.linalg.svdvals(a - b @ (b.T @ a)).clamp(max=1)
+        angles.append(torch.rad2deg(torch.asin(sine)).flip(0))
+    return torch.stack(angles)
 
 
 def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy) -> Callable:
@@ -300,118 +231,124 @@ def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy) -> Callable:
     return project
 
 
-def randomly_oriented(axes: Iterator[torch.Tensor], k: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Rotate the k kept axes of each junction among themselves at random: the same function in other coordinates."""
-    for q in axes:
-        yield torch.cat([q[:, :k] @ random_rotation(k, generator).to(q), q[:, k:]], dim=1)
+def randomly_oriented(found: Iterator[Junction], widths: Sequence[int], generator: torch.Generator) -> Iterator[Junction]:
+    """Rotate the kept axes of each junction among themselves at random: the same function in other coordinates."""
+    for junction, k in zip(found, widths, strict=False):
+        q = junction.axes
+        turned = torch.cat([q[:, :k] @ random_rotation(k, generator).to(q), q[:, k:]], dim=1)
+        yield replace(junction, axes=turned)
 
 
-def replay(model: nn.Module, width: int, layout: str, slice_head: bool) -> nn.Module:
-    """Repeat the edit of `rotate_and_slice` on a model without values (parameters on the meta device), in place."""
-    check_sliceable(model)
-    d = model.config.hidden_size
-    if layout not in LAYOUTS or not isinstance(slice_head, bool) or not isinstance(width, int) or not 0 < width <= d:
-        raise ValueError(f"no such slicing of a model of width {d}: width {width!r}, layout {layout!r}, head {slice_head!r}")
-    axes = itertools.repeat(torch.empty(d, d, dtype=torch.float64, device="meta"))
-    return rotate_and_slice(model, axes, width, layout, slice_head, inplace=True)
-
-
-def shapes_only(
-    model: nn.Module, level: float, round_interval: int = 8, layout: str = "low-rank", slice_head: bool = False
-) -> nn.Module:
-    """The sliced network as shapes on the meta device, from a model of any size and on any device: for counting."""
-    check_sliceable(model)
-    return replay(shape_shell(model), kept_width(model.config.hidden_size, level, round_interval), layout, slice_head)
-
-
-def check_sliceable(model: nn.Module) -> None:
-    """Raise ValueError, with the reason, for architectures whose residual stream cannot be rotated freely."""
-    family = Anatomy(model).family
-    if any(isinstance(module, JunctionNorm) for module in model.modules()):
-        raise ValueError("this model is already sliced: slice the dense model at a higher level instead")
-    if any(half.output_norm for half in (family.attention, family.mlp)):
-        raise ValueError(
-            f"SliceGPT cannot rotate {model.config.model_type}: it normalises what attention and MLP write before "
-            "adding it (sandwich norms), and that norm's scale is not invariant under a rotation that follows its gain. "
-            "Use a method that leaves the residual stream alone"
-        )
+# --- slicing ------------------------------------------------------------------------------------------------------------
 
 
 def sweep(
     model: nn.Module,
     ids: torch.Tensor,
-    levels: Sequence[float],
+    cuts: Sequence[float | Sequence[int]],
     *,
     mask: torch.Tensor | None = None,
     round_interval: int = 8,
     layout: str = "low-rank",
     signal: str = "raw",
     orientation: str = "pca",
+    statistics: str = "sliced",
     slice_head: bool = False,
+    compensate: bool = False,
+    drop_below: float = 0.0,
     precision: torch.dtype = torch.float64,
     generator: torch.Generator | None = None,
     batch: int = 8,
     inplace: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> Iterator[tuple[float, nn.Module]]:
-    """Slice a model at several levels; yields (level, sliced model), each the same function as a run of its own.
+) -> Iterator[tuple[float | Sequence[int], nn.Module]]:
+    """Slice a model at several levels; yields (cut, sliced model), each the same function as a run of its own.
 
-    ids: calibration tokens [samples, length]; mask: 1 for real tokens. The dense model is read only; first junction and
-    residual buffer are shared by all levels. Raises ValueError for bad levels, ids, weights or architectures before
-    any work starts.
+    ids: calibration tokens [samples, length]; mask: 1 for real tokens. A cut is a slicing level, or a schedule: one width
+    per junction, the last one the head's (`variance_widths`, or `widths` from the record of a saved model). The dense model
+    is read only; first junction and residual buffer are shared by all cuts.
+
+    statistics `dense` measures every junction on the dense model instead of the network sliced so far: one calibration for
+    all cuts, a preview that holds all axes in memory (8 d² bytes a junction). compensate: give the mean of what is deleted
+    back as biases (our extra; off, as in the paper). drop_below: leave out shortcut columns whose principal angle has
+    1 - cos below this.
+
+    Raises ValueError for bad cuts, ids, weights or architectures before any work starts.
     """
     for name, value, known in (
         ("layout", layout, LAYOUTS), ("signal", signal, SIGNALS), ("orientation", orientation, ORIENTATIONS),
+        ("statistics", statistics, STATISTICS),
     ):  # fmt: skip
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    if layout == "global":
+        raise ValueError(
+            "one basis for all junctions is measured in another way: use global_axes with stock_model or slice_globally"
+        )
     if orientation == "random" and generator is None:
         raise ValueError("orientation 'random' needs a torch.Generator, so that the run can be repeated")
-    if inplace and len(levels) != 1:
+    if compensate and statistics == "dense":
+        raise ValueError("compensation is measured on the sliced stream: use statistics 'sliced'")
+    if inplace and len(cuts) != 1:
         raise ValueError("slicing in place consumes the dense model: give exactly one level")
     check_sliceable(model)
-    widths = [kept_width(model.config.hidden_size, level, round_interval) for level in levels]
-    return _sweep(
-        model, ResidualStream(model, ids, mask, batch), list(zip(levels, widths, strict=True)), layout, signal,
-        orientation, slice_head, precision, generator, inplace, progress,
-    )  # fmt: skip
+    schedules = []
+    for cut in cuts:
+        level = isinstance(cut, int | float)
+        schedules.append(constant_widths(model, cut, round_interval, slice_head) if level else list(cut))
+        check_widths(Anatomy(model), schedules[-1], layout)
+    stream = ResidualStream(model, ids, mask, batch)
+
+    def run() -> Iterator[tuple[float | Sequence[int], nn.Module]]:
+        first = decompose(stream, signal, precision)
+        if statistics == "dense":
+            dense = list(junctions(stream, first, [stream.anatomy.width] * stream.anatomy.junctions, signal, precision))
+        for i, (cut, widths) in enumerate(zip(cuts, schedules, strict=True)):
+            if statistics == "dense":
+                found = iter(dense)
+            else:
+                if i:
+                    stream.restart()
+                found = junctions(stream, first, widths, signal, precision, compensate)
+            if orientation == "random":
+                found = randomly_oriented(found, widths, generator)
+            yield cut, rotate_and_slice(model, found, widths, layout, drop_below, inplace=inplace, progress=progress)
+
+    return run()
 
 
-def _sweep(model, stream, cuts, layout, signal, orientation, slice_head, precision, generator, inplace, progress):
-    first = decompose(stream, signal, precision)
-    for i, (level, k) in enumerate(cuts):
-        if i:
-            stream.restart()
-        axes = (axes for _, axes in junctions(stream, first, k, signal, precision))
-        if orientation == "random":
-            axes = randomly_oriented(axes, k, generator)
-        yield level, rotate_and_slice(model, axes, k, layout, slice_head, inplace, progress)
+def slice_model(model: nn.Module, ids: torch.Tensor, cut: float | Sequence[int], **settings) -> nn.Module:
+    """Slice a model at one level, or to one schedule of widths; `settings` are those of `sweep`."""
+    return next(sweep(model, ids, [cut], **settings))[1]
 
 
-def slice_model(model: nn.Module, ids: torch.Tensor, level: float, **settings) -> nn.Module:
-    """Slice a model at one level; `settings` are those of `sweep`."""
-    return next(sweep(model, ids, [level], **settings))[1]
+# --- one basis for all junctions ------------------------------------------------------------------------------------------
 
 
-# --- one basis for all junctions: an ordinary, narrower model --------------------------------------------------------------
-
-
-def global_axes(model: nn.Module, ids: torch.Tensor, batch: int = 8) -> torch.Tensor:
+def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True, batch: int = 8) -> torch.Tensor:
     """Principal axes [d, d] of all junctions of the dense model together; any width can be cut from them.
 
     The covariances are summed after division by their traces (our choice: late junctions carry far more energy and would
-    decide alone). One pass over the dense model, without the paper's re-measuring behind each cut.
+    decide alone). One pass over the dense model, without the paper's re-measuring behind each cut. Without `rotate`: the
+    coordinates as they are, sorted by energy; cutting those is the paper's baseline of deleting columns of small norm.
     """
     check_sliceable(model)
     stream = ResidualStream(model, ids, batch=batch)
     total = stream.gram()
     total /= total.trace()
     for block in range(len(stream.anatomy.blocks)):
-        for half in (attention_half, mlp_half):
-            stream.advance(half, block)
+        for run, _ in stream.anatomy.steps:
+            stream.advance(run, block)
             gram = stream.gram()
             total += gram / gram.trace()
-    return principal_axes(total)[1]
+    return (principal_axes if rotate else coordinate_axes)(total)[1]
+
+
+def slice_globally(model: nn.Module, axes: torch.Tensor, k: int, slice_head: bool = True) -> nn.Module:
+    """Slice every junction with the same axes [d, d]: no shortcuts, in any family; our own checkpoint format."""
+    check_sliceable(model)
+    widths = [k] * (Anatomy(model).junctions - 1) + [k if slice_head else len(axes)]
+    return rotate_and_slice(model, itertools.repeat(Junction(axes)), widths, "global")
 
 
 def stock_model(model: nn.Module, axes: torch.Tensor, k: int) -> nn.Module:
@@ -453,8 +390,8 @@ def stock_model(model: nn.Module, axes: torch.Tensor, k: int) -> nn.Module:
 def _check_stock(model: nn.Module, dense: Anatomy) -> None:
     """Raise ValueError with the reason where no stock class holds a one-basis slicing of this model."""
     family, kind = dense.family, model.config.model_type
-    advice = "use per-junction slicing and lib.checkpoint instead"
-    if family.subtracts_mean or family.gain_offset:
+    advice = "use slice_globally and lib.checkpoint instead"
+    if family.subtracts_mean or family.gain_offset or family.parallel:
         raise ValueError(f"a narrower {kind} is not a stock model: its class ties head size and norm to the width; {advice}")
     norms = {half.norm for half in dense.halves}
     for name, module in dense.blocks[0].named_modules():

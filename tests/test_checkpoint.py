@@ -15,13 +15,21 @@ from invoke import Exit
 
 import tasks
 from lib import checkpoint
+from lib.anatomy import Anatomy
 from lib.checkpoint import CheckpointError, export, is_checkpoint, load_checkpoint, save
 from lib.compress import compress
-from lib.evaluate import peak_memory
+from lib.evaluate import peak_memory, zero_shot
 from lib.experiment import Calibration
 from lib.models import load
-from lib.slicegpt import global_axes, rotate_and_slice, slice_model, stock_model
+from lib.slicegpt import global_axes, slice_globally, slice_model, stock_model
 from tests.conftest import SLICEABLE, relative, tiny, token_ids
+
+
+def uneven_widths(model):
+    """Widths that rise and fall from junction to junction."""
+    widths = (24, 28, 20, 31, 16, 27, 30)
+    return [*widths[: Anatomy(model).junctions - 1], 32]
+
 
 # A line per way of compressing; later methods join here. Each maps a dense model to a compressed one.
 WAYS = {
@@ -29,12 +37,19 @@ WAYS = {
     "slicegpt, dense shortcuts": lambda m: slice_model(m, token_ids(), 0.25, layout="dense"),
     "slicegpt, sliced head": lambda m: slice_model(m, token_ids(), 0.5, slice_head=True),
     "slicegpt, level 0": lambda m: slice_model(m, token_ids(), 0.0),
+    "slicegpt, tied": lambda m: slice_model(m, token_ids(), 0.25, layout="tied"),
+    "slicegpt, one basis": lambda m: slice_globally(m, global_axes(m, token_ids()), 24),
+    "slicegpt, one basis, whole head": lambda m: slice_globally(m, global_axes(m, token_ids()), 24, slice_head=False),
+    "slicegpt, schedule": lambda m: slice_model(m, token_ids(), uneven_widths(m)),
+    "slicegpt, compensated": lambda m: slice_model(m, token_ids(), 0.25, compensate=True),
+    "slicegpt, few shortcut columns": lambda m: slice_model(m, token_ids(), 0.25, drop_below=0.3),
 }
 FAMILIES_OF = dict.fromkeys(WAYS, SLICEABLE)
 CASES = [(way, family) for way in WAYS for family in FAMILIES_OF[way]]
 
 FRESH = """
 import sys, torch
+from lib.evaluate import zero_shot
 from lib.models import load
 folder, tokens, dtype = sys.argv[1:]
 model, tokenizer = load(folder, dtype=dtype)
@@ -44,15 +59,16 @@ with torch.no_grad():
 for cache in (True, False):
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     out[str(cache)] = model.generate(ids[:2], use_cache=cache, **settings)
+out["accuracy"] = zero_shot(model, tokenizer, limit=20)[0]["acc"]
 torch.save(out, tokens)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reload_in_a_fresh_process(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "layout"), [("float32", "tied"), ("bfloat16", "low-rank")])
+def test_reload_in_a_fresh_process(tmp_path, dtype, layout):
     model, tokenizer = load("wiki-a-opt", dtype=dtype)
     ids = torch.arange(1, 1001).view(10, 100)
-    small = slice_model(model, ids, 0.25)
+    small = slice_model(model, ids, 0.25, layout=layout)
     save(small, tokenizer, tmp_path / "small", base="wiki-a-opt")
     torch.save({"ids": ids}, tmp_path / "tokens.pt")
     command = [sys.executable, "-c", FRESH, str(tmp_path / "small"), str(tmp_path / "tokens.pt"), dtype]
@@ -61,14 +77,17 @@ def test_reload_in_a_fresh_process(tmp_path, dtype):
     with torch.no_grad():
         assert torch.equal(found["logits"], small(ids).logits)
     assert torch.equal(found["True"], found["False"])
+    assert found["accuracy"] == zero_shot(small, tokenizer, limit=20)[0]["acc"]
 
 
 @pytest.mark.parametrize(("way", "family"), CASES)
 def test_reload_gives_the_same_bits(tmp_path, way, family):
-    small = WAYS[way](tiny(family, torch.float32))
+    small = WAYS[way](tiny(family, torch.float32, tie_word_embeddings="tied" in way))
     again = load_checkpoint(save(small, None, tmp_path / "m"))
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, small(token_ids()).logits)
+    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(*(again.generate(token_ids(2), use_cache=cache, **settings) for cache in (True, False)))
     assert again.edits == small.edits
     assert not again.training
     assert not [p for p in again.parameters() if p.is_meta]
@@ -122,6 +141,45 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_no_space_on_the_device(small_disk):
+    with pytest.raises(Exit, match="nothing was written") as stop:
+        tasks.compress.body(None, "wiki-a-llama", str(small_disk / "out"), samples=4, length=32)
+    assert stop.value.code == 1
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_schedule_is_taken_over_from_a_saved_model(tmp_path):
+    settings = dict(calibration=Calibration("wiki-a", 8, 64), ratio=0.25, round_interval=1)
+    constant = compress("wiki-a-llama", tmp_path / "constant", **settings)
+    variance = compress("wiki-a-llama", tmp_path / "variance", schedule="variance", **settings)
+    assert 0.98 * constant["params"] < variance["params"] <= constant["params"]
+    again = compress("wiki-a-llama", tmp_path / "again", schedule=str(tmp_path / "variance"), **settings)
+    assert again["params"] == variance["params"]
+    widths = [load(str(tmp_path / name))[0].edits[0]["widths"] for name in ("constant", "variance", "again")]
+    assert widths[1] == widths[2] != widths[0]
+    assert len(set(widths[0][:-1])) == 1 < len(set(widths[1][:-1]))
+
+
+def test_the_same_seed_writes_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        compress("wiki-a-opt", tmp_path / name, calibration=Calibration("wiki-a", 4, 32))
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert "compressed.safetensors" in files
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     return save(WAYS["slicegpt, low-rank"](tiny("opt", torch.float32)), None, tmp_path_factory.mktemp("saved") / "m", base="tiny")
@@ -145,15 +203,20 @@ def first_shard(record):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f, r: r.update(schema=2), "schema 2"),
+        (lambda f, r: r.update(schema=1), "schema 1"),
         (lambda f, r: r.clear(), "schema None"),
         (lambda f, r: r.update(edits=[]), "lacks edits"),
         (lambda f, r: r.update(dtype="int8"), "lacks edits, dtype"),
         (lambda f, r: r["edits"][0].update(edit="unknown"), "unknown edit 'unknown'"),
-        (lambda f, r: r["edits"][0].update(width=25), "cannot be repeated|has shape"),
-        (lambda f, r: r["edits"][0].update(width=-1), "no such slicing"),
-        (lambda f, r: r["edits"][0].update(layout="dense"), "has shape|disagree"),
-        (lambda f, r: r["edits"][0].update(slice_head=True), "has shape|disagree"),
+        (lambda f, r: r["edits"][0]["widths"].__setitem__(1, 25), "cannot be repeated|has shape"),
+        (lambda f, r: r["edits"][0]["widths"].__setitem__(0, -1), "as many widths"),
+        (lambda f, r: r["edits"][0]["widths"].pop(), "cannot be repeated"),
+        (lambda f, r: r["edits"][0].update(widths=24), "are lists"),
+        (lambda f, r: r["edits"][0]["ranks"].__setitem__(1, 9), "do not fit"),
+        (lambda f, r: r["edits"][0]["ranks"].__setitem__(1, "8"), "whole numbers or null"),
+        (lambda f, r: r["edits"][0].update(layout="dense"), "do not fit|has shape|disagree"),
+        (lambda f, r: r["edits"][0].update(layout="tied"), "disagree|has shape|shares the embedding"),
+        (lambda f, r: r["edits"][0].update(compensated=3), "true or false"),
         (lambda f, r: r["edits"][0].update(surprise=1), "cannot be repeated"),
         (lambda f, r: first_shard(r).pop("lm_head.weight"), "not expected|missing"),
         (lambda f, r: first_shard(r)["lm_head.weight"].update(shape=[1, 2]), "has shape"),
@@ -292,7 +355,7 @@ def test_stock_model_is_the_sliced_network_with_one_basis(family, k):
             module.variance_epsilon = 1e-3  # large enough to show
     model.config.rms_norm_eps = 1e-3
     axes = global_axes(model, token_ids())
-    sliced = rotate_and_slice(model, iter([axes] * 7), k, layout="dense", slice_head=True)
+    sliced = slice_globally(model, axes, k)
     stock = stock_model(model, axes, k)
     with torch.no_grad():
         assert relative(stock(token_ids()).logits, sliced(token_ids()).logits) < 1e-10
@@ -307,7 +370,7 @@ def test_families_without_a_stock_form_are_refused(family, message):
 
 
 def test_export_names_what_is_not_stock(tmp_path):
-    with pytest.raises(ValueError, match="slicegpt put shortcuts.*slicegpt-global"):
+    with pytest.raises(ValueError, match="slicegpt changed its shapes.*slicegpt-global"):
         export(WAYS["slicegpt, low-rank"](tiny("llama")), None, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
@@ -327,7 +390,7 @@ def test_compress_to_a_stock_model(tmp_path):
 
 def test_compress_evaluate_generate(tmp_path, capsys):
     out = str(tmp_path / "small")
-    tasks.compress.body(None, "wiki-a-llama", out, samples=16, length=64, round_interval=1)
+    tasks.compress.body(None, "wiki-a-llama", out, samples=16, length=64, set=["round_interval=1"])
     said = capsys.readouterr().out
     assert "really removed" in said
     record = json.loads((tmp_path / "small" / "compression.json").read_text())["provenance"]
@@ -353,6 +416,11 @@ def test_compress_evaluate_generate(tmp_path, capsys):
         ({"dtype": "int3"}, "float32, bfloat16"),
         ({"device": "cuda:7"}, "no GPU"),
         ({"samples": 10**6}, "fewer or shorter"),
+        ({"set": ["layot=tied"]}, "choose one of round_interval, layout"),
+        ({"set": ["layout=tide"]}, "low-rank, dense, tied"),
+        ({"set": ["layout"]}, "NAME=VALUE"),
+        ({"set": ["schedule=/no/such/folder"]}, "compression.json"),
+        ({"method": "slicegpt-global", "set": ["layout=tied"]}, "choose one of round_interval"),
     ],
 )
 def test_bad_commands_write_nothing(tmp_path, arguments, message):
