@@ -43,6 +43,18 @@ def count(model: nn.Module) -> Count:
     )
 
 
+def prefill_macs(model: nn.Module, prompt: int) -> int:
+    """Multiply-adds of reading a prompt of `prompt` tokens and predicting the next one: what its time is ideally made of.
+
+    All matrices for every token, but the head for the last one only, and causal attention: n (n + 1) / 2 pairs of tokens.
+    """
+    anatomy = Anatomy(model)
+    config, head = model.config, _macs(anatomy.head)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = len(anatomy.blocks) * config.num_attention_heads * head_size * prompt * (prompt + 1)
+    return (count(model).macs_per_token - head) * prompt + head + pairs
+
+
 def _macs(module: nn.Module) -> int:
     if hasattr(module, "macs_per_token"):  # modules that do more than one product say so themselves
         return module.macs_per_token

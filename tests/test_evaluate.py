@@ -2,14 +2,15 @@
 
 import math
 import os
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from lib.continuation import TASK, continuation_documents
-from lib.cost import count
-from lib.evaluate import peak_memory, perplexity, speed, zero_shot
+from lib.cost import count, prefill_macs
+from lib.evaluate import peak_memory, perplexity, self_times, speed, zero_shot
 from lib.models import load
 from lib.slicegpt import slice_model
 from tests.conftest import tiny, token_ids
@@ -151,3 +152,28 @@ def test_macs_of_shortcuts():
     low_rank = count(slice_model(model, token_ids(), 0.25, slice_head=True))
     assert dense.macs_per_token - low_rank.macs_per_token == 6 * (k * k - 2 * k * c)
     assert dense.params - low_rank.params == 6 * (k * k - k * c)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_prefill_macs_by_hand(family):
+    model = tiny(family)
+    width, inner, heads, keys, head_size = 32, 48, 4, 2 if family == "llama" else 4, 12 if family == "llama" else 8
+    matrices = width * head_size * (2 * heads + 2 * keys) + (3 if family == "llama" else 2) * width * inner
+    pairs = heads * head_size * 20 * 21  # scores and values, half of 20 x 21 pairs each
+    assert prefill_macs(model, 20) == 3 * (20 * matrices + pairs) + 80 * width
+
+
+class Sleeper(nn.Module):
+    def forward(self, x):
+        time.sleep(0.05)
+        return x
+
+
+def test_self_times_go_to_the_module_that_takes_them():
+    model = tiny("llama", torch.float32)
+    model.model.layers[1].mlp.act_fn = Sleeper()
+    found = self_times(model, token_ids(2), repeats=2)
+    assert 0.05 <= found["Sleeper"] < 0.5
+    assert found["Sleeper"] > found["LlamaMLP"] + found["LlamaDecoderLayer"]  # not counted again in what surrounds it
+    assert {"Linear", "LlamaRMSNorm", "LlamaAttention", "LlamaForCausalLM"} <= set(found)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
