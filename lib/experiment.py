@@ -85,6 +85,7 @@ class Subject:
         found, tasks = count(model), self.protocol.tasks if zero_shot else ()
         return {
             "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
+            "zeros": zero_share(model),
             "perplexity": self.perplexity(model),
             "zero_shot": evaluate.zero_shot(model, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
         }
@@ -108,13 +109,19 @@ class Subject:
         return {level: found[level] if level in found else self.run.cell(None, **key, level=level) for level in levels}
 
 
+def zero_share(model: nn.Module) -> float:
+    """Share of a model's parameters that are exactly zero: what unstructured pruning made, stored dense or not."""
+    zeros, total = zip(*((int((p == 0).sum()), p.numel()) for p in model.parameters()), strict=True)
+    return sum(zeros) / sum(total)
+
+
 def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:
     """Rows of `perplexity.csv`: the columns that every notebook shares, then the protocol."""
     rows = []
     for ratio, cell in found.items():
         size, value = cell["size"], cell["perplexity"]
         row = {"model": subject.name, "method": method, "ratio": ratio, "perplexity": value["perplexity"]}
-        row |= {name: size[name] for name in SIZE_COLUMNS}
+        row |= {name: size[name] for name in SIZE_COLUMNS} | {"zeros": cell["zeros"]}
         rows.append(row | {"text": subject.protocol.text.name} | {name: value[name] for name in ("windows", "length", "tokens")})
     return rows
 
