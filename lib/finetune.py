@@ -113,7 +113,7 @@ def recover(
         torch.manual_seed(settings.seed)
         adapted = with_adapters(model, names, settings)
         history, step = _train(adapted, ids, settings, steps, validation, progress)
-    recovered = model if inplace else shell(model)
+    recovered = (model if inplace else shell(model)).eval()
     merge(adapted, names, recovered)
     return Recovered(recovered, history, step)
 
@@ -153,6 +153,7 @@ def with_adapters(model: nn.Module, names: Sequence[str], settings: LoRA) -> nn.
     Adapters are at least float32, whatever the dtype of the model. A starts random (from torch's global generator), B zero.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+    from peft.functional import cast_adapter_dtype
 
     # Views, not the model's own parameters: those must not learn that they are frozen here.
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
@@ -161,6 +162,7 @@ def with_adapters(model: nn.Module, names: Sequence[str], settings: LoRA) -> nn.
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(names), bias="none"
     )
     adapted = inject_adapter_in_model(config, adapted)
+    cast_adapter_dtype(adapted, "default")  # half precision to float32
     if settings.gradient_checkpointing:
         # Not reentrant: a sliced block hands its residual from norm to writer on the side, and this form sees it.
         for block in Anatomy(adapted).blocks:
