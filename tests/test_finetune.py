@@ -181,6 +181,19 @@ def test_every_sequence_once_a_pass(monkeypatch):
     assert not torch.equal(*passes)  # in another order
 
 
+def test_dropout_works_while_training_and_only_then(monkeypatch):
+    modes = []
+
+    def spied(model, ids):
+        modes.append((torch.is_grad_enabled(), {m.training for m in model.modules() if isinstance(m, nn.Dropout)}))
+        return next_token_loss(model, ids)
+
+    monkeypatch.setattr("lib.finetune.next_token_loss", spied)
+    recover(tiny("llama", torch.float32), token_ids(), LoRA(**QUICK), validation=token_ids(3))
+    assert [learns for learns, _ in modes] == [False, True, True, False, True, True, False]
+    assert all(active == {learns} for learns, active in modes)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_loss_on_the_training_tokens_falls(kind):
     model, ids = MODELS[kind](), token_ids()
