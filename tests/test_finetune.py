@@ -12,7 +12,7 @@ from lib.anatomy import Anatomy
 from lib.checkpoint import load_checkpoint, save
 from lib.evaluate import perplexity
 from lib.finetune import LoRA, linear_layers, merge, next_token_loss, rate, recover, with_adapters
-from lib.slicegpt import LAYOUTS, slice_model
+from lib.slicegpt import slice_model
 from lib.surgery import shell
 from tests.conftest import LAYERS, relative, tiny, token_ids
 
@@ -30,13 +30,16 @@ def sliced(family="llama", dtype=torch.float32, layout="low-rank", slice_head=Tr
 
 MODELS = {
     "dense llama": lambda: tiny("llama", torch.float32),
+    "sliced opt, tied table": lambda: slice_model(
+        tiny("opt", torch.float32, tie_word_embeddings=True), token_ids(), 0.25, layout="tied"
+    ),
     "dense opt, tied": lambda: tiny("opt", torch.float32, tie_word_embeddings=True),
     **{
         f"{family}, {layout}, {'sliced' if head else 'whole'} head": lambda f=family, la=layout, h=head: sliced(
             f, layout=la, slice_head=h
         )
         for family in ("llama", "opt")
-        for layout in LAYOUTS
+        for layout in ("low-rank", "dense")
         for head in (True, False)
     },
 }
