@@ -217,7 +217,7 @@ def checked(run):
     """Call `run`; an error that the user can mend becomes one line and exit status 2, anything else stays a traceback."""
     try:
         return run()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ModuleNotFoundError) as error:
         raise Exit(str(error), code=2) from error
     except OSError as error:
         raise Exit(f"{error}: nothing was written", code=1) from error
@@ -305,6 +305,21 @@ def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
         print(tokenizer.decode(out[0], skip_special_tokens=True))
 
     checked(work)
+
+
+@task(
+    help={
+        "folder": "a stock model: made with method slicegpt-global, or any Llama, Mistral or Qwen 2 in the Hugging Face format",
+        "out": "new .gguf file",
+        "dtype": "precision of the matrices: float16, bfloat16 or float32",
+    }
+)
+def export_gguf(c, folder, out, dtype="float16"):
+    """Convert a stock model folder to one GGUF file, for llama.cpp (needs the extra `gguf`)."""
+    from lib.gguf_export import to_gguf
+
+    path = checked(lambda: to_gguf(folder, out, dtype))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, matrices in {dtype}")
 
 
 @task

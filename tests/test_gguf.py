@@ -1,0 +1,482 @@
+"""A GGUF file is the model that was exported: run from the file alone, by our reading of the format and by llama.cpp."""
+
+import itertools
+import json
+import shutil
+import sys
+
+import gguf
+import pytest
+import tokenizers
+import torch
+import transformers
+from invoke import Exit
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+import tasks
+from lib.checkpoint import export, save
+from lib.gguf_export import SPLITS, to_gguf
+from lib.models import load
+from lib.slicegpt import global_axes, slice_model, stock_model
+from lib.text import load_corpus, sample_blocks
+from tests.conftest import relative, tiny, token_ids
+
+ROWS = 2050  # embeddings: two more than the tokenizer of the embedded models has tokens
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+
+
+def sliced(family, **settings):
+    model = tiny(family, vocab_size=ROWS, **settings)
+    return stock_model(model, global_axes(model, token_ids()), 24)
+
+
+# What is exported, and the architecture that the file must name.
+CASES = {
+    "llama, sliced": (lambda: sliced("llama"), "llama"),
+    "mistral, sliced": (lambda: sliced("mistral"), "llama"),
+    "qwen2, sliced": (lambda: sliced("qwen2"), "llama"),
+    "qwen2, heads as wide as the stream": (lambda: tiny("qwen2", vocab_size=ROWS, head_dim=8), "qwen2"),
+    "qwen2, stretched": (lambda: tiny("qwen2", vocab_size=ROWS, head_dim=8, rope_parameters=LLAMA3), "llama"),
+    "llama, tied": (lambda: tiny("llama", vocab_size=ROWS, tie_word_embeddings=True), "llama"),
+    "llama, biases everywhere": (lambda: tiny("llama", vocab_size=ROWS, attention_bias=True, mlp_bias=True), "llama"),
+    "llama, other rotation": (
+        lambda: sliced("llama", num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 300.0}),
+        "llama",
+    ),
+    "llama 3, stretched": (lambda: sliced("llama", rope_parameters=LLAMA3), "llama"),
+    "llama, stretched evenly": (
+        lambda: sliced("llama", rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+        "llama",
+    ),
+    "llama, other epsilon": (lambda: sliced("llama", rms_norm_eps=1e-2), "llama"),
+}
+TEXTS = [
+    "", "The history of", " a  b   c    d", "one\n\ntwo\n\n\n three\n", "\t tabs\t\tand \r\n returns\r", "naïve café – “quotes”…",
+    "日本語の文章と русский текст", "👩‍👩‍👧 🙂🙂", "don't I'LL we've 3rd 12345678 1,000.50",
+    "f(x)==y;//z__", "nbsp\u00a0and\u3000wide ", "\x00\x7f",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load("wiki-a-llama")[1]
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, tokenizer):
+    """The embedded Llama, sliced to width 96 and exported: a folder."""
+    model, _ = load("wiki-a-llama")
+    ids = sample_blocks(load_corpus("wiki-a"), tokenizer, 8, 64, torch.Generator().manual_seed(0))
+    return export(stock_model(model, global_axes(model, ids), 96), tokenizer, tmp_path_factory.mktemp("embedded") / "m")
+
+
+def header(path):
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def matrices(path):
+    return {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(path).tensors}
+
+
+# --- the network ---------------------------------------------------------------------------------------------------------
+
+
+def run(path, ids):
+    """Logits [batch, tokens, vocabulary] in float64 of the network that a GGUF file describes, from its keys and tensors."""
+    keys, w = header(path), {name: value.double() for name, value in matrices(path).items()}
+    arch = keys["general.architecture"]
+    keys = {name.removeprefix(f"{arch}."): value for name, value in keys.items()}
+    heads, groups, size = (keys[f"attention.{name}"] for name in ("head_count", "head_count_kv", "key_length"))
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    def norm(x, name):
+        return w[f"{name}.weight"] * x / (x.square().mean(-1, keepdim=True) + keys["attention.layer_norm_rms_epsilon"]).sqrt()
+
+    def split(x, count):
+        return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+    def rotated(x):
+        pairs = torch.arange(size).view(2, -1).T if arch == "qwen2" else torch.arange(size).view(-1, 2)
+        frequency = keys["rope.freq_base"] ** (-torch.arange(0, size, 2) / keys["rope.dimension_count"]).double()
+        angle = torch.arange(x.shape[-2])[:, None] * frequency / w.get("rope_freqs.weight", 1)
+        turned = torch.view_as_complex(x[..., pairs].contiguous()) * torch.polar(torch.ones_like(angle), angle)
+        out = torch.empty_like(x)
+        out[..., pairs] = torch.view_as_real(turned)
+        return out
+
+    x = w["token_embd.weight"][ids]
+    for i in range(keys["block_count"]):
+        u = norm(x, f"blk.{i}.attn_norm")
+        q, k, v = (split(linear(u, f"blk.{i}.attn_{n}"), c) for n, c in (("q", heads), ("k", groups), ("v", groups)))
+        k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (rotated(k), v))
+        energy = (rotated(q) @ k.mT / size**0.5).masked_fill(torch.ones(u.shape[1], u.shape[1]).triu(1).bool(), -torch.inf)
+        x = x + linear((energy.softmax(-1) @ v).transpose(1, 2).flatten(2), f"blk.{i}.attn_output")
+        u = norm(x, f"blk.{i}.ffn_norm")
+        gate = torch.nn.functional.silu(linear(u, f"blk.{i}.ffn_gate"))
+        x = x + linear(gate * linear(u, f"blk.{i}.ffn_up"), f"blk.{i}.ffn_down")
+    return norm(x, "output_norm") @ w.get("output.weight", w["token_embd.weight"]).T
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_file_is_the_network(tmp_path, tokenizer, exact_norms, case):
+    make, arch = CASES[case]
+    model = make()
+    path = to_gguf(export(model, tokenizer, tmp_path / "m"), tmp_path / "m.gguf", "float32")
+    assert header(path)["general.architecture"] == arch
+    with torch.no_grad():
+        assert relative(run(path, token_ids()), model(token_ids()).logits) < 1e-5
+
+
+def test_the_cases_can_fail():
+    """Leaving out the rotary factors, or the epsilon, moves the logits far more than 1e-5."""
+    for settings in ({"rope_parameters": LLAMA3}, {"rms_norm_eps": 1e-2}):
+        one, two = tiny("llama"), tiny("llama", **settings)
+        with torch.no_grad():
+            assert relative(one(token_ids()).logits, two(token_ids()).logits) > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 5e-3), ("bfloat16", 3e-2)])
+def test_embedded_model_in_every_precision(tmp_path, embedded, dtype, tolerance):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
+    path = to_gguf(embedded, tmp_path / "m.gguf", dtype)
+    ids = torch.arange(1, 201).view(2, 100)
+    with torch.no_grad():
+        assert relative(run(path, ids), plain(ids).logits.double()) < tolerance
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    matrix = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    assert all(kind == ("F32" if "norm" in name else matrix) for name, kind in kinds.items())
+
+
+def test_values_are_rounded_once(tmp_path, tokenizer):
+    model = sliced("llama").float()
+    for dtype in ("float16", "bfloat16", "float32"):
+        found = matrices(to_gguf(export(model, tokenizer, tmp_path / dtype), tmp_path / f"{dtype}.gguf", dtype))
+        kind = getattr(torch, dtype)
+        assert torch.equal(found["blk.1.ffn_down.weight"], model.model.layers[1].mlp.down_proj.weight.to(kind).float())
+        assert torch.equal(found["blk.1.attn_v.weight"], model.model.layers[1].self_attn.v_proj.weight.to(kind).float())
+        assert torch.equal(found["blk.1.attn_norm.weight"], model.model.layers[1].input_layernorm.weight)
+
+
+def test_sharded_folder_gives_the_same_file(tmp_path, tokenizer):
+    model = sliced("llama").float()
+    for name, size in (("one", "1GB"), ("many", "50KB")):
+        model.save_pretrained(tmp_path / name / "m", max_shard_size=size)
+        tokenizer.save_pretrained(tmp_path / name / "m")
+        to_gguf(tmp_path / name / "m", tmp_path / f"{name}.gguf")
+    assert len(list((tmp_path / "many" / "m").glob("model-*.safetensors"))) > 2
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "many.gguf").read_bytes()
+
+
+def test_sliding_window_bounds_the_context(tmp_path, tokenizer):
+    for window, context in ((16, 16), (None, 64), (100, 64)):
+        folder = export(sliced("mistral", sliding_window=window), tokenizer, tmp_path / f"{window}")
+        assert header(to_gguf(folder, tmp_path / f"{window}.gguf"))["llama.context_length"] == context
+
+
+@pytest.mark.parametrize("case", ["llama, sliced", "mistral, sliced", "qwen2, heads as wide as the stream"])
+def test_transformers_reads_it_back(tmp_path, tokenizer, case):
+    """A second reader. Of a `llama` it takes the head size from rope.dimension_count, of a `qwen2` it takes none.
+
+    It also drops the biases of a `llama`, so it cannot check a sliced Qwen 2.
+    """
+    model = CASES[case][0]().float()
+    path = to_gguf(export(model, tokenizer, tmp_path / "m"), tmp_path / "m.gguf", "float32")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert relative(again(token_ids()).logits, model(token_ids()).logits) < 1e-5
+
+
+# --- the tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_vocabulary_from_the_file_alone(tmp_path, embedded, tokenizer):
+    keys = {name.removeprefix("tokenizer.ggml."): value for name, value in header(to_gguf(embedded, tmp_path / "m.gguf")).items()}
+    assert (keys["model"], keys["pre"]) == ("gpt2", "gpt-2")
+    vocabulary = {token: i for i, token in enumerate(keys["tokens"])}
+    again = tokenizers.Tokenizer(models.BPE(vocabulary, [tuple(pair.split(" ")) for pair in keys["merges"]]))
+    again.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in [*TEXTS, load_corpus("wiki-a", "test").text[:5000]]:
+        assert again.encode(text).ids == tokenizer(text).input_ids
+    assert keys["tokens"][0] == "<|endoftext|>"
+    assert keys["token_type"] == [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 2047
+    assert {keys[f"{name}_token_id"] for name in ("bos", "eos", "padding")} == {0}
+    assert not keys["add_bos_token"]
+    assert not keys["add_eos_token"]
+
+
+def test_rows_without_a_token_are_marked(tmp_path, tokenizer):
+    keys = header(to_gguf(export(sliced("llama"), tokenizer, tmp_path / "m"), tmp_path / "m.gguf"))
+    assert len(keys["tokenizer.ggml.tokens"]) == keys["llama.vocab_size"] == ROWS
+    assert keys["tokenizer.ggml.token_type"][-3:] == [gguf.TokenType.NORMAL] + [gguf.TokenType.UNUSED] * 2
+
+
+def byte_level(words, ignore_merges):
+    """A byte-level tokenizer trained on the corpus, which splits text by the expression `words`."""
+    made = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    made.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator([load_corpus("wiki-a").text[:200_000]], trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|end|>", eos_token="<|end|>")
+
+
+def sentencepiece(normalizer=None, pre_tokenizer=None):
+    """A tokenizer in SentencePiece's manner: unknown characters are bytes, and every way to build a token is a merge."""
+    trained = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))], limit_alphabet=80,
+        show_progress=False,
+    )  # fmt: skip
+    trained.train_from_iterator([load_corpus("wiki-a").text[:200_000]], trainer)
+    rank = trained.get_vocab()
+    pairs = [(t[:cut], t[cut:]) for t in rank if not t.startswith("<") for cut in range(1, len(t))]
+    merges = [pair for pair in pairs if rank.keys() >= set(pair)]
+    merges.sort(key=lambda pair: (rank[pair[0] + pair[1]], rank[pair[0]], rank[pair[1]]))
+    made = tokenizers.Tokenizer(models.BPE(rank, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer, made.pre_tokenizer = normalizer, pre_tokenizer
+    made.add_special_tokens(specials)
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+BYTE_LEVEL = {
+    "embedded": lambda: load("wiki-a-llama")[1],
+    "qwen2": lambda: byte_level({name: words for words, name in SPLITS.items()}["qwen2"], False),
+    "llama-bpe": lambda: byte_level({name: words for words, name in SPLITS.items()}["llama-bpe"], True),
+}
+SPACES = normalizers.Replace(" ", "▁")
+SENTENCEPIECE = {
+    "spaces by the normaliser": lambda: sentencepiece(normalizers.Sequence([normalizers.Prepend("▁"), SPACES])),
+    "no leading space": lambda: sentencepiece(SPACES),
+    "spaces by the pre-tokenizer": lambda: sentencepiece(None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    "never a leading space": lambda: sentencepiece(None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False)),
+}
+
+
+def texts_for(made):
+    """Where a pre-tokenizer adds the leading space, it spares a text that has one; SentencePiece and GGUF readers do not."""
+    adds = "Metaspace" in str(made.backend_tokenizer.pre_tokenizer) and "first" in str(made.backend_tokenizer.pre_tokenizer)
+    return [text for text in TEXTS if not (adds and text.startswith(" "))]
+
+
+def score_tokenize(text, keys):
+    """SentencePiece BPE from a file's scores: join the neighbours whose union scores highest, leftmost first."""
+    ids = {token: i for i, token in enumerate(keys["tokens"])}
+    parts = list((" " * (keys["add_space_prefix"] and bool(text)) + text).replace(" ", "▁"))
+    while found := [(-keys["scores"][ids[a + b]], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]:
+        i = min(found)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return [i for p in parts for i in ([ids[p]] if p in ids else [ids[f"<0x{byte:02X}>"] for byte in p.encode()])]
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_scores_replace_merges(tmp_path, kind):
+    made = SENTENCEPIECE[kind]()
+    path = to_gguf(export(sliced("llama"), made, tmp_path / "m"), tmp_path / "m.gguf")
+    keys = {name.removeprefix("tokenizer.ggml."): value for name, value in header(path).items()}
+    for text in [*texts_for(made), load_corpus("wiki-a", "test").text[:600]]:
+        assert score_tokenize(text, keys) == made(text, add_special_tokens=False).input_ids
+    assert keys["model"] == "llama"
+    assert keys["add_bos_token"]
+    assert not keys["add_eos_token"]
+    types = gguf.TokenType
+    assert [keys["token_type"][i] for i in (0, 1, 2, 3, 300)] == [
+        types.UNKNOWN, types.CONTROL, types.CONTROL, types.BYTE, types.NORMAL,
+    ]  # fmt: skip
+
+
+# --- llama.cpp -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama_cpp():
+    return pytest.importorskip("llama_cpp", reason="llama.cpp is not installed")
+
+
+def opened(llama_cpp, path, context=256):
+    full = llama_cpp.GGML_TYPE_F32  # or keys and values are rounded to float16 on the way
+    return llama_cpp.Llama(str(path), n_ctx=context, logits_all=True, type_k=full, type_v=full, n_threads=2, verbose=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_the_same(tmp_path, tokenizer, llama_cpp, case):
+    model = CASES[case][0]()
+    path = to_gguf(export(model, tokenizer, tmp_path / "m"), tmp_path / "m.gguf", "float32")
+    ids = token_ids(1)
+    runtime = opened(llama_cpp, path, 64)
+    runtime.eval(ids[0].tolist())
+    with torch.no_grad():
+        assert relative(torch.tensor(runtime.scores[: ids.shape[1]]), model(ids).logits[0].float()) < 1e-3
+    runtime.close()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 5e-3)])
+def test_llama_cpp_continues_real_text(tmp_path, embedded, tokenizer, llama_cpp, dtype, tolerance):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
+    runtime = opened(llama_cpp, to_gguf(embedded, tmp_path / "m.gguf", dtype))
+    ids = tokenizer(load_corpus("wiki-a", "test").text[:500]).input_ids
+    runtime.eval(ids)
+    with torch.no_grad():
+        assert relative(torch.tensor(runtime.scores[: len(ids)]), plain(torch.tensor([ids])).logits[0]) < tolerance
+    prompt = tokenizer("The history of").input_ids
+    greedy = plain.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
+    stream = runtime.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+    assert [*prompt, *(next(stream) for _ in greedy[len(prompt) :])] == greedy
+    runtime.close()
+
+
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, *SENTENCEPIECE])
+def test_llama_cpp_tokenizes_the_same(tmp_path, llama_cpp, kind):
+    made = (BYTE_LEVEL | SENTENCEPIECE)[kind]()
+    runtime = opened(llama_cpp, to_gguf(export(sliced("llama"), made, tmp_path / "m"), tmp_path / "m.gguf"), 64)
+    for text in [*texts_for(made), load_corpus("wiki-a", "test").text[:20_000]]:
+        assert runtime.tokenize(text.encode(), add_bos=True) == made(text).input_ids
+    runtime.close()
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def edit_json(name, **changes):
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        for key, value in changes.items():
+            *path, last = key.split("__")
+            inner = content
+            for step in path:
+                inner = inner[int(step) if isinstance(inner, list) else step]
+            inner[last] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def lose(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def config(**changes):
+    return edit_json("config.json", **changes)
+
+
+def tokens(**changes):
+    return edit_json("tokenizer.json", **changes)
+
+
+def more_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    found = load_file(folder / "model.safetensors")
+    save_file(found | {"model.layers.0.self_attn.q_norm.weight": torch.ones(12)}, folder / "model.safetensors")
+
+
+def whole_numbers(folder):
+    from safetensors.torch import load_file, save_file
+
+    found = load_file(folder / "model.safetensors")
+    save_file(found | {"lm_head.weight": found["lm_head.weight"].to(torch.int8)}, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, tokenizer):
+    return export(sliced("llama").float(), tokenizer, tmp_path_factory.mktemp("stock") / "m")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lose("config.json"), FileNotFoundError, "no config.json"),
+        (lose("tokenizer.json"), FileNotFoundError, "no tokenizer.json"),
+        (lose("model.safetensors"), ValueError, "has shape None"),
+        (config(model_type="qwen3"), ValueError, "'qwen3' has no GGUF export here: supported are llama, mistral, qwen2"),
+        (config(hidden_act="gelu"), ValueError, "activation 'gelu'"),
+        (config(rope_parameters=LLAMA3 | {"rope_type": "dynamic"}), ValueError, "'dynamic' is not translated"),
+        (config(rope_parameters=LLAMA3 | {"partial_rotary_factor": 0.5}), ValueError, "only 6 of the 12 coordinates"),
+        (config(hidden_size=32), ValueError, "lm_head.weight has shape .2050, 24. and should have .2050, 32."),
+        (config(num_hidden_layers=2), ValueError, "should have None"),
+        (more_weights, ValueError, "q_norm.weight has shape .12,. and should have None"),
+        (whole_numbers, ValueError, "quantised to I8"),
+        (config(vocab_size=2040), ValueError, "should have"),
+        (tokens(pre_tokenizer={"type": "Whitespace"}), ValueError, "splits or normalises.*Whitespace"),
+        (tokens(pre_tokenizer__add_prefix_space=True), ValueError, "splits or normalises"),
+        (tokens(normalizer={"type": "Lowercase"}), ValueError, "splits or normalises.*Lowercase"),
+        (tokens(model__ignore_merges=True), ValueError, "whole words"),
+        (tokens(model__dropout=0.1), ValueError, "dropout 0.1"),
+        (tokens(model__byte_fallback=True), ValueError, "no token <0x00>"),
+        (tokens(added_tokens__0__lstrip=True), ValueError, "surroundings"),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path, stock, change, error, message):
+    folder = shutil.copytree(stock, tmp_path / "m")
+    change(folder)
+    with pytest.raises(error, match=message):
+        to_gguf(folder, tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_tokenizers_of_other_kinds_are_refused(tmp_path):
+    """Unigram has no merges, and scores cannot replace merges that join fewer neighbours than SentencePiece would."""
+    unigram = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("▁a", -1.0)], unk_id=0))
+    fewer = json.loads(sentencepiece(SPACES).backend_tokenizer.to_str())
+    del fewer["model"]["merges"][100]
+    for name, made, message in (
+        ("unigram", unigram, "type Unigram"),
+        ("fewer", tokenizers.Tokenizer.from_str(json.dumps(fewer)), "never joins"),
+    ):
+        folder = export(sliced("llama"), transformers.PreTrainedTokenizerFast(tokenizer_object=made), tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            to_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_compressed_models_of_this_suite_are_refused(tmp_path, tokenizer):
+    folder = save(slice_model(tiny("llama", vocab_size=ROWS), token_ids(), 0.25), tokenizer, tmp_path / "m")
+    with pytest.raises(ValueError, match="method slicegpt-global"):
+        to_gguf(folder, tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_arguments(tmp_path, stock):
+    (tmp_path / "there.gguf").write_text("kept")
+    with pytest.raises(FileExistsError, match="choose another output file"):
+        to_gguf(stock, tmp_path / "there.gguf")
+    assert (tmp_path / "there.gguf").read_text() == "kept"
+    with pytest.raises(ValueError, match="float16, bfloat16, float32"):
+        to_gguf(stock, tmp_path / "m.gguf", "int8")
+
+
+def test_a_failure_on_the_way_leaves_nothing(tmp_path, tokenizer):
+    model = sliced("llama").float()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = 1e5  # the last tensor, and more than float16 holds
+    folder = export(model, tokenizer, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"lm_head.weight holds .* too large for float16: use bfloat16"):
+        to_gguf(folder, tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == [folder]
+    assert run(to_gguf(folder, tmp_path / "m.gguf", "bfloat16"), token_ids()).isfinite().all()
+
+
+def test_task(tmp_path, stock, capsys, monkeypatch):
+    out = tmp_path / "new" / "m.gguf"
+    tasks.export_gguf.body(None, str(stock), str(out))
+    assert f"{out}: " in capsys.readouterr().out
+    assert header(out)["llama.embedding_length"] == 24
+    with pytest.raises(Exit, match="choose another output file") as stop:
+        tasks.export_gguf.body(None, str(stock), str(out))
+    assert stop.value.code == 2
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(Exit, match=r"pip install -e '.\[gguf\]'") as stop:
+        tasks.export_gguf.body(None, str(stock), str(tmp_path / "n.gguf"))
+    assert stop.value.code == 2
