@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib.cost import count, prefill_macs
 from lib.linalg import random_rotation
 from lib.sliced_network import Junction, rotate_and_slice
-from lib.slicegpt import constant_widths, stock_model
+from lib.slicegpt import constant_widths, slice_globally, stock_model
 
 BATCH, PROMPT, REPEATS, LEVEL = 8, 128, 7, 0.25
 
@@ -48,7 +48,7 @@ def main() -> None:
         "dense": model,
         "low-rank shortcuts": rotate_and_slice(model, turned(), widths, "low-rank"),
         "dense shortcuts": rotate_and_slice(model, turned(), widths, "dense"),
-        "one basis (stock)": stock_model(model, axes[0], widths[0]),
+        "no shortcuts (stock)": stock_model(slice_globally(model, axes[0], widths[0])),
     }
     ids = torch.randint(32000, (BATCH, PROMPT), generator=generator)
     times: dict[str, list[float]] = {name: [] for name in networks}

@@ -78,7 +78,7 @@ def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     if edits := getattr(model, "edits", None):
         raise ValueError(
             f"not a stock model: {', '.join(edit['edit'] for edit in edits)} changed its shapes. Save it with "
-            "lib.checkpoint.save, or compress with method slicegpt-global, whose result is stock"
+            "lib.checkpoint.save, or compress with method slicegpt-stock, whose result is stock"
         )
     with _written_whole(folder) as partial:
         model.save_pretrained(partial)

@@ -16,7 +16,17 @@ from lib.experiment import Calibration
 from lib.models import fingerprint, load
 from lib.results import Progress, package_versions
 from lib.sliced_network import shapes_only
-from lib.slicegpt import constant_widths, global_axes, kept_width, slice_model, spectra, stock_model, widths_for_size
+from lib.slicegpt import (
+    constant_widths,
+    global_axes,
+    kept_width,
+    slice_globally,
+    slice_model,
+    slice_without_shortcuts,
+    spectra,
+    stock_model,
+    widths_for_size,
+)
 from lib.text import load_corpus, sample_blocks
 
 
@@ -62,11 +72,19 @@ def saved_widths(folder: str | Path) -> list[int]:
 def _slicegpt_global(
     model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, round_interval: int = 8
 ) -> nn.Module:
-    return stock_model(model, global_axes(model, ids), kept_width(model.config.hidden_size, ratio, round_interval))
+    return stock_model(
+        slice_globally(model, global_axes(model, ids), kept_width(model.config.hidden_size, ratio, round_interval))
+    )
+
+
+def _slicegpt_stock(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, round_interval: int = 8
+) -> nn.Module:
+    return stock_model(slice_without_shortcuts(model, ids, ratio, round_interval=round_interval, inplace=True, progress=progress))
 
 
 # One line per method: (model, calibration ids, ratio in the paper's own sense, progress, settings) -> compressed model.
-METHODS = {"slicegpt": _slicegpt, "slicegpt-global": _slicegpt_global}
+METHODS = {"slicegpt": _slicegpt, "slicegpt-stock": _slicegpt_stock, "slicegpt-global": _slicegpt_global}
 
 
 def check_settings(method: str, settings: dict) -> None:

@@ -36,7 +36,7 @@ BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # what SentencePiece w
 
 
 def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path:
-    """Convert a stock model folder, such as method slicegpt-global writes, to the new GGUF file `out`. Returns `out`.
+    """Convert a stock model folder, such as method slicegpt-stock writes, to the new GGUF file `out`. Returns `out`.
 
     dtype: float16, bfloat16 or float32, of the matrices; norms and biases are always float32. A sliding window that is
     shorter than the model's positions becomes the context length: up to there it changes nothing, and readers ignore it.
@@ -68,7 +68,7 @@ def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
     if is_checkpoint(folder):
         raise ValueError(
             f"{folder} is a compressed model of this suite, and no GGUF architecture has its shortcuts: compress with method "
-            "slicegpt-global, whose result is a stock model, and convert that folder"
+            "slicegpt-stock, whose result is a stock model, and convert that folder"
         )
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():

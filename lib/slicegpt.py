@@ -28,13 +28,11 @@ from lib.linalg import coordinate_axes, principal_axes, random_rotation, remove_
 from lib.sliced_network import (
     LAYOUTS,
     Junction,
+    JunctionNorm,
     check_sliceable,
     check_widths,
     rotate_and_slice,
     shapes_only,
-    slice_embedding,
-    slice_reader,
-    slice_writer,
 )
 from lib.surgery import parameter
 
@@ -282,9 +280,7 @@ def sweep(
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
     if layout == "global":
-        raise ValueError(
-            "one basis for all junctions is measured in another way: use global_axes with stock_model or slice_globally"
-        )
+        raise ValueError("one basis for all junctions is measured in another way: use global_axes and slice_globally")
     if orientation == "random" and generator is None:
         raise ValueError("orientation 'random' needs a torch.Generator, so that the run can be repeated")
     if compensate and statistics == "dense":
@@ -322,7 +318,7 @@ def slice_model(model: nn.Module, ids: torch.Tensor, cut: float | Sequence[int],
     return next(sweep(model, ids, [cut], **settings))[1]
 
 
-# --- one basis for all junctions ------------------------------------------------------------------------------------------
+# --- without shortcuts ------------------------------------------------------------------------------------------
 
 
 def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True, batch: int = 8) -> torch.Tensor:
@@ -351,49 +347,53 @@ def slice_globally(model: nn.Module, axes: torch.Tensor, k: int, slice_head: boo
     return rotate_and_slice(model, itertools.repeat(Junction(axes)), widths, "global")
 
 
-def stock_model(model: nn.Module, axes: torch.Tensor, k: int) -> nn.Module:
-    """Slice every junction with the same axes [d, d]: a stock model of width k that needs nothing of this suite.
+def slice_without_shortcuts(model: nn.Module, ids: torch.Tensor, level: float, **settings) -> nn.Module:
+    """Slice with a basis of its own at every junction, each turned to the one before, and leave every shortcut out.
 
-    All shortcuts are the identity, head included. What remains is the norm, which must divide by d and not by k: since
-    ‖u‖²/k + ε d/k = (d/k)(‖u‖²/d + ε), a stock RMSNorm with gain √(d/k) and epsilon ε d/k does just that. Raises
-    ValueError for families whose stock class cannot hold the result.
+    Our variant. A basis B is chosen so that the shortcut AᵀB is I - CCᵀ; this network takes the identity instead, which
+    is close where neighbouring subspaces are. Like one basis for all it has no shortcuts, but loses less. The head is sliced
+    too. `settings` are those of `sweep`.
     """
-    check_sliceable(model)
-    dense = Anatomy(model)
-    family, d = dense.family, dense.width
-    _check_stock(model, dense)
-    a = axes[:, :k].to(dense.head.weight.device)
-    config = copy.deepcopy(model.config)
+    return slice_model(model, ids, level, slice_head=True, drop_below=float("inf"), **settings)
+
+
+def stock_model(sliced: nn.Module) -> nn.Module:
+    """A sliced network without shortcuts as a stock model of width k, which needs nothing of this suite.
+
+    sliced: from `slice_globally` or `slice_without_shortcuts`, head included; its weights are shared, not copied. What has to
+    change is the norm, which must divide by d and not by k: since ‖u‖²/k + ε d/k = (d/k)(‖u‖²/d + ε), a stock RMSNorm with
+    gain √(d/k) and epsilon ε d/k does just that. Raises ValueError for networks that no stock class can hold.
+    """
+    d, k = sliced.config.hidden_size, _stock_width(sliced)
+    config = copy.deepcopy(sliced.config)
     config.head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
-    config.hidden_size, config.rms_norm_eps, config.tie_word_embeddings = k, config.rms_norm_eps * d / k, False
+    config.hidden_size, config.rms_norm_eps = k, config.rms_norm_eps * d / k
     with init_empty_weights(include_buffers=False):
-        narrow = Anatomy(type(model)(config))
-
-    def norm_like(norm: nn.Module) -> nn.Parameter:
-        return parameter(torch.full((k,), (d / k) ** 0.5, dtype=torch.float64), like=norm.weight)
-
-    for block, old in zip(narrow.blocks, dense.blocks, strict=True):
-        for half in dense.halves:
-            norm = old.get_submodule(half.norm)
-            for name in half.readers:
-                block.set_submodule(name, slice_reader(old.get_submodule(name), norm, a, family))
-            block.set_submodule(half.writer, slice_writer(old.get_submodule(half.writer), a, family))
-            block.get_submodule(half.norm).weight = norm_like(norm)
-    for name in family.embeddings:
-        narrow.put(name, slice_embedding(dense.get(name), a, family))
-    final_norm = dense.get(family.final_norm)
-    narrow.get(family.final_norm).weight = norm_like(final_norm)
-    narrow.put(family.head, slice_reader(dense.head, final_norm, a, family))
-    return narrow.model.to(dense.head.weight.device).eval()
+        narrow = type(sliced)(config)
+    for name, module in sliced.named_modules():
+        if isinstance(module, JunctionNorm):
+            gain = torch.full((k,), (d / k) ** 0.5, dtype=torch.float64)
+            narrow.get_submodule(name).weight = parameter(gain, like=sliced.get_input_embeddings().weight)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            narrow.set_submodule(name, module)
+    return narrow.to(sliced.device).eval()
 
 
-def _check_stock(model: nn.Module, dense: Anatomy) -> None:
-    """Raise ValueError with the reason where no stock class holds a one-basis slicing of this model."""
-    family, kind = dense.family, model.config.model_type
-    advice = "use slice_globally and lib.checkpoint instead"
+def _stock_width(sliced: nn.Module) -> int:
+    """The one width of a sliced network that a stock class can hold; ValueError with the reason where none can."""
+    family, kind = Anatomy(sliced).family, sliced.config.model_type
+    advice = "save it with lib.checkpoint instead"
+    edit = next((e for e in getattr(sliced, "edits", []) if e["edit"] == "slicegpt"), None)
+    if edit is None:
+        raise ValueError("this model is not sliced: give the result of slice_globally or slice_without_shortcuts")
     if family.subtracts_mean or family.gain_offset or family.parallel:
         raise ValueError(f"a narrower {kind} is not a stock model: its class ties head size and norm to the width; {advice}")
-    norms = {half.norm for half in dense.halves}
-    for name, module in dense.blocks[0].named_modules():
-        if hasattr(module, "variance_epsilon") and name not in norms:
+    if len(set(edit["widths"])) > 1 or any(edit["ranks"]) or None in edit["ranks"] or edit["compensated"]:
+        raise ValueError(
+            f"shortcuts, unequal widths (a head of full width is one) or new biases are not stock; {advice}, or slice with "
+            "slice_without_shortcuts or slice_globally"
+        )
+    for name, module in Anatomy(sliced).blocks[0].named_modules():
+        if hasattr(module, "variance_epsilon"):  # those of the junctions are ours by now
             raise ValueError(f"{kind} normalises {name} with the epsilon of its other norms, which must change; {advice}")
+    return edit["widths"][0]

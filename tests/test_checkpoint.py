@@ -21,7 +21,7 @@ from lib.compress import compress
 from lib.evaluate import peak_memory, zero_shot
 from lib.experiment import Calibration
 from lib.models import load
-from lib.slicegpt import global_axes, slice_globally, slice_model, stock_model
+from lib.slicegpt import global_axes, slice_globally, slice_model, slice_without_shortcuts, stock_model
 from tests.conftest import SLICEABLE, relative, tiny, token_ids
 
 
@@ -331,10 +331,17 @@ assert "lib" not in sys.modules
 """
 
 
-def test_export_loads_without_this_package(tmp_path):
+WITHOUT_SHORTCUTS = {
+    "one basis": lambda model, ids: slice_globally(model, global_axes(model, ids), 96),
+    "turned bases": lambda model, ids: slice_without_shortcuts(model, ids, 0.25),
+}
+
+
+@pytest.mark.parametrize("way", WITHOUT_SHORTCUTS)
+def test_export_loads_without_this_package(tmp_path, way):
     model, tokenizer = load("wiki-a-llama")
     ids = torch.arange(1, 1001).view(10, 100)
-    narrow = stock_model(model, global_axes(model, ids), 96)
+    narrow = stock_model(WITHOUT_SHORTCUTS[way](model, ids))
     folder = export(narrow, tokenizer, tmp_path / "stock")
     torch.save({"ids": ids}, tmp_path / "tokens.pt")
     subprocess.run([sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "tokens.pt")], check=True, cwd=tmp_path)
@@ -347,7 +354,7 @@ def test_export_loads_without_this_package(tmp_path):
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("k", [32, 24, 9])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_stock_model_is_the_sliced_network_with_one_basis(family, k):
+def test_stock_model_is_the_sliced_network_without_shortcuts(family, k):
     """The stock norm with gain √(d/k) and epsilon ε d/k against our own norm that divides by d."""
     model = tiny(family)
     for module in model.modules():
@@ -356,29 +363,43 @@ def test_stock_model_is_the_sliced_network_with_one_basis(family, k):
     model.config.rms_norm_eps = 1e-3
     axes = global_axes(model, token_ids())
     sliced = slice_globally(model, axes, k)
-    stock = stock_model(model, axes, k)
+    stock = stock_model(sliced)
     with torch.no_grad():
         assert relative(stock(token_ids()).logits, sliced(token_ids()).logits) < 1e-10
         assert (relative(stock(token_ids()).logits, model(token_ids()).logits) < 1e-10) == (k == 32)
     assert type(stock) is type(model)
+    turned = slice_without_shortcuts(model, token_ids(), 1 - k / 32, round_interval=1)
+    with torch.no_grad():
+        assert relative(stock_model(turned)(token_ids()).logits, turned(token_ids()).logits) < 1e-10
+        assert (relative(turned(token_ids()).logits, model(token_ids()).logits) < 1e-10) == (k == 32)
 
 
-@pytest.mark.parametrize(("family", "message"), [("opt", "not a stock model"), ("qwen3", "q_norm"), ("gemma3_text", "sandwich")])
+@pytest.mark.parametrize(("family", "message"), [("opt", "not a stock model"), ("phi", "not a stock"), ("qwen3", "q_norm")])
 def test_families_without_a_stock_form_are_refused(family, message):
     with pytest.raises(ValueError, match=message):
-        stock_model(tiny(family), torch.eye(32, dtype=torch.float64), 24)
+        stock_model(slice_globally(tiny(family), torch.eye(32, dtype=torch.float64), 24))
+
+
+def test_networks_without_a_stock_form_are_refused():
+    model = tiny("llama")
+    for options in ({}, {"slice_head": True}, {"slice_head": True, "drop_below": 9.0, "compensate": True}):
+        with pytest.raises(ValueError, match="slice_without_shortcuts"):
+            stock_model(slice_model(model, token_ids(), 0.25, **options))
+    with pytest.raises(ValueError, match="not sliced"):
+        stock_model(model)
 
 
 def test_export_names_what_is_not_stock(tmp_path):
-    with pytest.raises(ValueError, match="slicegpt changed its shapes.*slicegpt-global"):
+    with pytest.raises(ValueError, match="slicegpt changed its shapes.*slicegpt-stock"):
         export(WAYS["slicegpt, low-rank"](tiny("llama")), None, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compress_to_a_stock_model(tmp_path):
+@pytest.mark.parametrize("method", ["slicegpt-stock", "slicegpt-global"])
+def test_compress_to_a_stock_model(tmp_path, method):
     import transformers
 
-    row = compress("wiki-a-llama", tmp_path / "m", "slicegpt-global", 0.25, Calibration("wiki-a", 8, 64))
+    row = compress("wiki-a-llama", tmp_path / "m", method, 0.25, Calibration("wiki-a", 8, 64))
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert plain.config.hidden_size == 96
     assert plain.num_parameters() == row["params"]
@@ -409,7 +430,7 @@ def test_compress_evaluate_generate(tmp_path, capsys):
     ("arguments", "message"),
     [
         ({"model": "wiki-b"}, "wiki-b"),
-        ({"method": "magic"}, "choose one of slicegpt, slicegpt-global"),
+        ({"method": "magic"}, "choose one of slicegpt, slicegpt-stock, slicegpt-global"),
         ({"ratio": 1.0}, r"\[0, 1\)"),
         ({"corpus": "nope"}, "choose one of wiki-a"),
         ({"length": 4096}, "positions"),

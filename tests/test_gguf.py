@@ -17,7 +17,7 @@ import tasks
 from lib.checkpoint import export, save
 from lib.gguf_export import SPLITS, to_gguf
 from lib.models import load
-from lib.slicegpt import global_axes, slice_model, stock_model
+from lib.slicegpt import global_axes, slice_globally, slice_model, stock_model
 from lib.text import load_corpus, sample_blocks
 from tests.conftest import relative, tiny, token_ids
 
@@ -30,7 +30,7 @@ LLAMA3 = dict(
 
 def sliced(family, **settings):
     model = tiny(family, vocab_size=ROWS, **settings)
-    return stock_model(model, global_axes(model, token_ids()), 24)
+    return stock_model(slice_globally(model, global_axes(model, token_ids()), 24))
 
 
 # What is exported, and the architecture that the file must name.
@@ -70,7 +70,9 @@ def embedded(tmp_path_factory, tokenizer):
     """The embedded Llama, sliced to width 96 and exported: a folder."""
     model, _ = load("wiki-a-llama")
     ids = sample_blocks(load_corpus("wiki-a"), tokenizer, 8, 64, torch.Generator().manual_seed(0))
-    return export(stock_model(model, global_axes(model, ids), 96), tokenizer, tmp_path_factory.mktemp("embedded") / "m")
+    return export(
+        stock_model(slice_globally(model, global_axes(model, ids), 96)), tokenizer, tmp_path_factory.mktemp("embedded") / "m"
+    )
 
 
 def header(path):
