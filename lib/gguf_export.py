@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lib.checkpoint import CONFIG, is_checkpoint
@@ -43,14 +43,15 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
 
     Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, ModuleNotFoundError without
     the package gguf, and ValueError, with the reason, for a model or tokenizer that readers of GGUF would run differently:
-    all before anything is written. The file is written whole or not at all.
+    all before anything is written. A weight too large for `dtype` is a ValueError when its turn comes; the file is complete
+    or absent. Format: docs/gguf.md in the repository of ggml.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     _check_arguments(folder, out, dtype)
     gguf = _library()
     model = _empty_model(folder)
-    tensors, factors = _stored_tensors(folder, model), rope_factors(model)
-    writer = gguf.GGUFWriter(None, architecture(model.config, factors))
+    tensors, factors = _stored_tensors(folder, model), _rope_factors(model)
+    writer = gguf.GGUFWriter(None, _architecture(model.config, factors))
     writer.add_name(folder.resolve().name)
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][2]])
     _add_shape(writer, model.config)
@@ -118,13 +119,16 @@ def _empty_model(folder: Path) -> nn.Module:
 def _stored_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, tuple]]:
     """File and shape of every tensor by name, in the model's order. Raises ValueError where they are not config.json's."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118, not a dict
-                part = shard.get_slice(name)
-                if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"tensor {name} in {path} is quantised to {part.get_dtype()}: convert the model before that")
-                found[name] = path, tuple(part.get_shape())
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118, not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): export or download the model again") from error
+        for name, part in parts.items():
+            if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"tensor {name} in {path} is quantised to {part.get_dtype()}: convert the model before that")
+            found[name] = path, tuple(part.get_shape())
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:  # where no head is stored, readers take the embedding
         for names in (found, expected):
@@ -139,13 +143,13 @@ def _stored_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, tup
     return {name: found[name] for name in expected}
 
 
-def head_size(config) -> int:
+def _head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rope_factors(model: nn.Module) -> torch.Tensor:
+def _rope_factors(model: nn.Module) -> torch.Tensor:
     """By what the model divides each rotary frequency, [head size / 2] in float32: ones, unless its context was stretched."""
-    used, size = model.model.rotary_emb.inv_freq.double(), head_size(model.config)
+    used, size = model.model.rotary_emb.inv_freq.double(), _head_size(model.config)
     plain = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     if used.shape != plain.shape:
         raise ValueError(f"only {2 * len(used)} of the {size} coordinates of a head are rotated: readers of GGUF rotate all")
@@ -156,13 +160,13 @@ def rope_factors(model: nn.Module) -> torch.Tensor:
 # --- the header ---------------------------------------------------------------------------------------------------------
 
 
-def architecture(config, factors: torch.Tensor) -> str:
+def _architecture(config, factors: torch.Tensor) -> str:
     """GGUF's name for the network: a Mistral is a `llama`, and so is a Qwen 2 that readers would otherwise refuse.
 
     llama.cpp loads a `qwen2` only if its heads together are as wide as the stream, and without rotary factors. Its `llama`
     has neither limit and takes biases on q, k and v, which are all that sets a Qwen 2 apart.
     """
-    square = config.num_attention_heads * head_size(config) == config.hidden_size
+    square = config.num_attention_heads * _head_size(config) == config.hidden_size
     return "qwen2" if config.model_type == "qwen2" and square and factors.eq(1).all() else "llama"
 
 
@@ -175,7 +179,7 @@ def _add_shape(writer, config) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(head_size(config))
+        add(_head_size(config))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
@@ -183,8 +187,9 @@ def _add_shape(writer, config) -> None:
 def _add_tokenizer(writer, folder: Path, config) -> None:
     """Describe the folder's tokenizer as transformers would use it.
 
-    Byte-level BPE is described by its merges, SentencePiece BPE by scores. Readers do not normalise text: a Qwen 2
-    composes accents (NFC) before it splits, which only shows on text that is not composed already.
+    Byte-level BPE is described by its merges, SentencePiece BPE by scores. Two differences remain at the edges. Readers do
+    not normalise text, while a Qwen 2 composes accents first (NFC): this shows on text that is not composed already. Readers
+    put a space before every text of a SentencePiece model, while some tokenizer files spare a text that starts with one.
     """
     from transformers import AutoTokenizer
 
@@ -192,15 +197,15 @@ def _add_tokenizer(writer, folder: Path, config) -> None:
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     _check_bpe(spec)
     merges = spec["model"]["merges"]
-    tokens, types = token_table(spec, config.vocab_size)
+    tokens, types = _token_table(spec, config.vocab_size)
     if spec["model"]["byte_fallback"]:
         writer.add_tokenizer_model("llama")
         _check_sentencepiece(spec)
-        writer.add_add_space_prefix(starts_with_space(spec))
-        writer.add_token_scores(scores(tokens, merges))
+        writer.add_add_space_prefix(_starts_with_space(spec))
+        writer.add_token_scores(_scores(tokens, merges))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(split_name(spec))
+        writer.add_tokenizer_pre(_split_name(spec))
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -242,7 +247,7 @@ def _check_bpe(spec: dict) -> None:
             raise ValueError(f"the tokenizer's token {token['content']!r} takes its surroundings along, which GGUF cannot say")
 
 
-def token_table(spec: dict, rows: int) -> tuple[list[str], list[int]]:
+def _token_table(spec: dict, rows: int) -> tuple[list[str], list[int]]:
     """Text and GGUF type of the token of each embedding row; rows without a token are marked unused."""
     from gguf import TokenType
 
@@ -252,7 +257,8 @@ def token_table(spec: dict, rows: int) -> tuple[list[str], list[int]]:
         table[i] = token, TokenType.BYTE if falls_back and token in BYTE_TOKENS else TokenType.NORMAL
     for token in spec["added_tokens"]:
         table[token["id"]] = token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-    if (unknown := spec["model"]["unk_token"]) is not None:
+    unknown = spec["model"]["unk_token"]
+    if falls_back and unknown is not None:  # to a byte-level tokenizer nothing is unknown
         table[spec["model"]["vocab"][unknown]] = unknown, TokenType.UNKNOWN
     if len(table) > rows:
         raise ValueError(f"the tokenizer has a token of id {max(table)}, but the model only {rows} embeddings: wrong tokenizer?")
@@ -260,7 +266,7 @@ def token_table(spec: dict, rows: int) -> tuple[list[str], list[int]]:
     return list(tokens), [int(kind) for kind in types]
 
 
-def split_name(spec: dict) -> str:
+def _split_name(spec: dict) -> str:
     """GGUF's name of the expression by which a byte-level tokenizer splits text into words."""
     steps = _steps(spec["pre_tokenizer"], "pretokenizers")
     name = None
@@ -297,7 +303,7 @@ def _check_sentencepiece(spec: dict) -> None:
                 )
 
 
-def starts_with_space(spec: dict) -> bool:
+def _starts_with_space(spec: dict) -> bool:
     """Whether a SentencePiece tokenizer puts a space before each text. Raises ValueError if it does more to texts."""
     metaspace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     match _steps(spec["normalizer"], "normalizers"), _steps(spec["pre_tokenizer"], "pretokenizers"):
@@ -311,7 +317,7 @@ def starts_with_space(spec: dict) -> bool:
     raise ValueError(f"this SentencePiece tokenizer does more to a text than replace its spaces, which GGUF cannot say: {found}")
 
 
-def scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     """SentencePiece's score of each token: readers join the neighbours whose union scores highest, so minus the merge's rank."""
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(merges):
@@ -327,7 +333,7 @@ def _steps(stage: dict | None, name: str) -> list[dict]:
 # --- the tensors --------------------------------------------------------------------------------------------------------
 
 
-def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
+def _interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows of q or k, [heads · size, ...], from transformers' rotary layout to that of a GGUF `llama`.
 
     transformers rotates coordinate i of a head together with i + size/2, a `llama` neighbours 2i and 2i + 1.
@@ -341,8 +347,7 @@ def _write(writer, path: Path, tensors: dict[str, tuple], config, factors: torch
 
     kind, matrix = DTYPES[dtype][:2]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], config.num_hidden_layers)
-    stretched = not factors.eq(1).all()
-    if stretched:
+    if stretched := not factors.eq(1).all():
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.numpy().dtype, factors.nbytes)
     for name, (_, shape) in tensors.items():
         stored = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else matrix]
@@ -360,5 +365,5 @@ def _write(writer, path: Path, tensors: dict[str, tuple], config, factors: torch
             raise ValueError(f"tensor {name} holds NaN, or numbers too large for {dtype}: use bfloat16 or float32")
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if writer.arch == "llama" and f".{part}." in name:
-                value = interleave(value, heads)
+                value = _interleave(value, heads)
         writer.write_tensor_data(value.contiguous().view(torch.uint8).numpy())

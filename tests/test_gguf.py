@@ -1,5 +1,7 @@
 """A GGUF file is the model that was exported: run from the file alone, by our reading of the format and by llama.cpp."""
 
+import functools
+import inspect
 import itertools
 import json
 import shutil
@@ -182,9 +184,9 @@ def test_sliding_window_bounds_the_context(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("case", ["llama, sliced", "mistral, sliced", "qwen2, heads as wide as the stream"])
 def test_transformers_reads_it_back(tmp_path, tokenizer, case):
-    """A second reader. Of a `llama` it takes the head size from rope.dimension_count, of a `qwen2` it takes none.
+    """A second reader. It ignores key_length and takes the head size of a `llama` from rope.dimension_count.
 
-    It also drops the biases of a `llama`, so it cannot check a sliced Qwen 2.
+    Of a `llama` it also drops biases and rotary factors, so it cannot check a sliced Qwen 2 or a stretched context.
     """
     model = CASES[case][0]().float()
     path = to_gguf(export(model, tokenizer, tmp_path / "m"), tmp_path / "m.gguf", "float32")
@@ -211,6 +213,13 @@ def test_vocabulary_from_the_file_alone(tmp_path, embedded, tokenizer):
     assert not keys["add_eos_token"]
 
 
+def test_transformers_reads_the_vocabulary_back(tmp_path, embedded, tokenizer):
+    """Of a `llama`, that is: a `qwen2` it splits as Qwen 2 does, whatever the file says."""
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=to_gguf(embedded, tmp_path / "m.gguf").name)
+    for text in TEXTS:
+        assert again(text).input_ids == tokenizer(text).input_ids
+
+
 def test_rows_without_a_token_are_marked(tmp_path, tokenizer):
     keys = header(to_gguf(export(sliced("llama"), tokenizer, tmp_path / "m"), tmp_path / "m.gguf"))
     assert len(keys["tokenizer.ggml.tokens"]) == keys["llama.vocab_size"] == ROWS
@@ -232,31 +241,40 @@ def byte_level(words, ignore_merges):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|end|>", eos_token="<|end|>")
 
 
-def sentencepiece(normalizer=None, pre_tokenizer=None):
-    """A tokenizer in SentencePiece's manner: unknown characters are bytes, and every way to build a token is a merge."""
+def test_expressions_are_those_of_the_published_tokenizers():
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    llama3 = inspect.signature(TikTokenConverter).parameters["pattern"].default
+    assert {PRETOKENIZE_REGEX: "qwen2", llama3: "llama-bpe"} == SPLITS
+
+
+@functools.cache
+def sentencepiece_vocabulary():
     trained = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    specials = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1200, special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))], limit_alphabet=80,
-        show_progress=False,
-    )  # fmt: skip
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=specials, limit_alphabet=80, show_progress=False)
     trained.train_from_iterator([load_corpus("wiki-a").text[:200_000]], trainer)
-    rank = trained.get_vocab()
+    return trained.get_vocab()
+
+
+def sentencepiece(normalizer=None, pre_tokenizer=None):
+    """A tokenizer in SentencePiece's manner: unknown characters are bytes, and every way to build a token is a merge."""
+    rank = sentencepiece_vocabulary()
     pairs = [(t[:cut], t[cut:]) for t in rank if not t.startswith("<") for cut in range(1, len(t))]
     merges = [pair for pair in pairs if rank.keys() >= set(pair)]
     merges.sort(key=lambda pair: (rank[pair[0] + pair[1]], rank[pair[0]], rank[pair[1]]))
     made = tokenizers.Tokenizer(models.BPE(rank, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer, made.pre_tokenizer = normalizer, pre_tokenizer
-    made.add_special_tokens(specials)
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
     made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 BYTE_LEVEL = {
     "embedded": lambda: load("wiki-a-llama")[1],
-    "qwen2": lambda: byte_level({name: words for words, name in SPLITS.items()}["qwen2"], False),
-    "llama-bpe": lambda: byte_level({name: words for words, name in SPLITS.items()}["llama-bpe"], True),
+    **{name: functools.partial(byte_level, words, ignore_merges=name == "llama-bpe") for words, name in SPLITS.items()},
 }
 SPACES = normalizers.Replace(" ", "▁")
 SENTENCEPIECE = {
@@ -320,7 +338,7 @@ def test_llama_cpp_computes_the_same(tmp_path, tokenizer, llama_cpp, case):
     runtime = opened(llama_cpp, path, 64)
     runtime.eval(ids[0].tolist())
     with torch.no_grad():
-        assert relative(torch.tensor(runtime.scores[: ids.shape[1]]), model(ids).logits[0].float()) < 1e-3
+        assert relative(torch.tensor(runtime.scores[: ids.shape[1]]), model(ids).logits[0].float()) < 1e-5
     runtime.close()
 
 
@@ -377,6 +395,11 @@ def tokens(**changes):
     return edit_json("tokenizer.json", **changes)
 
 
+def truncated(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
 def more_weights(folder):
     from safetensors.torch import load_file, save_file
 
@@ -408,6 +431,7 @@ def stock(tmp_path_factory, tokenizer):
         (config(rope_parameters=LLAMA3 | {"partial_rotary_factor": 0.5}), ValueError, "only 6 of the 12 coordinates"),
         (config(hidden_size=32), ValueError, "lm_head.weight has shape .2050, 24. and should have .2050, 32."),
         (config(num_hidden_layers=2), ValueError, "should have None"),
+        (truncated, ValueError, "model.safetensors is damaged"),
         (more_weights, ValueError, "q_norm.weight has shape .12,. and should have None"),
         (whole_numbers, ValueError, "quantised to I8"),
         (config(vocab_size=2040), ValueError, "should have"),
@@ -417,6 +441,7 @@ def stock(tmp_path_factory, tokenizer):
         (tokens(model__ignore_merges=True), ValueError, "whole words"),
         (tokens(model__dropout=0.1), ValueError, "dropout 0.1"),
         (tokens(model__byte_fallback=True), ValueError, "no token <0x00>"),
+        (tokens(post_processor={"type": "BertProcessing", "sep": ["a", 65], "cls": ["b", 66]}), ValueError, "bos before and eos"),
         (tokens(added_tokens__0__lstrip=True), ValueError, "surroundings"),
     ],
 )
@@ -441,6 +466,12 @@ def test_tokenizers_of_other_kinds_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             to_gguf(folder, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tokenizer):
+    folder = export(tiny("llama", tie_word_embeddings=False), tokenizer, tmp_path / "m")
+    with pytest.raises(ValueError, match="id 2047, but the model only 80 embeddings"):
+        to_gguf(folder, tmp_path / "m.gguf")
 
 
 def test_compressed_models_of_this_suite_are_refused(tmp_path, tokenizer):
