@@ -95,6 +95,17 @@ def test_targets_are_parts_of_names():
     assert linear_layers(model, ["layers.1.self_attn.o_proj"]) == ["model.layers.1.self_attn.o_proj"]
 
 
+def test_a_layer_that_computes_more_than_a_product_cannot_be_merged_and_is_left_out():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny("llama")
+    model.model.layers[1].mlp.down_proj.__class__ = Doubling
+    every = linear_layers(tiny("llama"))
+    assert linear_layers(model) == [name for name in every if name != "model.layers.1.mlp.down_proj"]
+
+
 @pytest.mark.parametrize("targets", [["proj"], ["q_proj", "attn_shortcut_Q"], ["lm_head"], ["mlp.q_proj"], "q_proj"])
 def test_targets_that_choose_nothing_are_refused_with_what_there_is(targets):
     with pytest.raises(ValueError, match=r"no linear layer is called .*self_attn\.q_proj, .*mlp\.down_proj"):
