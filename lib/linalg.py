@@ -1,9 +1,12 @@
-"""Pure tensor maths: Gram matrices, principal axes, and the algebra between neighbouring subspaces.
+"""Pure tensor maths: Gram matrices, principal axes, neighbouring subspaces, sparsity masks and column-wise compensation.
 
 Nothing here knows about models. Functions take and return tensors on the device they were given.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 
 import torch
 
@@ -19,6 +22,14 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     x = x if x.dtype == torch.float64 else x.float()
     for chunk in x.split(GRAM_CHUNK):
         total += chunk.T @ chunk
+    return total
+
+
+def add_squares(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Add the column sums of squares of x to `total` in place, the diagonal of `add_gram`. total: float64 [d]; x: [n, d]."""
+    x = x if x.dtype == torch.float64 else x.float()
+    for chunk in x.split(GRAM_CHUNK):
+        total += chunk.square().sum(0)
     return total
 
 
@@ -67,3 +78,111 @@ def complete(a: torch.Tensor) -> torch.Tensor:
 def remove_mean(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Multiply by M = I - 11ᵀ/d along `dim`, the mean subtraction of a LayerNorm."""
     return x - x.mean(dim, keepdim=True)
+
+
+# --- which weights stay -------------------------------------------------------------------------------------------------
+
+# (n, m): n weights stay of every m consecutive inputs; a fraction: that share of the weights is removed.
+Sparsity = tuple[int, int] | float
+
+
+def check_sparsity(sparsity: Sparsity, width: int) -> None:
+    """Raise ValueError for a sparsity that does not exist, or a pattern that does not fit rows of `width` weights."""
+    if isinstance(sparsity, (int, float)):
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), not {sparsity}: 0.5 removes half of the weights")
+        return
+    if not isinstance(sparsity, (tuple, list)) or [type(number) for number in sparsity] != [int, int]:
+        raise ValueError(f"sparsity must be a pair like (2, 4) or a fraction like 0.5, not {sparsity!r}")
+    n, m = sparsity
+    if not 0 < n <= m:
+        raise ValueError(f"no pattern {n}:{m}: (n, m) keeps n of m consecutive weights, so 0 < n <= m, as in (2, 4)")
+    if width % m:
+        raise ValueError(f"pattern {n}:{m} does not fit a layer with {width} inputs: {width} is not divisible by {m}")
+
+
+def keep_mask(scores: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
+    """Which entries of each row have the highest scores. scores: [rows, k]; result: bool, the same shape, True = stays.
+
+    (n, m): exactly n of every m consecutive entries; a fraction: exactly k - ⌊fraction k⌋ of each row. Of equal scores the
+    earlier entry stays, so the mask can be repeated anywhere.
+    """
+    rows, k = scores.shape
+    if isinstance(sparsity, (int, float)):
+        return _keep_largest(scores, k - int(Fraction(sparsity).limit_denominator(10**6) * k))
+    n, m = sparsity
+    return _keep_largest(scores.reshape(rows, k // m, m), n).view(rows, k)
+
+
+def _keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+
+
+# --- changing a matrix column by column (optimal brain surgeon) -----------------------------------------------------------
+
+
+def inverse_factor(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    """Upper triangular U [d, d] in float64 with UᵀU = (H + λI)⁻¹ for a Gram matrix H; λ = damping x its mean diagonal.
+
+    Row i of U, divided by U_ii, says how columns i, i+1, ... make up for a change of column i once those before it are
+    fixed (SparseGPT, section 3.3; GPTQ, step 3). The inverse is never formed: with the order of the channels reversed,
+    Cholesky gives H = RRᵀ with R upper triangular, and U = R⁻¹. An input that is always zero (H_jj = 0) gets H_jj = 1, so
+    it takes no part. The damping makes any other rank deficit harmless; without it, one raises ValueError, as does NaN.
+    """
+    if not torch.isfinite(gram).all():
+        raise ValueError("the Gram matrix holds NaN or infinity: the model's weights or activations are broken")
+    h = gram.double().clone()
+    diagonal = h.diagonal()
+    diagonal += damping * diagonal.mean() + (diagonal == 0)
+    reversed_factor, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if failed:
+        raise ValueError(f"the Gram matrix is singular at damping {damping}: use more calibration tokens, or 0.01 and above")
+    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return torch.linalg.solve_triangular(reversed_factor.flip(0, 1), identity, upper=True)
+
+
+def fix_columns(
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    decide: Callable[[torch.Tensor, int], Callable[[torch.Tensor, int], torch.Tensor]],
+    span: int,
+    block: int = 128,
+) -> torch.Tensor:
+    """Change a matrix from left to right and let the columns still to come make up for it, in the least-squares sense.
+
+    weight: [out, in]; factor: U of `inverse_factor`, [in, in]. Every `span` columns, `decide(columns [out, span], start)`
+    sees the weights as they now stand and returns the rule (column [out, 1], its place in the span) -> its final value.
+    Changing w_i into q adds -(w_i - q) U_i,later / U_ii to the later columns, the optimal brain surgeon's step. Inside a
+    block that happens at once, beyond it in one product per block: the same result at any `block`, only faster.
+    Result: float64 [out, in].
+    """
+    w = weight.double().clone()
+    for start, end in _blocks(w.shape[1], span, block):
+        errors = torch.empty_like(w[:, start:end])
+        for i in range(start, end):
+            if i % span == 0:
+                rule = decide(w[:, i : i + span], i)
+            column = w[:, i : i + 1]
+            fixed = rule(column, i % span)
+            error = (column - fixed) / factor[i, i]
+            w[:, i:end] -= error * factor[i, i:end]
+            w[:, i : i + 1] = fixed  # exactly: a pruned weight is 0, not a rounding error
+            errors[:, i - start] = error[:, 0]
+        w[:, end:] -= errors @ factor[start:end, end:]
+    return w
+
+
+def _blocks(columns: int, span: int, block: int) -> Iterator[tuple[int, int]]:
+    """Cut `columns` into blocks (start, end) of at most `block`, none of which a span begins in and runs out of.
+
+    What is decided at the start of a span needs all its columns up to date, and beyond the block they are not.
+    """
+    start = 0
+    while start < columns:
+        end = min(start + block, columns)
+        boundary = end - end % span
+        if end < columns and boundary > start:
+            end = boundary
+        yield start, end
+        start = end

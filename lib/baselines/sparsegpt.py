@@ -1,0 +1,66 @@
+"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune a matrix so that its outputs on real inputs change least.
+
+Columns are fixed from left to right. A pruned weight is made up for by the weights to its right in the same row, in the
+least-squares sense of the calibration inputs (optimal brain surgeon); all rows share one factorised inverse Gram matrix,
+which is what makes the method affordable (section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lib.layerwise import GRAM, check_prunable, rebuild
+from lib.linalg import Sparsity, check_sparsity, fix_columns, inverse_factor, keep_mask
+from lib.surgery import linear
+
+
+def sparsegpt_matrix(
+    weight: torch.Tensor, gram: torch.Tensor, sparsity: Sparsity = (2, 4), damping: float = 0.01, block: int = 128
+) -> torch.Tensor:
+    """Prune a matrix [out, in] and update what stays, to keep ‖(W - W')X‖ small (the paper's Algorithm 1).
+
+    gram: XXᵀ [in, in], up to a factor. Removed are the lowest w²/U_ii², read off when the walk arrives, from weights that
+    already make up for those before: per row for (n, m), and for a fraction over all rows of `block` columns together.
+    Inputs that are always zero lose their weights first. Raises ValueError for a sparsity or Gram that cannot work.
+    """
+    check_sparsity(sparsity, weight.shape[1])
+    factor = inverse_factor(gram, damping)
+    sizes = factor.diagonal()
+
+    def decide(columns: torch.Tensor, start: int):
+        scores = (columns / sizes[start : start + columns.shape[1]]).square()
+        keep = keep_mask(scores.reshape(1, -1), sparsity).view_as(scores)
+        return lambda column, i: column.masked_fill(~keep[:, i : i + 1], 0)
+
+    alive = weight.masked_fill(gram.diagonal() == 0, 0)
+    span = block if isinstance(sparsity, (int, float)) else sparsity[1]
+    return fix_columns(alive, factor, decide, span, block).to(weight.dtype)
+
+
+def prune(
+    model: nn.Module,
+    ids: torch.Tensor,
+    sparsity: Sparsity = (2, 4),
+    *,
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    inplace: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """Prune every linear layer of the blocks with SparseGPT, block after block; biases, norms, embeddings and head stay.
+
+    ids: calibration tokens [samples, length]; mask: 1 for real tokens. sparsity: (n, m) keeps n of m consecutive weights of
+    a row (the paper's 2:4 and 4:8), a fraction removes that share of each matrix. The result is a stock model with zeros,
+    which `lib.checkpoint.export` writes for anyone to load. Stored dense, as it is here, it saves no memory and no time:
+    that takes a sparse format and kernels for it. The given model stays intact, unless `inplace`. Raises ValueError, before
+    any work, for a sparsity that does not fit, for ids that cannot be used and for models that are not dense.
+    """
+    check_prunable(model, sparsity)
+
+    def remake(layer: nn.Linear, gram: torch.Tensor) -> nn.Linear:
+        return linear(sparsegpt_matrix(layer.weight, gram, sparsity), layer.bias, like=layer.weight)
+
+    return rebuild(model, ids, GRAM, remake, mask=mask, batch=batch, inplace=inplace, progress=progress)

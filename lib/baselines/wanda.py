@@ -1,0 +1,46 @@
+"""Wanda (Sun et al., arXiv 2306.11695): remove the weights of small |w| times the size of their input. No repair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lib.layerwise import SQUARES, check_prunable, rebuild
+from lib.linalg import Sparsity, check_sparsity, keep_mask
+from lib.surgery import linear
+
+
+def wanda_matrix(weight: torch.Tensor, squared_norms: torch.Tensor, sparsity: Sparsity = (2, 4)) -> torch.Tensor:
+    """Set the lowest-scoring weights of every row of a matrix [out, in] to zero; scores S_ij = |W_ij| ‖X_j‖ (equation 1).
+
+    squared_norms: ‖X_j‖² [in], up to a common factor. Weights compete only inside their row, of every m or, for a fraction,
+    of the whole row: the comparison group that the paper found to matter (section 3).
+    """
+    check_sparsity(sparsity, weight.shape[1])
+    scores = weight.double().abs() * squared_norms.double().sqrt()
+    return weight.masked_fill(~keep_mask(scores, sparsity), 0)
+
+
+def prune(
+    model: nn.Module,
+    ids: torch.Tensor,
+    sparsity: Sparsity = (2, 4),
+    *,
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    inplace: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """Prune every linear layer of the blocks with Wanda, block after block.
+
+    Arguments, result and errors are those of `lib.baselines.sparsegpt.prune`. Only one number per input channel is
+    accumulated, so this runs where a Gram matrix would not fit.
+    """
+    check_prunable(model, sparsity)
+
+    def remake(layer: nn.Linear, squared_norms: torch.Tensor) -> nn.Linear:
+        return linear(wanda_matrix(layer.weight, squared_norms, sparsity), layer.bias, like=layer.weight)
+
+    return rebuild(model, ids, SQUARES, remake, mask=mask, batch=batch, inplace=inplace, progress=progress)
