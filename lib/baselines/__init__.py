@@ -1,0 +1,1 @@
+"""Rival methods that the papers compare against, one file each."""
