@@ -141,18 +141,18 @@ def truncate(w: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.
     return basis * size, v / size[:, None]
 
 
-def refit(w: torch.Tensor, u: torch.Tensor, v: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The left factor u' [m, k] that minimises ‖(W - u'v)X‖ for inputs of another Gram matrix G [n, n], and the ridge used.
+def refit(w: torch.Tensor, u: torch.Tensor, v: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """The left factor u' [m, k] that minimises ‖(W - u'v)S‖, for a right factor v [k, n] made for other inputs.
 
-    Closed form of SVD-LLM's layer-wise update, u' = W G vᵀ (v G vᵀ)⁻¹, solved for the change u' - u: it vanishes where the
-    inputs have not drifted and in directions without data. Latents are brought to unit energy first, so that the spread of
-    the singular values (10³ and more) does not enter the condition of the k x k system.
+    root: S [n, n] of the new inputs. Closed form of SVD-LLM's layer-wise update, u' = W G vᵀ (v G vᵀ)⁻¹, solved for the change
+    u' - u, which vanishes where the inputs have not drifted. The latents vS are brought to unit energy first, so that the
+    spread of the singular values (10³ and more) does not enter the condition of the k x k system. float64.
     """
     w, u, v = w.double(), u.double(), v.double()
-    cross = gram @ v.T
-    latent = v @ cross
-    energy = latent.diagonal().clamp(min=0).sqrt()
-    energy = energy.clamp(min=1e-8 * energy.max()) if energy.max() > 0 else torch.ones_like(energy)
-    root, ridge = root_of(latent / energy / energy[:, None])
-    wanted = (w - u @ v) @ cross / energy
-    return u + torch.cholesky_solve(wanted.T, root).T / energy, ridge
+    latents = v @ root
+    energy = latents.norm(dim=1, keepdim=True)
+    energy = torch.where(energy > 0, energy, torch.ones_like(energy))
+    latents = latents / energy
+    triangle, _ = root_of(latents @ latents.T)
+    wanted = latents @ ((w - u @ v) @ root).T
+    return u + (torch.cholesky_solve(wanted, triangle) / energy).T

@@ -198,13 +198,11 @@ def refitted_block(
 ) -> dict[str, LowRankLinear]:
     """Layers of a block with given right factors and the left factors that fit the measured inputs best (variant W+U, U)."""
     found = {}
-    for names, gram in grams.items():
+    for names, root in roots(grams, report):
         for name in names:
             if name in ranks:
                 layer = narrowed(factors[name], ranks[name])
-                u, ridge = refit(dense[name].weight.detach(), layer.u.weight.detach(), layer.v.weight.detach(), gram)
-                if ridge and report:
-                    report(f"the latents of {name} are dependent on these inputs: relative ridge {ridge:.0e}")
+                u = refit(dense[name].weight.detach(), layer.u.weight.detach(), layer.v.weight.detach(), root)
                 found[name] = low_rank(dense[name], u, layer.v.weight)
     return found
 

@@ -21,7 +21,8 @@ from lib.evaluate import peak_memory
 from lib.experiment import Calibration
 from lib.models import load
 from lib.slicegpt import global_axes, rotate_and_slice, slice_model, stock_model
-from tests.conftest import SLICEABLE, relative, tiny, token_ids
+from lib.svd_llm import compress_model
+from tests.conftest import CONFIGS, SLICEABLE, relative, tiny, token_ids
 
 # A line per way of compressing; later methods join here. Each maps a dense model to a compressed one.
 WAYS = {
@@ -29,8 +30,10 @@ WAYS = {
     "slicegpt, dense shortcuts": lambda m: slice_model(m, token_ids(), 0.25, layout="dense"),
     "slicegpt, sliced head": lambda m: slice_model(m, token_ids(), 0.5, slice_head=True),
     "slicegpt, level 0": lambda m: slice_model(m, token_ids(), 0.0),
+    "svd-llm": lambda m: compress_model(m, token_ids(), 0.4),
+    "svd-llm, unequal ranks": lambda m: compress_model(m, token_ids(), 0.3, allocation="loss"),
 }
-FAMILIES_OF = dict.fromkeys(WAYS, SLICEABLE)
+FAMILIES_OF = dict.fromkeys(WAYS, SLICEABLE) | {"svd-llm": tuple(CONFIGS)}
 CASES = [(way, family) for way in WAYS for family in FAMILIES_OF[way]]
 
 FRESH = """
@@ -167,6 +170,25 @@ def first_shard(record):
 def test_damage_is_refused(saved, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(changed_copy(saved, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({}, "map names"),
+        ([1], "map names"),
+        ({"lm_head": 4}, "no such truncation.*lm_head"),
+        ({"model.layers.0.mlp.up_proj": 0}, "no such truncation"),
+        ({"model.layers.0.mlp.up_proj": 33}, "no such truncation"),
+        ({"model.layers.0.mlp.up_proj": True}, "no such truncation"),
+        ({"model.layers.0.mlp.up_proj": 4}, "disagree"),
+    ],
+)
+def test_damaged_ranks_are_refused(tmp_path, ranks, message):
+    folder = save(WAYS["svd-llm"](tiny("llama", torch.float32)), None, tmp_path / "m")
+    damaged = changed_copy(folder, tmp_path, lambda f, r: r["edits"][0].update(ranks=ranks))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(damaged)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000])

@@ -65,7 +65,7 @@ def product(model, name):
 
 
 def excess(w, approximation, x, k):
-    """How much more than the least possible loss of rank k, relative to the size of the outputs (never negative but for noise)."""
+    """How much more than the least possible loss of rank k, relative to the size of the outputs."""
     least = torch.linalg.svdvals(w @ x)[k:].norm()
     return ((loss(w, approximation, x) - least) / (w @ x).norm()).abs().item()
 
@@ -247,9 +247,9 @@ def test_ridge_only_where_it_is_needed_and_relative():
 def test_float32_noise_in_a_gram_matrix_is_survived():
     """As stored in half precision and summed in float32: not positive definite, which is what stops the published code."""
     x = correlated_inputs(12, 400)
-    x[5] = x[4] * (1 + 1e-5)
-    gram = x.float() @ x.float().T
-    noisy = (gram - 2 * 6e-8 * gram.diagonal().max() * torch.eye(12)).double()
+    x[5] = x[4]
+    gram = (x.float() @ x.float().T).double()
+    noisy = gram - 1e-7 * torch.linalg.eigvalsh(gram)[-1] * torch.eye(12)
     assert torch.linalg.eigvalsh(noisy)[0] < 0
     w = normal(12, 12)
     u, v = truncate(w, decompose(w, root_of(noisy)[0], 6)[0])
@@ -271,9 +271,8 @@ def test_not_a_gram_matrix():
 def test_refit_is_least_squares(m, n):
     w, x, drifted, k = normal(m, n), correlated_inputs(n, 60), correlated_inputs(n, 60, seed=5), 4
     u, v = truncate(w, decompose(w, root_of(x @ x.T)[0], k)[0])
-    found, ridge = refit(w, u, v, drifted @ drifted.T)
+    found = refit(w, u, v, root_of(drifted @ drifted.T)[0])
     expected = torch.linalg.lstsq((v @ drifted).T, (w @ drifted).T).solution.T
-    assert ridge == 0
     assert relative(found, expected) < 1e-8
     losses = [loss(w, a, drifted) for a in (u @ v, found @ v, whitened(w, drifted, k))]
     assert losses[0] > losses[1] > losses[2]  # the order that theory gives: W, W+U, truncated for the drifted inputs
@@ -282,7 +281,7 @@ def test_refit_is_least_squares(m, n):
 def test_refit_without_drift_changes_nothing():
     w, x = normal(9, 12), correlated_inputs(12, 60)
     u, v = truncate(w, decompose(w, root_of(x @ x.T)[0], 5)[0])
-    assert relative(refit(w, u, v, x @ x.T)[0], u) < 1e-10
+    assert relative(refit(w, u, v, root_of(x @ x.T)[0]), u) < 1e-10
 
 
 def test_refit_on_latents_of_very_unequal_size():
@@ -292,27 +291,21 @@ def test_refit_on_latents_of_very_unequal_size():
     w, gram = left * torch.logspace(0, -4, n) @ right, right.T * torch.logspace(0, -8, n, dtype=torch.float64) @ right
     w = w.double()
     u, v = truncate(w, decompose(w, root_of(gram)[0], k)[0])
-    found, ridge = refit(w, torch.zeros_like(u), v, gram)  # from nothing back to the optimum
+    root, ridge = root_of(gram)
+    found = refit(w, torch.zeros_like(u), v, root)  # from nothing back to the optimum
     assert ridge == 0
     assert relative(found, u) < 1e-3
-    root = root_of(gram)[0]
     assert ((w - found @ v) @ root).norm() == pytest.approx(((w - u @ v) @ root).norm().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", SINGULAR)
-def test_refit_on_singular_inputs_is_no_worse_and_stays_near(kind):
+def test_refit_on_singular_inputs_is_optimal_on_them_and_finite(kind):
     w, x, drifted = normal(9, 12), correlated_inputs(12, 60), SINGULAR[kind]()
     u, v = truncate(w, decompose(w, root_of(x @ x.T)[0], 5)[0])
-    found, _ = refit(w, u, v, drifted @ drifted.T)
-    assert loss(w, found @ v, drifted) <= loss(w, u @ v, drifted) + 1e-9
-    if kind == "no signal at all":
-        assert torch.equal(found, u)
-    if kind == "one token":  # moved only where that token says something
-        z = (v @ drifted)[:, 0]
-        silent = torch.linalg.qr(z[:, None], mode="complete")[0][:, 1:]
-        energy = (v @ drifted @ drifted.T @ v.T).diagonal().sqrt()
-        silent = torch.linalg.qr((z / energy)[:, None], mode="complete")[0][:, 1:]
-        assert ((found - u) * energy @ silent).norm() < 1e-6 * ((found - u) * energy).norm()
+    found = refit(w, u, v, root_of(drifted @ drifted.T)[0])
+    best = torch.linalg.lstsq((v @ drifted).T, (w @ drifted).T, driver="gelsd").solution.T
+    assert torch.isfinite(found).all()
+    assert loss(w, found @ v, drifted) <= loss(w, best @ v, drifted) + 1e-4 * (w @ drifted).norm()
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------------
@@ -407,12 +400,9 @@ def test_every_matrix_is_the_optimum_for_its_recorded_inputs(family):
     assert sorted(names) == sorted(matrices(model)) == sorted(small.edits[0]["ranks"])
     for name in names:
         dense, layer, x = model.get_submodule(name), small.get_submodule(name), inputs_of(model, ids, name)
-        w, k = dense.weight.double(), rank_for(*dense.weight.shape, 0.3)
+        w, k = dense.weight.detach(), rank_for(*dense.weight.shape, 0.3)
         assert (layer.rank, layer.in_features, layer.out_features) == (k, dense.in_features, dense.out_features)
-        best = torch.linalg.svdvals(w @ x)[k:].norm()
-        assert loss(w, layer.u.weight @ layer.v.weight, x) == pytest.approx(
-            best.item(), rel=1e-3, abs=1e-3 * (w @ x).norm().item()
-        )
+        assert excess(w, product(small, name), x, k) < 1e-3
         assert layer.v.bias is None
         assert (layer.u.bias is None) == (dense.bias is None)
         assert dense.bias is None or torch.equal(layer.u.bias, dense.bias)
@@ -458,12 +448,8 @@ def test_compressed_order_measures_behind_compressed_layers(family):
     for name in first:
         half.set_submodule(name, small.get_submodule(name))
     for name in (name.replace(".0.", ".1.") for name in first):
-        w, x = model.get_submodule(name).weight.double(), inputs_of(half, ids, name)
-        layer = small.get_submodule(name)
-        best = torch.linalg.svdvals(w @ x)[layer.rank :].norm()
-        assert loss(w, layer.u.weight @ layer.v.weight, x) == pytest.approx(
-            best.item(), rel=1e-3, abs=1e-3 * (w @ x).norm().item()
-        )
+        w, x = model.get_submodule(name).weight.detach(), inputs_of(half, ids, name)
+        assert excess(w, product(small, name), x, small.get_submodule(name).rank) < 1e-3
 
 
 @pytest.mark.parametrize("variant", ["W+U", "U"])
@@ -775,7 +761,10 @@ def test_asvd_scales_by_the_mean_magnitude_of_recorded_inputs(family):
         s = inputs_of(model, ids, name, mask).abs().mean(1).sqrt()
         w, k = layer.weight.detach(), rank_for(*layer.weight.shape, 0.5)
         left, sigma, right = torch.linalg.svd(w * s, full_matrices=False)
-        assert relative(product(small, name), left[:, :k] * sigma[:k] @ right[:k] / s) < 1e-4
+        alive = s > 0  # ReLU: where nothing arrives the published formula divides by zero
+        expected = (left[:, :k] * sigma[:k] @ right[:k])[:, alive] / s[alive]
+        assert relative(product(small, name)[:, alive], expected) < 1e-4
+        assert torch.isfinite(product(small, name)).all()
 
 
 def test_asvd_without_scaling_is_plain_svd():
@@ -816,7 +805,7 @@ def test_searched_ranks_reach_the_ratio():
         ranks = small.edits[0]["ranks"]
         kept = sum(ranks[n] * sum(s) if n in ranks else s[0] * s[1] for n, s in shapes(model).items())
         assert (1 - ratio) * total * 0.9 < kept <= (1 - ratio) * total
-        assert len(set(ranks.values())) > 1
+        assert 0 < len(ranks) < len(matrices(model))  # some stay dense, as in the paper
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4])
