@@ -125,6 +125,14 @@ def _is_plain_opt(config) -> bool:
     return config.do_layer_norm_before and final_norm and config.word_embed_proj_dim == config.hidden_size
 
 
+def shared_inputs(family: Family) -> tuple[tuple[str, ...], ...]:
+    """The matrices of a block, grouped by the input that they share: readers of one norm together, writers alone."""
+    attention, mlp = family.attention, family.mlp
+    if attention.norm == mlp.norm:  # Phi feeds both halves from one norm
+        return attention.readers + mlp.readers, (attention.writer,), (mlp.writer,)
+    return attention.readers, (attention.writer,), mlp.readers, (mlp.writer,)
+
+
 @dataclass
 class Anatomy:
     """A model seen through its family record. Holds no weights of its own."""

@@ -110,8 +110,8 @@ class ResidualStream:
         self.advance(whole_block, block)
 
     @torch.no_grad()
-    def observe(self, block: int, see: dict[str, Callable[[torch.Tensor], None]]) -> None:
-        """Run a block on the stream and throw its output away: the stream stays where it is.
+    def observe(self, block: int, see: dict[str, Callable[[torch.Tensor], None]], advance: bool = False) -> None:
+        """Run a block on the stream to look inside. The stream stays where it is, or moves behind the block with `advance`.
 
         see: for names of modules inside the block, what to do with the inputs [n, features] that each of them gets for the
         real tokens, batch by batch. Modules that share an input (q, k, v) need only one of them to be named.
@@ -130,7 +130,9 @@ class ResidualStream:
         try:
             for rows in self._slices():
                 kept[0] = None if self.mask is None else self.mask[rows].bool().flatten().to(self.device)
-                whole_block(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
+                output = whole_block(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
+                if advance:
+                    self.hidden[rows] = output
         finally:
             for handle in handles:
                 handle.remove()

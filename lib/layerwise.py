@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy, Family
+from lib.anatomy import Anatomy, shared_inputs
 from lib.calibration import ResidualStream
 from lib.linalg import Sparsity, add_gram, add_squares, check_sparsity
 from lib.surgery import shell
@@ -31,14 +31,6 @@ class Statistic:
 
 GRAM = Statistic(2, add_gram)
 SQUARES = Statistic(1, add_squares)
-
-
-def shared_inputs(family: Family) -> list[tuple[str, ...]]:
-    """Names of the linear layers of a block, those with the same input together: readers of one norm, and each writer."""
-    readers: dict[str, tuple[str, ...]] = {}
-    for half in (family.attention, family.mlp):
-        readers[half.norm] = readers.get(half.norm, ()) + half.readers
-    return [*readers.values(), (family.attention.writer,), (family.mlp.writer,)]
 
 
 def block_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -37,6 +37,37 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) 
     return layer
 
 
+class LowRankLinear(nn.Module):
+    """A linear layer in two factors, y = u(v(x)): `v` maps n inputs to k latents, `u` maps them to m outputs with the bias.
+
+    Both are ordinary linear layers, so adapters can be put on either.
+    """
+
+    def __init__(self, v: nn.Linear, u: nn.Linear):
+        super().__init__()
+        self.v, self.u = v, u
+
+    @property
+    def rank(self) -> int:
+        return self.v.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.v.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.u.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.u(self.v(x))
+
+
+def low_rank(layer: nn.Linear, u: torch.Tensor, v: torch.Tensor) -> LowRankLinear:
+    """The two-factor layer with weight u v, u [m, k] and v [k, n], and the bias, dtype and device of `layer`."""
+    return LowRankLinear(v=linear(v, None, like=layer.weight), u=linear(u, layer.bias, like=layer.weight))
+
+
 def embedding(table: nn.Embedding, weight: torch.Tensor) -> nn.Embedding:
     """The embedding module `table` (its class, padding index and position offset) with another weight [rows, k]."""
     new = copy.deepcopy(table, {id(table.weight): table.weight})

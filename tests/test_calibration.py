@@ -92,6 +92,16 @@ def test_observed_inputs_are_those_of_the_running_model(family, padded):
         assert relative(torch.cat(found), inputs) < 1e-5
 
 
+def test_observing_can_advance():
+    model, ids = tiny("opt"), token_ids(5)
+    one, two = (ResidualStream(model, ids, batch=2) for _ in range(2))
+    seen = []
+    one.observe(0, {"fc2": seen.append}, advance=True)
+    two.advance_block(0)
+    assert torch.equal(one.hidden, two.hidden)
+    assert len(torch.cat(seen)) == ids.numel()
+
+
 def test_model_is_left_as_it_was():
     model, ids = tiny("llama"), token_ids(2)
     before = [type(m) for m in model.modules()]

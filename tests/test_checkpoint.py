@@ -22,7 +22,8 @@ from lib.evaluate import peak_memory, zero_shot
 from lib.experiment import Calibration
 from lib.models import load
 from lib.slicegpt import global_axes, slice_globally, slice_model, slice_without_shortcuts, stock_model
-from tests.conftest import SLICEABLE, relative, tiny, token_ids
+from lib.svd_llm import compress_model
+from tests.conftest import CONFIGS, SLICEABLE, relative, tiny, token_ids
 
 
 def uneven_widths(model):
@@ -43,8 +44,10 @@ WAYS = {
     "slicegpt, schedule": lambda m: slice_model(m, token_ids(), uneven_widths(m)),
     "slicegpt, compensated": lambda m: slice_model(m, token_ids(), 0.25, compensate=True),
     "slicegpt, few shortcut columns": lambda m: slice_model(m, token_ids(), 0.25, drop_below=0.3),
+    "svd-llm": lambda m: compress_model(m, token_ids(), 0.4),
+    "svd-llm, unequal ranks": lambda m: compress_model(m, token_ids(), 0.3, allocation="loss"),
 }
-FAMILIES_OF = dict.fromkeys(WAYS, SLICEABLE)
+FAMILIES_OF = dict.fromkeys(WAYS, SLICEABLE) | {"svd-llm": tuple(CONFIGS)}
 CASES = [(way, family) for way in WAYS for family in FAMILIES_OF[way]]
 
 FRESH = """
@@ -230,6 +233,25 @@ def first_shard(record):
 def test_damage_is_refused(saved, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(changed_copy(saved, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({}, "map names"),
+        ([1], "map names"),
+        ({"lm_head": 4}, "no such truncation.*lm_head"),
+        ({"model.layers.0.mlp.up_proj": 0}, "no such truncation"),
+        ({"model.layers.0.mlp.up_proj": 33}, "no such truncation"),
+        ({"model.layers.0.mlp.up_proj": True}, "no such truncation"),
+        ({"model.layers.0.mlp.up_proj": 4}, "disagree"),
+    ],
+)
+def test_damaged_ranks_are_refused(tmp_path, ranks, message):
+    folder = save(WAYS["svd-llm"](tiny("llama", torch.float32)), None, tmp_path / "m")
+    damaged = changed_copy(folder, tmp_path, lambda f, r: r["edits"][0].update(ranks=ranks))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(damaged)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000])

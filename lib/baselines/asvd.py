@@ -1,0 +1,135 @@
+"""ASVD (Yuan et al., arXiv 2312.05821): weigh each input channel by the size of its activations, then truncate.
+
+A matrix W is truncated by the SVD of W S with S = diag(mean_t |X_jt|^α). Ranks are uniform, or chosen by the paper's
+search: truncate one matrix at a time, note the perplexity, and cut where it hurts least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lib.anatomy import replaced, shared_inputs
+from lib.baselines.fwsvd import sequence_losses
+from lib.calibration import ResidualStream
+from lib.low_rank import (
+    Ranks,
+    block_name,
+    factored,
+    kept_share,
+    matrices,
+    narrowed,
+    rank_for,
+    shapes,
+    sweep_of,
+    uniform_ranks,
+)
+
+ALPHA = 0.5
+CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # removed shares that the search tries on each matrix
+
+
+def mean_magnitudes(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8
+) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """mean_t |X_jt|, float64 [n], of every distinct input of the dense model, with the names of the matrices that share it."""
+    stream = ResidualStream(model, ids, mask, batch)
+    family = stream.anatomy.family
+    tokens = ids.numel() if mask is None else int(mask.bool().sum())
+    for i, block in enumerate(stream.anatomy.blocks):
+        sums = {
+            group: torch.zeros(block.get_submodule(group[0]).in_features, dtype=torch.float64, device=stream.device)
+            for group in shared_inputs(family)
+        }
+        stream.observe(i, {g[0]: lambda x, total=total: total.add_(x.double().abs().sum(0)) for g, total in sums.items()}, True)
+        for group, total in sums.items():
+            yield tuple(block_name(family, i, name) for name in group), total / tokens
+
+
+def roots(
+    model: nn.Module, ids: torch.Tensor, alpha: float = ALPHA, mask: torch.Tensor | None = None, batch: int = 8
+) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """The diagonals of S, by the matrices that share an input; α = 0 is plain SVD."""
+    return ((names, size**alpha) for names, size in mean_magnitudes(model, ids, mask, batch))
+
+
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    *,
+    alpha: float = ALPHA,
+    search: bool = False,
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model) with every matrix truncated by activation-scaled SVD, of uniform rank or with the rank `search`.
+
+    One set of trials serves all ratios. Exact decompositions in float64, where the authors' code draws random ones.
+    """
+    plans = [uniform_ranks(model, ratio) for ratio in ratios]
+    found = list(roots(model, ids, alpha, mask, batch))
+    if search:
+        trials = sensitivities(model, ids, found, mask, batch, progress)
+        plans = [search_ranks(trials, shapes(model), ratio) for ratio in ratios]
+    return sweep_of(model, found, ratios, plans, progress)
+
+
+# --- the rank search -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sensitivities(
+    model: nn.Module,
+    ids: torch.Tensor,
+    roots: Sequence[tuple[Sequence[str], torch.Tensor]],
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    progress: Callable[[str], None] | None = None,
+) -> dict[tuple[str, float], float]:
+    """Mean loss on the calibration set with one matrix truncated, for every (matrix, removed share).
+
+    The loss orders the trials as its perplexity does. One decomposition of each matrix.
+    """
+    layers, found = matrices(model), {}
+    for names, root in roots:
+        for name in names:
+            m, n = layers[name].weight.shape
+            widest = factored(layers[name], root, rank_for(m, n, min(CANDIDATES)))
+            for share in CANDIDATES:
+                with replaced(model, name, narrowed(widest, rank_for(m, n, share))):
+                    found[name, share] = calibration_loss(model, ids, mask, batch)
+            if progress:
+                progress(f"tried {len(found) // len(CANDIDATES)} of {len(layers)} matrices")
+    return found
+
+
+def calibration_loss(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, batch: int) -> float:
+    """Mean next-token loss over the sequences of a calibration set."""
+    masks = [None] * len(ids.split(batch)) if mask is None else mask.to(model.device).split(batch)
+    pairs = zip(ids.to(model.device).split(batch), masks, strict=True)
+    return torch.cat([sequence_losses(model, part, real) for part, real in pairs]).mean().item()
+
+
+def search_ranks(trials: Mapping[tuple[str, float], float], shapes: Mapping[str, tuple[int, int]], ratio: float) -> Ranks:
+    """Ranks for a ratio from the trials: accept trials from the least harmful on until enough parameters are gone.
+
+    A matrix takes the highest removed share that was accepted for it; without one it stays dense. Raises ValueError if all
+    trials together do not reach the ratio.
+    """
+    wanted = kept_share(ratio) * sum(m * n for m, n in shapes.values())
+    ranks: Ranks = {}
+    kept = {name: m * n for name, (m, n) in shapes.items()}
+    for name, share in sorted(trials, key=trials.get):
+        if sum(kept.values()) <= wanted:
+            return ranks
+        m, n = shapes[name]
+        k = rank_for(m, n, share)
+        if k * (m + n) < kept[name]:
+            ranks[name], kept[name] = k, k * (m + n)
+    if sum(kept.values()) <= wanted:
+        return ranks
+    raise ValueError(f"the rank search tries at most {max(CANDIDATES):.0%} on each matrix, which does not remove {ratio:.0%}")

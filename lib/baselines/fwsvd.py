@@ -1,0 +1,102 @@
+"""FWSVD (Hsu et al., arXiv 2207.00112): weigh each input channel of a matrix by how much the loss depends on it.
+
+The importance of a weight is its empirical Fisher information, the mean over sequences of the squared gradient of the
+loss. A matrix W is truncated by the SVD of W diag(d), where d_j is the root of the sum over column j.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.anatomy import Anatomy
+from lib.calibration import check_calibration
+from lib.low_rank import matrices, sweep_of, uniform_ranks
+
+
+def fisher(
+    model: nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Σ_i mean_s (∂L_s/∂W_ij)², float64 [n inputs], for every matrix; L_s is the mean next-token loss of sequence s.
+
+    ids: [samples, tokens]; mask: 1 for real tokens. One backward pass a batch. The gradient of a sequence is the product of
+    what a matrix sent forward and what came back, so nothing the size of the weights is kept.
+    """
+    check_calibration(Anatomy(model), ids, mask)
+    layers = matrices(model)
+    totals = {name: torch.zeros(layer.in_features, dtype=torch.float64, device=model.device) for name, layer in layers.items()}
+    table = Anatomy(model).get(Anatomy(model).family.embeddings[0])
+    for start in range(0, len(ids), batch):
+        rows = slice(start, start + batch)
+        part, real = ids[rows].to(model.device), None if mask is None else mask[rows].to(model.device)
+        with torch.enable_grad(), contextlib.ExitStack() as watched:
+            first = _watch_entry(watched, table)
+            for name, layer in layers.items():
+                _watch(watched, layer, totals[name], len(part))
+            loss = sequence_losses(model, part, real).sum()
+            torch.autograd.grad(loss, first)  # of the embeddings alone: what it passes on its way is what we watch
+        if progress:
+            progress(f"gradients of {min(start + batch, len(ids))} of {len(ids)} sequences")
+    return {name: total / len(ids) for name, total in totals.items()}
+
+
+def sequence_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean next-token loss of each sequence, [samples]: token t is predicted from those before it, padding is not."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    losses = losses.view(len(ids), -1)
+    if mask is None:
+        return losses.mean(1)
+    real = (mask[:, 1:] * mask[:, :-1]).to(losses)
+    return (losses * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def _watch_entry(watched: contextlib.ExitStack, table: nn.Module) -> list[torch.Tensor]:
+    """The output of the embeddings, made a leaf of the graph: gradients must reach it whatever the parameters ask for."""
+    first: list[torch.Tensor] = []
+
+    def hook(_, inputs, output):
+        first.append(output.detach().requires_grad_())
+        return first[0]
+
+    watched.callback(table.register_forward_hook(hook).remove)
+    return first
+
+
+def _watch(watched: contextlib.ExitStack, layer: nn.Linear, total: torch.Tensor, samples: int) -> None:
+    """Add the column sums of the squared gradient of each sequence to `total` [n], as the backward pass meets the layer."""
+
+    def hook(_, inputs, output):
+        x = inputs[0].detach()
+
+        def give(gradient):
+            sent, back = (t.reshape(samples, -1, t.shape[-1]).float() for t in (x, gradient))  # OPT flattens its batches
+            for one_sent, one_back in zip(sent, back, strict=True):
+                total.add_((one_back.T @ one_sent).square().sum(0))
+
+        output.register_hook(give)
+
+    watched.callback(layer.register_forward_hook(hook).remove)
+
+
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    *,
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model) with every matrix truncated by Fisher-weighted SVD, which minimises Σ_j d_j² ‖(W - W')_j‖²."""
+    plans = [uniform_ranks(model, ratio) for ratio in ratios]
+    weights = fisher(model, ids, mask, batch, progress)
+    return sweep_of(model, (([name], value.sqrt()) for name, value in weights.items()), ratios, plans, progress)

@@ -1,0 +1,17 @@
+"""Plain SVD: the nearest low-rank matrix, whatever its inputs are. The baseline of every low-rank method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import nn
+
+from lib.low_rank import matrices, sweep_of, uniform_ranks
+
+
+def sweep(
+    model: nn.Module, ratios: Sequence[float], progress: Callable[[str], None] | None = None
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model) with every matrix truncated by its own SVD, which minimises ‖W - W'‖; needs no calibration data."""
+    plans = [uniform_ranks(model, ratio) for ratio in ratios]
+    return sweep_of(model, [([name], None) for name in matrices(model)], ratios, plans, progress)

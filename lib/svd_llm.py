@@ -1,0 +1,211 @@
+"""SVD-LLM (Wang et al., arXiv 2403.07378): replace each matrix by the best product of two for its real inputs.
+
+For inputs X with Gram matrix G = X Xᵀ = S Sᵀ the rank-k matrix nearest to W in ‖(W - W')X‖ comes from the singular value
+decomposition of W S, and its loss is exactly the root of the sum of squares of the dropped singular values. The paper
+writes W' = U_k Σ_k V_kᵀ S⁻¹. We use the same matrix in the form U_k U_kᵀ W, which needs no inverse and holds for any G.
+
+Two questions that the paper answers in one way are settings here. `order`: inputs are those of the dense model
+("original", the paper) or of the part already compressed ("compressed"). `variant`: "W" truncates; "W+U" then refits the
+left factors to drifted inputs (the paper's first version); "U" truncates by plain SVD and refits. The current paper's
+update, adapters on the factors, starts from any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from lib.anatomy import Anatomy, shared_inputs
+from lib.calibration import ResidualStream, check_calibration
+from lib.linalg import add_gram, refit, root_of, singular_values
+from lib.low_rank import (
+    Ranks,
+    allocate,
+    block_name,
+    factor,
+    kept_share,
+    largest,
+    matrices,
+    narrowed,
+    put,
+    shapes,
+    sweep_of,
+    uniform_ranks,
+)
+from lib.surgery import LowRankLinear, low_rank, shell
+
+VARIANTS = ("W", "W+U", "U")
+ORDERS = ("original", "compressed")
+ALLOCATIONS = ("uniform", "loss")
+Grams = dict[tuple[str, ...], torch.Tensor]  # names of the matrices that share an input -> its Gram matrix [n, n]
+
+
+# --- statistics --------------------------------------------------------------------------------------------------------
+
+
+def block_grams(stream: ResidualStream, block: int, advance: bool = False) -> Grams:
+    """The Gram matrix in float64 of every distinct input in a block, from the stream where it stands.
+
+    q, k and v share one, and so do gate and up. Raises ValueError, naming the module, for activations that are not finite.
+    """
+    family, module = stream.anatomy.family, stream.anatomy.blocks[block]
+    groups = shared_inputs(family)
+    sizes = [module.get_submodule(group[0]).in_features for group in groups]
+    grams = [torch.zeros(n, n, dtype=torch.float64, device=stream.device) for n in sizes]
+    stream.observe(block, {g[0]: partial(add_gram, gram) for g, gram in zip(groups, grams, strict=True)}, advance)
+    found = {}
+    for group, gram in zip(groups, grams, strict=True):
+        names = tuple(block_name(family, block, name) for name in group)
+        if not torch.isfinite(gram).all():
+            raise ValueError(f"the inputs of {names[0]} hold NaN or infinity: load the model in float32 or bfloat16")
+        found[names] = gram
+    return found
+
+
+def roots(grams: Grams, report: Callable[[str], None] | None = None) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """A root of each Gram matrix, which is given up for it; says where a ridge was needed."""
+    for names in list(grams):
+        root, ridge = root_of(grams.pop(names))
+        if ridge and report:
+            report(f"the inputs of {names[0]} do not span its channels: relative ridge {ridge:.0e}")
+        yield names, root
+
+
+def original_roots(
+    stream_of: Callable[[nn.Module], ResidualStream], model: nn.Module, report: Callable[[str], None] | None = None
+) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """Roots of every distinct input of the dense model in order, with one block's matrices in memory."""
+    stream = stream_of(model)
+    for block in range(len(stream.anatomy.blocks)):
+        yield from roots(block_grams(stream, block, advance=True), report)
+
+
+def spectra(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8) -> dict[str, torch.Tensor]:
+    """Singular values [min(m, n)] of W X for every matrix of the dense model: what truncation to any rank would lose."""
+    dense = matrices(model)
+    measured = original_roots(lambda network: ResidualStream(network, ids, mask, batch), model)
+    return {name: singular_values(dense[name].weight.detach(), root) for names, root in measured for name in names}
+
+
+def working_bytes(model: nn.Module) -> int:
+    """Memory that truncation needs beside model and residual buffer: one block's Gram matrices and the largest root.
+
+    Counted on shapes, so a meta model will do.
+    """
+    anatomy = Anatomy(model)
+    sizes = [anatomy.blocks[0].get_submodule(group[0]).in_features for group in shared_inputs(anatomy.family)]
+    return 8 * (sum(n * n for n in sizes) + max(sizes) ** 2)
+
+
+# --- the method --------------------------------------------------------------------------------------------------------
+
+
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    *,
+    variant: str = "W",
+    order: str = "original",
+    allocation: str = "uniform",
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[tuple[float, nn.Module]]:
+    """Compress a model at several ratios; yields (ratio, model), each the same function as a run of its own.
+
+    ids: calibration tokens [samples, length]; mask: 1 for real tokens. ratios: share R of the matrices' parameters to remove,
+    0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss
+    (`lib.low_rank.allocate`). The dense model is read only. Original order: one pass and one decomposition of each matrix
+    for all ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
+    """
+    for name, value, known in (
+        ("variant", variant, VARIANTS), ("order", order, ORDERS), ("allocation", allocation, ALLOCATIONS),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    if order == "compressed" and variant != "W":
+        raise ValueError(
+            f"variant {variant} refits to drifted inputs, but order 'compressed' has truncated for those very inputs already: "
+            "use order 'original', or variant W"
+        )
+    for ratio in ratios:
+        kept_share(ratio)
+    check_calibration(Anatomy(model), ids, mask)
+    dense = matrices(model)
+    if allocation == "loss":
+        found = spectra(model, ids, mask, batch)
+        plans = [allocate(found, shapes(model), ratio) for ratio in ratios]
+    else:
+        plans = [uniform_ranks(model, ratio) for ratio in ratios]
+
+    def stream_of(network: nn.Module) -> ResidualStream:
+        return ResidualStream(network, ids, mask, batch)
+
+    if order == "compressed":
+        fit = partial(truncated_block, dense, progress)
+        return _through_compressed(model, stream_of, fit, ratios, plans, progress)
+    measured = [([name], None) for name in dense] if variant == "U" else original_roots(stream_of, model, progress)
+    if variant == "W":
+        return sweep_of(model, measured, ratios, plans, progress)
+    return _refitted(model, stream_of, measured, ratios, plans, progress)
+
+
+def _refitted(model, stream_of, measured, ratios, plans, progress):
+    dense = matrices(model)
+    factors = factor(dense, measured, largest(plans), progress)
+    yield from _through_compressed(model, stream_of, partial(refitted_block, dense, factors, progress), ratios, plans, progress)
+
+
+def _through_compressed(
+    model: nn.Module,
+    stream_of: Callable[[nn.Module], ResidualStream],
+    fit: Callable[[Grams, Ranks], dict[str, LowRankLinear]],
+    ratios: Sequence[float],
+    plans: Sequence[Ranks],
+    progress: Callable[[str], None] | None,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model) for every plan, block after block: measure the dense block's inputs behind compressed ones, fit, replace.
+
+    `fit` makes the two-factor layers of a block from its Gram matrices.
+    """
+    for ratio, ranks in zip(ratios, plans, strict=True):
+        small, layers = shell(model), {}
+        if ranks:
+            stream = stream_of(small)
+            for block in range(len(stream.anatomy.blocks)):
+                fitted = fit(block_grams(stream, block), ranks)
+                for name, layer in fitted.items():
+                    small.set_submodule(name, layer)
+                layers |= fitted
+                stream.advance_block(block)
+                if progress:
+                    progress(f"{ratio:.0%}: compressed layer {block + 1} of {len(stream.anatomy.blocks)}")
+        yield ratio, put(small, layers)
+
+
+def truncated_block(dense: dict[str, nn.Linear], report: Callable | None, grams: Grams, ranks: Ranks) -> dict[str, LowRankLinear]:
+    """Layers of a block truncated for the inputs that were measured."""
+    return factor(dense, roots(grams, report), ranks)
+
+
+def refitted_block(
+    dense: dict[str, nn.Linear], factors: dict[str, LowRankLinear], report: Callable | None, grams: Grams, ranks: Ranks
+) -> dict[str, LowRankLinear]:
+    """Layers of a block with given right factors and the left factors that fit the measured inputs best (variant W+U, U)."""
+    found = {}
+    for names, root in roots(grams, report):
+        for name in names:
+            if name in ranks:
+                layer = narrowed(factors[name], ranks[name])
+                u = refit(dense[name].weight.detach(), layer.u.weight.detach(), layer.v.weight.detach(), root)
+                found[name] = low_rank(dense[name], u, layer.v.weight)
+    return found
+
+
+def compress_model(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+    """Compress a model at one ratio; `settings` are those of `sweep`."""
+    return next(sweep(model, ids, [ratio], **settings))[1]
