@@ -195,8 +195,8 @@ def _attentions(anatomy: Anatomy) -> list[nn.Module]:
     name = anatomy.family.attention_module
     if f"{name}.k_proj" not in anatomy.family.attention.readers:
         raise ValueError(
-            f"{anatomy.model.config.model_type} models compute queries, keys and values in one matrix, so keys have no latents of "
-            "their own: use the ordinary cache"
+            f"{anatomy.model.config.model_type} models compute queries, keys and values in one matrix, so keys have no latents "
+            "of their own: use the ordinary cache"
         )
     return [block.get_submodule(name) for block in anatomy.blocks]
 
@@ -221,7 +221,7 @@ def _rotary(anatomy: Anatomy) -> nn.Module | None:
         for kind in kinds:
             if kind == "longrope" or "dynamic" in kind:
                 raise ValueError(
-                    f"rotations of type {kind!r} change with the length of the text: an ordinary cache keeps old keys as they were "
-                    "rotated once, and a latent cache would rotate them anew. Use the ordinary cache"
+                    f"rotations of type {kind!r} change with the length of the text: the ordinary cache keeps old keys as they "
+                    "were rotated once, while a latent cache would rotate them anew. Use the ordinary cache"
                 )
     return rotary
