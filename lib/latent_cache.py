@@ -12,9 +12,11 @@ half of 1 - R where the matrix is square, and nearly all of it under grouped-que
 numbers stay at R = 0.2 for n = 4,096. A rank that saves parameters is below m n / (m + n) < m, so it saves cache as well;
 factors of rank m or more, made elsewhere, would make the cache larger.
 
-What it costs: c k m multiply-adds per factor, layer and decoded token for c tokens in the cache, against k (n + m) for the
-token itself, so decoding is slower, and more so in long contexts. While a layer runs, its keys and values exist in full: only
-the other layers' are saved. A prompt that is read at once costs nothing extra.
+What it costs: c k m multiply-adds per factor, layer and forward pass of each row for c tokens in the cache, against k (n + m)
+for each new token, so decoding is slower, and more so in long contexts: one CPU thread, six layers of width 512 in float32,
+R = 0.4 and batch 4 took 1.9, 3.4 and 6.0 times as long per token at 64, 256 and 1,024 tokens as with the ordinary cache. A
+prompt that is read at once costs nothing extra. While a layer runs, its keys and values exist in full, so peak memory falls by
+what the other layers save.
 """
 
 from __future__ import annotations
