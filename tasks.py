@@ -227,7 +227,7 @@ def checked(run):
     help={
         "model": "wiki-a-llama, wiki-a-opt, a local folder, or a hub id",
         "out": "new folder for the compressed model",
-        "method": "slicegpt, or slicegpt-global (one basis: the result is a stock model)",
+        "method": "slicegpt; slicegpt-stock and slicegpt-global (no shortcuts: the result is a stock model)",
         "ratio": "share to remove, in the method's own sense (SliceGPT: slicing level)",
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
@@ -240,7 +240,7 @@ def compress(
     c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, device="cpu",
     dtype="float32", data_dir="", set=None,
 ):  # fmt: skip
-    """Compress a model and save it as a folder for evaluate and generate (slicegpt-global: for any runtime)."""
+    """Compress a model and save it as a folder for evaluate and generate (slicegpt-stock: for any runtime)."""
     from lib.compress import METHODS, check_settings
     from lib.compress import compress as run
     from lib.experiment import Calibration
@@ -309,7 +309,7 @@ def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
 
 @task(
     help={
-        "folder": "a stock model: made with method slicegpt-global, or any Llama, Mistral or Qwen 2 in the Hugging Face format",
+        "folder": "a stock model: made with method slicegpt-stock, or any Llama, Mistral or Qwen 2 in the Hugging Face format",
         "out": "new .gguf file",
         "dtype": "precision of the matrices: float16, bfloat16 or float32",
     }
