@@ -41,9 +41,3 @@ SLICEGPT_TABLE_4_FLOAT32 = _by_model(
         "SliceGPT 30%": (44.17, 19.33, 16.20, 12.82, 11.53, 10.43, 9.99, 10.41, 7.49, 8.75),
     }
 )
-
-# Tables 7: zero-shot accuracy in %, mean of PIQA, WinoGrande, HellaSwag, ARC-e, ARC-c, WikiText-2 calibration.
-SLICEGPT_TABLE_7_MEAN = {
-    "Llama-2-7B": {"dense": 69.00, "SliceGPT 20%": 58.18, "SliceGPT 25%": 55.48, "SliceGPT 30%": 51.50},
-    "OPT-1.3B": {"dense": 53.18, "SliceGPT 20%": 47.72, "SliceGPT 25%": 46.34, "SliceGPT 30%": 44.99},
-}
