@@ -32,6 +32,14 @@ def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None)
     blocks = anatomy.blocks
 
     class Recorder(nn.Module):
+        def __init__(self, block: nn.Module):
+            super().__init__()
+            self._stands_for = [block]  # in a list: not a child
+
+        def __getattr__(self, name: str):
+            # Some versions of transformers ask a block for its kind of attention before they call it.
+            return getattr(self.__dict__["_stands_for"][0], name)
+
         def forward(self, hidden_states, **kwargs):
             first.append(hidden_states)
             seen.append(kwargs)
@@ -42,7 +50,7 @@ def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None)
     originals = list(blocks)
     try:
         for i in range(len(originals)):
-            blocks[i] = Recorder()
+            blocks[i] = Recorder(originals[i])
         with contextlib.suppress(_EntryReached):
             anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:

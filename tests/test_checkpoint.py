@@ -487,3 +487,53 @@ def test_default_calibration_fits_the_model(tmp_path):
     row = compress("wiki-a-opt", tmp_path / "m", calibration=Calibration("wiki-a", 4, 32), round_interval=1)
     assert row["removed_decoder"] > 0
     assert row["params"] < 10**7
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2"])
+def test_families_that_cannot_be_sliced_write_nothing(tmp_path, family):
+    import transformers
+
+    if family == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=2048, n_embd=32, n_layer=1, n_head=2))
+    else:
+        model = tiny(family, torch.float32, vocab_size=2048)
+    model.save_pretrained(tmp_path / "model")
+    load("wiki-a-llama")[1].save_pretrained(tmp_path / "model")
+    with pytest.raises(Exit, match="sandwich|supported are") as stop:
+        tasks.compress.body(None, str(tmp_path / "model"), str(tmp_path / "out"), samples=2, length=16)
+    assert stop.value.code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def truncate_weights(folder):
+    path = folder / "compressed.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def change_record(edit=None, **changes):
+    def change(folder):
+        record = json.loads((folder / "compression.json").read_text())
+        record["edits"][0] |= edit or {}
+        (folder / "compression.json").write_text(json.dumps(record | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no folder"),
+        (change_record(schema=7), "schema 7"),
+        (change_record(edit={"layout": "magic"}), "cannot be repeated"),
+        (truncate_weights, "missing or damaged"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "token"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_damaged_folders_end_every_command_cleanly(tmp_path, command, damage, message):
+    model, tokenizer = load("wiki-a-opt")
+    folder = save(slice_model(model, torch.arange(1, 65).view(4, 16), 0.25), tokenizer, tmp_path / "small")
+    damage(folder)
+    with pytest.raises(Exit, match=message) as stop:
+        getattr(tasks, command).body(None, str(folder), *(["The"] if command == "generate" else []))
+    assert stop.value.code == 2
