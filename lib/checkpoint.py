@@ -190,7 +190,7 @@ def _empty_model(folder: Path, record: dict) -> nn.Module:
     model.tie_weights()  # parameters without memory were made one by one, tied ones too
     for edit in record["edits"]:
         settings = {name: value for name, value in edit.items() if name != "edit"}
-        if edit.get("edit") not in REPLAY:
+        if not isinstance(edit.get("edit"), str) or edit["edit"] not in REPLAY:
             raise CheckpointError(f"unknown edit {edit.get('edit')!r} in {folder}/{RECORD}: known are {', '.join(REPLAY)}")
         replay = REPLAY[edit["edit"]]
         try:

@@ -211,6 +211,7 @@ def first_shard(record):
         (lambda f, r: r.update(edits=[]), "lacks edits"),
         (lambda f, r: r.update(dtype="int8"), "lacks edits, dtype"),
         (lambda f, r: r["edits"][0].update(edit="unknown"), "unknown edit 'unknown'"),
+        (lambda f, r: r["edits"][0].update(edit=["slicegpt"]), "unknown edit"),
         (lambda f, r: r["edits"][0]["widths"].__setitem__(1, 25), "cannot be repeated|has shape"),
         (lambda f, r: r["edits"][0]["widths"].__setitem__(0, -1), "as many widths"),
         (lambda f, r: r["edits"][0]["widths"].pop(), "cannot be repeated"),
