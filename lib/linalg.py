@@ -270,9 +270,9 @@ def fix_columns(
 
 
 def _blocks(columns: int, span: int, block: int) -> Iterator[tuple[int, int]]:
-    """Cut `columns` into blocks (start, end) of at most `block`, none of which a span begins in and runs out of.
+    """Cut `columns` into blocks (start, end) of at most `block`; a span that begins in the middle of one also ends in it.
 
-    What is decided at the start of a span needs all its columns up to date, and beyond the block they are not.
+    What is decided at the start of a span needs all its columns up to date, and in mid-block those beyond it are not.
     """
     start = 0
     while start < columns:

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from lib.linalg import add_gram, complete, principal_axes, random_rotation, remove_mean, symmetric_shortcut
+from lib.linalg import (
+    add_gram,
+    add_squares,
+    complete,
+    inverse_factor,
+    principal_axes,
+    random_rotation,
+    remove_mean,
+    symmetric_shortcut,
+)
 
 
 def orthonormality_error(q):
@@ -121,3 +130,27 @@ def test_remove_mean_is_the_centring_matrix():
     m = torch.eye(7, dtype=torch.float64) - 1 / 7
     assert torch.allclose(remove_mean(x), x @ m)
     assert torch.allclose(remove_mean(x.T, dim=0), m @ x.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_squares_are_the_diagonal_of_the_gram(dtype):
+    x = (torch.randn(10_000, 12, generator=generator()) * torch.logspace(2, -2, 12)).to(dtype)
+    total = torch.zeros(12, dtype=torch.float64)
+    for part in x.split(777):
+        add_squares(total, part)
+    assert torch.allclose(total, x.double().square().sum(0), rtol=1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+@pytest.mark.parametrize("tokens", [4, 200])
+def test_inverse_factor(tokens, damping):
+    x = torch.randn(tokens, 16, dtype=torch.float64, generator=generator())
+    x[:, 5] = 0
+    gram = x.T @ x
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    damped[5, 5] += 1
+    u = inverse_factor(gram, damping)
+    assert torch.equal(u, u.triu())
+    assert (u.diagonal() > 0).all()
+    assert torch.allclose(u.T @ u, torch.linalg.inv(damped), rtol=1e-10, atol=1e-12)
+    assert torch.equal(gram, x.T @ x)  # the argument is left alone
