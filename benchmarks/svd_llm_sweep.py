@@ -3,8 +3,8 @@
     python -m benchmarks.svd_llm_sweep
 
 The literal procedure is benchmarks/literal_svd_llm.py. Both remove 20, 40, 60 and 80 % of every matrix, (a) of a random Llama of
-width 1,024 with four layers and (b) of the workshop Llama. Repeats alternate, so that a busy machine slows both alike. (c) truncates an
-ill-conditioned matrix as large as those of a 7B model and compares its loss with the least that is possible.
+width 1,024 with four layers and (b) of the workshop Llama. Repeats alternate, so that a busy machine slows both alike. (c)
+truncates an ill-conditioned matrix as large as those of a 7B model and compares its loss with the least that is possible.
 """
 
 from __future__ import annotations
