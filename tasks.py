@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -39,7 +40,8 @@ def named_values(settings: list[str]) -> dict:
         name, equals, value = setting.partition("=")
         if not equals:
             raise Exit(f"--set takes NAME=VALUE, not {setting!r}", code=2)
-        found[name] = yaml.safe_load(value)
+        sexagesimal = re.fullmatch(r"\d+:\d+", value)  # YAML 1.1 reads the pattern 2:4 in base 60, as 124
+        found[name] = value if sexagesimal else yaml.safe_load(value)
     return found
 
 

@@ -484,7 +484,7 @@ def test_low_rank_from_the_command_line_to_a_stock_folder(tmp_path, capsys, meth
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
-@pytest.mark.parametrize(("ratio", "setting"), [(0.5, ["pattern='2:4'"]), (0.3, [])])
+@pytest.mark.parametrize(("ratio", "setting"), [(0.5, ["pattern=2:4"]), (0.3, [])])
 def test_pruning_from_the_command_line(tmp_path, method, ratio, setting):
     import transformers
 
@@ -526,9 +526,9 @@ def test_merging_says_what_it_needs(tmp_path):
         ({"method": "svd-llm", "set": ["variant=V"]}, "choose one of W, W"),
         ({"method": "svd-llm", "set": ["rank=3"]}, "choose one of variant, order, allocation"),
         ({"method": "svd", "ratio": 0.999}, "no rank"),
-        ({"method": "wanda", "set": ["pattern='2:4'"]}, "removes 0.5 of the weights, not 0.25"),
+        ({"method": "wanda", "set": ["pattern=2:4"]}, "removes 0.5 of the weights, not 0.25"),
         ({"method": "sparsegpt", "ratio": 0.5, "set": ["pattern=half"]}, "pattern must be like 2:4"),
-        ({"method": "sparsegpt", "ratio": 0.4, "set": ["pattern='3:5'"]}, "not divisible by 5"),
+        ({"method": "sparsegpt", "ratio": 0.4, "set": ["pattern=3:5"]}, "not divisible by 5"),
     ],
 )
 def test_bad_commands_write_nothing(tmp_path, arguments, message):
