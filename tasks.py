@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -39,7 +40,8 @@ def named_values(settings: list[str]) -> dict:
         name, equals, value = setting.partition("=")
         if not equals:
             raise Exit(f"--set takes NAME=VALUE, not {setting!r}", code=2)
-        found[name] = yaml.safe_load(value)
+        sexagesimal = re.fullmatch(r"\d+:\d+", value)  # YAML 1.1 reads the pattern 2:4 in base 60, as 124
+        found[name] = value if sexagesimal else yaml.safe_load(value)
     return found
 
 
@@ -227,8 +229,8 @@ def checked(run):
     help={
         "model": "wiki-a-llama, wiki-a-opt, a local folder, or a hub id",
         "out": "new folder for the compressed model",
-        "method": "slicegpt; slicegpt-stock and slicegpt-global (no shortcuts: the result is a stock model)",
-        "ratio": "share to remove, in the method's own sense (SliceGPT: slicing level)",
+        "method": "slicegpt, slicegpt-stock, slicegpt-global, svd-llm, svd, fwsvd, asvd, sparsegpt or wanda",
+        "ratio": "share to remove, in the method's own sense (SliceGPT: slicing level; pruning: share of zeros)",
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
         "data-dir": "folder with benchmark and calibration files, instead of the hub",
@@ -305,6 +307,20 @@ def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
         print(tokenizer.decode(out[0], skip_special_tokens=True))
 
     checked(work)
+
+
+@task(help={"model": "folder of a model compressed by svd-llm, svd, fwsvd or asvd", "out": "new folder for the stock model"})
+def merge_to_dense(c, model, out, device="cpu", dtype="float32"):
+    """Multiply the factors of a low-rank model: a stock folder for any runtime, as large as the dense model."""
+    from lib.checkpoint import export
+    from lib.low_rank import merge_to_dense as merge
+    from lib.models import load
+
+    def work():
+        network, tokenizer = load(model, device, dtype)
+        return export(merge(network), tokenizer, out)
+
+    print(f"{model}: factors multiplied, stock model saved in {checked(work)}")
 
 
 @task(

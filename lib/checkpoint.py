@@ -76,10 +76,12 @@ def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     """
     folder = Path(folder).expanduser()
     if edits := getattr(model, "edits", None):
-        raise ValueError(
-            f"not a stock model: {', '.join(edit['edit'] for edit in edits)} changed its shapes. Save it with "
-            "lib.checkpoint.save, or compress with method slicegpt-stock, whose result is stock"
-        )
+        names = [edit["edit"] for edit in edits]
+        if set(names) == {"low-rank"}:
+            way = "multiply its factors with invoke merge-to-dense (lib.low_rank.merge_to_dense)"
+        else:
+            way = "compress with method slicegpt-stock, whose result is stock"
+        raise ValueError(f"not a stock model: {', '.join(names)} changed its shapes. Save it with lib.checkpoint.save, or {way}")
     with _written_whole(folder) as partial:
         model.save_pretrained(partial)
         if tokenizer is not None:

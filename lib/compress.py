@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lib import svd_llm
+from lib.baselines import asvd, fwsvd, sparsegpt, svd, wanda
 from lib.checkpoint import export, read_record, save
 from lib.cost import count
 from lib.experiment import Calibration
+from lib.linalg import Sparsity
 from lib.models import fingerprint, load
 from lib.results import Progress, package_versions
 from lib.sliced_network import shapes_only
@@ -83,8 +86,70 @@ def _slicegpt_stock(
     return stock_model(slice_without_shortcuts(model, ids, ratio, round_interval=round_interval, inplace=True, progress=progress))
 
 
+def _svd_llm(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    progress: Callable,
+    *,
+    variant: str = "W",
+    order: str = "original",
+    allocation: str = "uniform",
+) -> nn.Module:
+    settings = dict(variant=variant, order=order, allocation=allocation)
+    return svd_llm.compress_model(model, ids, ratio, progress=progress, **settings)
+
+
+def _svd(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable) -> nn.Module:
+    return next(svd.sweep(model, [ratio], progress))[1]
+
+
+def _fwsvd(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable) -> nn.Module:
+    return next(fwsvd.sweep(model, ids, [ratio], progress=progress))[1]
+
+
+def _asvd(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, alpha: float = asvd.ALPHA, search: bool = False
+) -> nn.Module:
+    return next(asvd.sweep(model, ids, [ratio], alpha=alpha, search=search, progress=progress))[1]
+
+
+def _sparsegpt(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, pattern: str = "") -> nn.Module:
+    return sparsegpt.prune(model, ids, sparsity(ratio, pattern), inplace=True, progress=progress)
+
+
+def _wanda(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, pattern: str = "") -> nn.Module:
+    return wanda.prune(model, ids, sparsity(ratio, pattern), inplace=True, progress=progress)
+
+
+def sparsity(ratio: float, pattern: str) -> Sparsity:
+    """What the pruning methods take: the ratio, or the pair of a pattern like "2:4", which must remove that very ratio.
+
+    Raises ValueError for a pattern that is not two whole numbers, or one that removes another share than the ratio says.
+    """
+    if not pattern:
+        return ratio
+    parts = str(pattern).split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
+        raise ValueError(f"pattern must be like 2:4, which keeps 2 of 4 consecutive weights, not {pattern!r}")
+    n, m = map(int, parts)
+    if abs(1 - n / m - ratio) > 1e-6:
+        raise ValueError(f"pattern {pattern} removes {1 - n / m:.4g} of the weights, not {ratio}: use --ratio {1 - n / m:.4g}")
+    return n, m
+
+
 # One line per method: (model, calibration ids, ratio in the paper's own sense, progress, settings) -> compressed model.
-METHODS = {"slicegpt": _slicegpt, "slicegpt-stock": _slicegpt_stock, "slicegpt-global": _slicegpt_global}
+METHODS = {
+    "slicegpt": _slicegpt,
+    "slicegpt-stock": _slicegpt_stock,
+    "slicegpt-global": _slicegpt_global,
+    "svd-llm": _svd_llm,
+    "svd": _svd,
+    "fwsvd": _fwsvd,
+    "asvd": _asvd,
+    "sparsegpt": _sparsegpt,
+    "wanda": _wanda,
+}
 
 
 def check_settings(method: str, settings: dict) -> None:
@@ -110,7 +175,8 @@ def compress(
 ) -> dict:
     """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of sizes, really counted.
 
-    ratio: the method's own notion, in [0, 1) (SliceGPT: slicing level). calibration: 128 sequences of wiki-a as long as the
+    ratio: the method's own notion, in [0, 1) (SliceGPT: slicing level; low rank: share of the matrices' parameters; pruning:
+    share of their weights that become 0, all of which are still stored). calibration: 128 sequences of wiki-a as long as the
     model's positions permit, at most 2,048, unless given. settings: arguments of the method (see METHODS), such as
     round_interval.
     Raises ValueError or FileExistsError before any long work for arguments that cannot work.

@@ -198,7 +198,10 @@ def merge_to_dense(model: nn.Module) -> nn.Module:
     """A stock model with the product of the factors in the place of every two-factor layer: any runtime can load it.
 
     The products are taken in float64 and cast once. Nothing is saved in memory or time: this is for comparison and export.
+    Raises ValueError for a model without two-factor layers.
     """
+    if not any(isinstance(layer, LowRankLinear) for layer in model.modules()):
+        raise ValueError("this model has no two-factor layers to merge: merging is for models of svd-llm, svd, fwsvd or asvd")
     merged = shell(model)
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LowRankLinear):

@@ -449,11 +449,70 @@ def test_compress_evaluate_generate(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("The history of")
 
 
+def said_perplexity(capsys, folder):
+    capsys.readouterr()
+    tasks.evaluate.body(None, folder, windows=4)
+    return float(capsys.readouterr().out.split()[1])
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("svd-llm", []), ("svd-llm", ["variant=W+U", "allocation=loss"]), ("svd-llm", ["order=compressed"]), ("svd", []),
+     ("fwsvd", []), ("asvd", ["alpha=0.4"])],
+)  # fmt: skip
+def test_low_rank_from_the_command_line_to_a_stock_folder(tmp_path, capsys, method, setting):
+    import transformers
+
+    out, merged = str(tmp_path / "small"), str(tmp_path / "merged")
+    tasks.compress.body(None, "wiki-a-llama", out, method, ratio=0.2, samples=16, length=64, set=setting)
+    model, _ = load(out)
+    dense, _ = load("wiki-a-llama")
+    matrices = sum(p.numel() for p in Anatomy(dense).blocks.parameters() if p.ndim == 2)
+    ranked = sum(p.numel() for p in Anatomy(model).blocks.parameters() if p.ndim == 2)
+    assert 0.19 < 1 - ranked / matrices < 0.23
+    assert model.edits[0]["edit"] == "low-rank"
+    capsys.readouterr()
+    tasks.generate.body(None, out, "The history of", tokens=5)
+    assert capsys.readouterr().out.startswith("The history of")
+    tasks.merge_to_dense.body(None, out, merged)
+    assert said_perplexity(capsys, merged) == pytest.approx(said_perplexity(capsys, out), rel=1e-4)
+    ids = torch.arange(1, 401).view(4, 100)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert relative(plain(ids).logits, model(ids).logits) < 1e-4
+        assert relative(plain(ids).logits, dense(ids).logits) > 1e-2
+    assert plain.num_parameters() == dense.num_parameters()
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize(("ratio", "setting"), [(0.5, ["pattern=2:4"]), (0.3, [])])
+def test_pruning_from_the_command_line(tmp_path, method, ratio, setting):
+    import transformers
+
+    out = tmp_path / "sparse"
+    tasks.compress.body(None, "wiki-a-llama", str(out), method, ratio=ratio, samples=16, length=64, set=setting)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for name, weight in plain.model.layers.named_parameters():
+        if weight.ndim == 2:
+            assert (weight == 0).float().mean().item() == pytest.approx(ratio, abs=0.01), name
+            if setting:
+                assert ((weight.view(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_merging_says_what_it_needs(tmp_path):
+    with pytest.raises(Exit, match="no two-factor layers") as stop:
+        tasks.merge_to_dense.body(None, "wiki-a-llama", str(tmp_path / "m"))
+    assert stop.value.code == 2
+    with pytest.raises(ValueError, match="low-rank changed its shapes.*merge-to-dense"):
+        export(WAYS["svd-llm"](tiny("llama")), None, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"model": "wiki-b"}, "wiki-b"),
-        ({"method": "magic"}, "choose one of slicegpt, slicegpt-stock, slicegpt-global"),
+        ({"method": "magic"}, "choose one of slicegpt, slicegpt-stock, slicegpt-global, svd-llm"),
         ({"ratio": 1.0}, r"\[0, 1\)"),
         ({"corpus": "nope"}, "choose one of wiki-a"),
         ({"length": 4096}, "positions"),
@@ -465,6 +524,12 @@ def test_compress_evaluate_generate(tmp_path, capsys):
         ({"set": ["layout"]}, "NAME=VALUE"),
         ({"set": ["schedule=/no/such/folder"]}, "compression.json"),
         ({"method": "slicegpt-global", "set": ["layout=tied"]}, "choose one of round_interval"),
+        ({"method": "svd-llm", "set": ["variant=V"]}, "choose one of W, W"),
+        ({"method": "svd-llm", "set": ["rank=3"]}, "choose one of variant, order, allocation"),
+        ({"method": "svd", "ratio": 0.999}, "no rank"),
+        ({"method": "wanda", "set": ["pattern=2:4"]}, "removes 0.5 of the weights, not 0.25"),
+        ({"method": "sparsegpt", "ratio": 0.5, "set": ["pattern=half"]}, "pattern must be like 2:4"),
+        ({"method": "sparsegpt", "ratio": 0.4, "set": ["pattern=3:5"]}, "not divisible by 5"),
     ],
 )
 def test_bad_commands_write_nothing(tmp_path, arguments, message):

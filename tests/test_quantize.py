@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from lib.anatomy import Anatomy
-from lib.checkpoint import export
+from lib.checkpoint import export, load_checkpoint, save
 from lib.cost import count, meta_model
 from lib.quantize import gptq, gptq_matrix, quantize_rtn, quantized_bytes, round_to_nearest
 from lib.slicegpt import slice_model
+from lib.svd_llm import compress_model
 from tests.conftest import CONFIGS, relative, tiny, token_ids
 from tests.test_baselines import block_linears, damped, inputs_in_the_model, literal_rebuild, output_error, problem
 
@@ -237,6 +238,40 @@ def test_second_factor_is_quantised_for_the_latents_of_the_quantised_first(group
     assert torch.equal(ours.model.layers[0].self_attn.q_proj[1].bias, block.self_attn.q_proj[1].bias)
     rounded = round_to_nearest(model, 4, group).model.layers[1].self_attn.k_proj
     assert torch.equal(rounded[1].weight, quantize_rtn(model.model.layers[1].self_attn.k_proj[1].weight, 4, group))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_truncated_model_is_quantised_saved_and_counted(family, tmp_path):
+    """What SVD-LLM leaves: every factor on few levels, the second for the latents of the quantised first, same edits."""
+    model = compress_model(tiny(family), token_ids(), 0.4)
+    new = gptq(model, token_ids(), 4, 5)  # 5 divides no rank here
+    quantised = block_linears(new)
+    for name, layer in block_linears(model).items():
+        weight = quantised[name].weight
+        assert not torch.equal(weight, layer.weight)
+        assert all(len(part.unique()) <= 16 for row in weight for part in row.split(5))
+    name = Anatomy(model).family.blocks + ".0." + Anatomy(model).family.mlp.writer
+    layer, found = model.get_submodule(name), new.get_submodule(name)
+    x = inputs_in_the_model(model, {"writer": layer}, token_ids())["writer"]
+    v = slow_gptq(layer.v.weight.detach(), x.T @ x, 4, 5)
+    latents = x @ v.T
+    assert relative(found.v.weight, v) < 1e-8
+    assert relative(found.u.weight, slow_gptq(layer.u.weight.detach(), latents.T @ latents, 4, 5)) < 1e-8
+    again = load_checkpoint(save(new, None, tmp_path / "m"))
+    with torch.no_grad():
+        assert torch.equal(again(token_ids()).logits, new(token_ids()).logits)
+    assert new.edits == model.edits
+    assert quantized_bytes(model, 4) < count(model).bytes
+
+
+def test_a_rank_above_the_rank_of_the_data_is_quantised():
+    """The Gram of the latents is singular: damping must carry it, for few tokens and wide factors."""
+    model = compress_model(tiny("llama"), token_ids(1, 6), 0.2)
+    new = gptq(model, token_ids(1, 6), 4)
+    with torch.no_grad():
+        assert torch.isfinite(new(token_ids()).logits).all()
+        rounded, exact = (m(token_ids(1, 6)).logits for m in (round_to_nearest(model, 4), model))
+        assert (new(token_ids(1, 6)).logits - exact).norm() < (rounded - exact).norm()
 
 
 def test_other_edited_models_are_refused():
