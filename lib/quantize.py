@@ -15,7 +15,7 @@ from torch import nn
 from lib.cost import count
 from lib.layerwise import GRAM, block_layers, rebuild, replace_layers
 from lib.linalg import fix_columns, inverse_factor
-from lib.surgery import parameter, shell
+from lib.surgery import LowRankLinear, parameter, shell
 
 SCALE_BITS = 16  # scales are float16, as packed formats store them
 HALF_MIN, HALF_MAX = 2.0**-24, 65504.0
@@ -85,9 +85,11 @@ def factors(layer: nn.Module) -> list[nn.Linear]:
 
     Raises ValueError for anything else, and for a bias between factors, which the Gram of the latents leaves out.
     """
-    chain = [layer] if type(layer) is nn.Linear else list(layer.children())
-    if not chain or any(type(factor) is not nn.Linear for factor in chain) or any(f.bias is not None for f in chain[:-1]):
-        raise ValueError(f"{type(layer).__name__} is neither a linear layer nor a chain of them with one bias, at the end")
+    if type(layer) is nn.Linear:
+        return [layer]
+    chain = [layer.v, layer.u] if type(layer) is LowRankLinear else []
+    if not chain or any(type(factor) is not nn.Linear for factor in chain) or layer.v.bias is not None:
+        raise ValueError(f"{type(layer).__name__} is neither a linear layer nor two of them with one bias, at the end")
     return chain
 
 
