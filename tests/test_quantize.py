@@ -13,6 +13,7 @@ from lib.checkpoint import export, load_checkpoint, save
 from lib.cost import count, meta_model
 from lib.quantize import gptq, gptq_matrix, quantize_rtn, quantized_bytes, round_to_nearest
 from lib.slicegpt import slice_model
+from lib.surgery import LowRankLinear
 from lib.svd_llm import compress_model
 from tests.conftest import CONFIGS, relative, tiny, token_ids
 from tests.test_baselines import block_linears, damped, inputs_in_the_model, literal_rebuild, output_error, problem
@@ -218,7 +219,7 @@ def factored(model, rank=8):
             v.weight, w.weight = nn.Parameter(s[:rank, None].sqrt() * vh[:rank]), nn.Parameter(u[:, :rank] * s[:rank].sqrt())
             if layer.bias is not None:
                 w.bias = layer.bias
-            block.set_submodule(name, nn.Sequential(v, w))
+            block.set_submodule(name, LowRankLinear(v, w))
     return model
 
 
@@ -227,17 +228,17 @@ def test_second_factor_is_quantised_for_the_latents_of_the_quantised_first(group
     model = factored(tiny("qwen2"))
     ours = gptq(model, token_ids(), 4, group)
     block = model.model.layers[0]
-    v, w = block.mlp.down_proj
+    v, w = block.mlp.down_proj.v, block.mlp.down_proj.u
     x = inputs_in_the_model(model, {"down": block.mlp.down_proj}, token_ids())["down"]
     new_v = slow_gptq(v.weight.detach(), x.T @ x, 4, group or v.in_features)
     latents = x @ new_v.T
     new_w = slow_gptq(w.weight.detach(), latents.T @ latents, 4, group or w.in_features)
     found = ours.model.layers[0].mlp.down_proj
-    assert relative(found[0].weight, new_v) < 1e-8
-    assert relative(found[1].weight, new_w) < 1e-8
-    assert torch.equal(ours.model.layers[0].self_attn.q_proj[1].bias, block.self_attn.q_proj[1].bias)
+    assert relative(found.v.weight, new_v) < 1e-8
+    assert relative(found.u.weight, new_w) < 1e-8
+    assert torch.equal(ours.model.layers[0].self_attn.q_proj.u.bias, block.self_attn.q_proj.u.bias)
     rounded = round_to_nearest(model, 4, group).model.layers[1].self_attn.k_proj
-    assert torch.equal(rounded[1].weight, quantize_rtn(model.model.layers[1].self_attn.k_proj[1].weight, 4, group))
+    assert torch.equal(rounded.u.weight, quantize_rtn(model.model.layers[1].self_attn.k_proj.u.weight, 4, group))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
