@@ -17,10 +17,11 @@ from lib.calibration import ResidualStream
 from lib.checkpoint import export
 from lib.cost import count
 from lib.cost import meta_model as build_meta_model
+from lib.finetune import LoRA, next_token_loss, recover
 from lib.linalg import add_gram, decompose, refit, root_of, singular_values, truncate
 from lib.low_rank import allocate, matrices, merge_to_dense, rank_for, shapes, uniform_ranks
 from lib.surgery import LowRankLinear
-from lib.svd_llm import block_grams, compress_model, spectra, sweep
+from lib.svd_llm import block_grams, compress_model, recover_factors, spectra, sweep
 from tests.conftest import CONFIGS, LAYERS, VOCABULARY, WIDTH, relative, tiny, token_ids
 
 meta_model = functools.cache(build_meta_model)
@@ -618,6 +619,54 @@ def test_bad_calibration_and_compressed_models_are_refused_before_any_work():
         sweep(model, token_ids(), [0.999])
     with pytest.raises(NotImplementedError, match="checkpoint.save"):
         small.save_pretrained("nowhere")
+
+
+# --- the update by adapters ----------------------------------------------------------------------------------------------
+
+SHORT = LoRA(rank=2, alpha=4, dropout=0.0, lr=1e-2, warmup=2, steps=12, batch=6, gradient_checkpointing=False)
+
+
+def changed(before, after):
+    """Last parts of the names of the parameters that differ."""
+    old = dict(before.named_parameters())
+    return {name.rsplit(".", 2)[1] for name, p in after.named_parameters() if not torch.equal(p, old[name])}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize(("order", "trained"), [(("u", "v"), ["u", "v"]), (("v", "u"), ["v", "u"]), (("uv",), ["uv"])])
+def test_rounds_change_the_factor_that_they_name_and_lower_the_loss(family, order, trained):
+    small = compress_model(tiny(family, torch.float32), token_ids(), 0.4)
+    given = {name: p.detach().clone() for name, p in small.named_parameters()}
+    rounds = recover_factors(small, token_ids(), SHORT, order)
+    models = [small, *(found.model for found in rounds)]
+    assert [changed(*pair) for pair in itertools.pairwise(models)] == [set(part) for part in trained]
+    assert all(torch.equal(p, given[name]) for name, p in small.named_parameters())
+    with torch.no_grad():
+        losses = [next_token_loss(model, token_ids()).item() for model in models]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.05
+    for model in models[1:]:
+        assert model.edits == small.edits  # the ranks are still what they were
+        assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+    for name, k in small.edits[0]["ranks"].items():
+        u, v = (getattr(models[-1].get_submodule(name), part).weight for part in "uv")
+        assert u.shape[1] == v.shape[0] == k
+
+
+def test_rounds_are_plain_recoveries_in_turn():
+    """Each round starts from the merged model of the one before and sees the same batches."""
+    small = compress_model(tiny("llama", torch.float32), token_ids(), 0.4)
+    first = recover(small, token_ids(), SHORT, ["v"]).model
+    second = recover(first, token_ids(), SHORT, ["u"]).model
+    assert torch.equal(logits(recover_factors(small, token_ids(), SHORT, ("v", "u"))[-1].model), logits(second))
+
+
+@pytest.mark.parametrize("order", [(), ("",), ("w",), ("u", "q_proj")])
+def test_rounds_without_a_factor_are_refused(order):
+    with pytest.raises(ValueError, match="no rounds"):
+        recover_factors(compress_model(tiny("llama"), token_ids(), 0.3), token_ids(), SHORT, order)
+    with pytest.raises(ValueError, match="no linear layer is called 'u'"):
+        recover_factors(tiny("llama"), token_ids(), SHORT)
 
 
 # --- unequal ranks -----------------------------------------------------------------------------------------------------
