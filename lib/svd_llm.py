@@ -24,7 +24,7 @@ from lib.finetune import LoRA, Recovered, recover
 from lib.linalg import add_gram, refit, root_of, singular_values
 from lib.low_rank import (
     Ranks,
-    allocate,
+    allocate_by_type,
     block_name,
     factor,
     kept_share,
@@ -32,7 +32,6 @@ from lib.low_rank import (
     matrices,
     narrowed,
     put,
-    shapes,
     sweep_of,
     uniform_ranks,
 )
@@ -123,9 +122,9 @@ def sweep(
     """Compress a model at several ratios; yields (ratio, model), each the same function as a run of its own.
 
     ids: calibration tokens [samples, length]; mask: 1 for real tokens. ratios: share R of the matrices' parameters to remove,
-    0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss
-    (`lib.low_rank.allocate`). The dense model is read only. Original order: one pass and one decomposition of each matrix
-    for all ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
+    0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss for each type of
+    matrix (`lib.low_rank.allocate_by_type`). The dense model is read only. Original order: one pass and one decomposition of
+    each matrix for all ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
     """
     for name, value, known in (
         ("variant", variant, VARIANTS), ("order", order, ORDERS), ("allocation", allocation, ALLOCATIONS),
@@ -143,7 +142,7 @@ def sweep(
     dense = matrices(model)
     if allocation == "loss":
         found = spectra(model, ids, mask, batch)
-        plans = [allocate(found, shapes(model), ratio) for ratio in ratios]
+        plans = [allocate_by_type(model, found, ratio) for ratio in ratios]
     else:
         plans = [uniform_ranks(model, ratio) for ratio in ratios]
 

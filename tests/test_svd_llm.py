@@ -690,7 +690,7 @@ def test_allocation_is_the_best_of_all_ranks_by_brute_force():
         return min(k * (m + n), m * n)
 
     def total(ranks):
-        return sum(found[n][k:].square().sum() / found[n].square().sum() if cost(n, k) < 1e9 else 0 for n, k in ranks.items())
+        return sum(found[n][k:].square().sum() / found[n][1:].square().sum() if cost(n, k) < 1e9 else 0 for n, k in ranks.items())
 
     for ratio in (0.1, 0.2, 0.3, 0.4):
         budget = int((1 - ratio) * sum(m * n for m, n in sizes.values()) + 1e-9)
@@ -716,7 +716,7 @@ def test_allocation_keeps_the_budget_and_lowers_the_summed_loss(ratio):
         return sum(ranks[n] * sum(s) if n in ranks else s[0] * s[1] for n, s in sizes.items())
 
     def lost(ranks):
-        return sum((found[n][k:].square().sum() / found[n].square().sum()).item() for n, k in ranks.items())
+        return sum((found[n][k:].square().sum() / found[n][1:].square().sum()).item() for n, k in ranks.items())
 
     total = sum(m * n for m, n in sizes.values())
     assert (1 - ratio) * total - 2 * max(sum(s) for s in sizes.values()) < kept(plan) <= (1 - ratio) * total
@@ -733,6 +733,28 @@ def test_allocation_follows_the_spectrum_and_not_the_scale():
     assert allocate(found, sizes, 0.0) == {}
     with pytest.raises(ValueError, match="no rank"):
         allocate(found, sizes, 0.99)
+
+
+def test_allocation_ignores_the_direction_that_every_matrix_keeps():
+    sizes = {"a": (16, 16), "b": (16, 16)}
+    sigma = torch.linspace(2, 1, 16, dtype=torch.float64)
+    plan = allocate({"a": sigma, "b": torch.cat([1e3 * sigma[:1], sigma[1:]])}, sizes, 0.5)
+    assert plan["a"] == plan["b"]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_allocation_by_type_gives_each_type_its_own_budget(family):
+    model = tiny(family)
+    found, sizes = spectra(model, token_ids()), shapes(model)
+    plan = low_rank.allocate_by_type(model, found, 0.3)
+    kinds = {name.split("layers.")[1].split(".", 1)[1] for name in sizes}
+    for kind in kinds:
+        part = {name: size for name, size in sizes.items() if name.endswith(kind)}
+        assert len(part) == LAYERS
+        assert {name: k for name, k in plan.items() if name in part} == allocate(found, part, 0.3)
+    assert set(plan) <= set(sizes)
+    small = compress_model(model, token_ids(), 0.3, allocation="loss")
+    assert small.edits[-1]["ranks"] == plan
 
 
 # --- rivals ------------------------------------------------------------------------------------------------------------
