@@ -87,8 +87,11 @@ def uniform_ranks(model: nn.Module, ratio: float) -> Ranks:
 def allocate(spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]], ratio: float) -> Ranks:
     """Ranks of unequal size from one loss budget: least summed relative loss for (1 - R) of all parameters.
 
-    Keep singular directions in the order of σ_i² / Σσ² per parameter, m + n of them each, until the budget is spent; a matrix
-    that would pass its break-even rank stays dense. Every matrix keeps rank 1.
+    Keep singular directions in the order of σ_i² / Σ_{j>1} σ_j² per parameter, m + n of them each, until the budget is spent;
+    a matrix that would pass its break-even rank stays dense. Every matrix keeps rank 1, so the first direction is left out of
+    the sum: inputs are not centred, their mean can hold most of the energy, and a share of that energy says nothing about the
+    directions there is a choice about. Losses are comparable between matrices of one type, hardly between types: see
+    `allocate_by_type`.
 
     This is *our* reading of the idea of SVD-LLM V2 (arXiv 2503.12340): give more rank to matrices that would lose more. Its
     printed rule, shares of 1 / log(loss), changes with the unit of the activations.
@@ -100,7 +103,7 @@ def allocate(spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int
     for i, name in enumerate(names):
         m, n = shapes[name]
         energy = spectra[name].double().square()
-        gain = energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny) / (m + n)
+        gain = energy / energy[1:].sum().clamp(min=torch.finfo(torch.float64).tiny) / (m + n)
         spent = (torch.arange(len(gain) + 1) * (m + n)).clamp(max=m * n)  # parameters at each rank; dense is never dearer
         cost = spent.diff()
         useful = cost > 0
@@ -116,6 +119,20 @@ def allocate(spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int
     if min(ranks) < 1:
         raise ValueError(f"removing {ratio:.0%} leaves no rank for some matrices: use a lower ratio")
     return {name: k for name, k in zip(names, ranks, strict=True) if k * sum(shapes[name]) < shapes[name][0] * shapes[name][1]}
+
+
+def allocate_by_type(model: nn.Module, spectra: Mapping[str, torch.Tensor], ratio: float) -> Ranks:
+    """`allocate` with a budget of its own, (1 - R), for the matrices of each type: all q_proj, all k_proj, ... of the model.
+
+    SVD-LLM V2 groups by type too. What a type does with an error differs: lost keys and queries pass through a softmax, lost
+    values reach the residual stream. One budget for all types takes from the former and gives to the latter.
+    """
+    family, sizes = Anatomy(model).family, shapes(model)
+    ranks: Ranks = {}
+    for kind in (name for group in shared_inputs(family) for name in group):
+        names = [name for name in sizes if name.endswith(f".{kind}")]
+        ranks |= allocate(spectra, {name: sizes[name] for name in names}, ratio)
+    return ranks
 
 
 # --- factors -----------------------------------------------------------------------------------------------------------

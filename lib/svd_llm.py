@@ -7,7 +7,7 @@ writes W' = U_k Σ_k V_kᵀ S⁻¹. We use the same matrix in the form U_k U_k�
 Two questions that the paper answers in one way are settings here. `order`: inputs are those of the dense model
 ("original", the paper) or of the part already compressed ("compressed"). `variant`: "W" truncates; "W+U" then refits the
 left factors to drifted inputs (the paper's first version); "U" truncates by plain SVD and refits. The current paper's
-update, adapters on the factors, starts from any of them.
+update, adapters on the factors (`recover_factors`), starts from any of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import nn
 
 from lib.anatomy import Anatomy, shared_inputs
 from lib.calibration import ResidualStream, check_calibration
+from lib.finetune import LoRA, Recovered, recover
 from lib.linalg import add_gram, refit, root_of, singular_values
 from lib.low_rank import (
     Ranks,
-    allocate,
+    allocate_by_type,
     block_name,
     factor,
     kept_share,
@@ -31,7 +32,6 @@ from lib.low_rank import (
     matrices,
     narrowed,
     put,
-    shapes,
     sweep_of,
     uniform_ranks,
 )
@@ -40,6 +40,10 @@ from lib.surgery import LowRankLinear, low_rank, shell
 VARIANTS = ("W", "W+U", "U")
 ORDERS = ("original", "compressed")
 ALLOCATIONS = ("uniform", "loss")
+# The released script, for 7 billion parameters and 50,000 instructions; a round there is three passes, about 2,300 steps.
+LORA = LoRA(
+    rank=8, alpha=16, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=100, batch=64, evaluate_every=100
+)  # fmt: skip
 Grams = dict[tuple[str, ...], torch.Tensor]  # names of the matrices that share an input -> its Gram matrix [n, n]
 
 
@@ -118,9 +122,9 @@ def sweep(
     """Compress a model at several ratios; yields (ratio, model), each the same function as a run of its own.
 
     ids: calibration tokens [samples, length]; mask: 1 for real tokens. ratios: share R of the matrices' parameters to remove,
-    0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss
-    (`lib.low_rank.allocate`). The dense model is read only. Original order: one pass and one decomposition of each matrix
-    for all ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
+    0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss for each type of
+    matrix (`lib.low_rank.allocate_by_type`). The dense model is read only. Original order: one pass and one decomposition of
+    each matrix for all ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
     """
     for name, value, known in (
         ("variant", variant, VARIANTS), ("order", order, ORDERS), ("allocation", allocation, ALLOCATIONS),
@@ -138,7 +142,7 @@ def sweep(
     dense = matrices(model)
     if allocation == "loss":
         found = spectra(model, ids, mask, batch)
-        plans = [allocate(found, shapes(model), ratio) for ratio in ratios]
+        plans = [allocate_by_type(model, found, ratio) for ratio in ratios]
     else:
         plans = [uniform_ranks(model, ratio) for ratio in ratios]
 
@@ -209,3 +213,26 @@ def refitted_block(
 def compress_model(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
     """Compress a model at one ratio; `settings` are those of `sweep`."""
     return next(sweep(model, ids, [ratio], **settings))[1]
+
+
+def recover_factors(
+    model: nn.Module,
+    ids: torch.Tensor,
+    settings: LoRA,
+    order: Sequence[str] = ("u", "v"),
+    validation: torch.Tensor | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Recovered]:
+    """Fine-tune the factors of a compressed model in rounds, each merged before the next; one result per round.
+
+    order: the factors that each round trains. ("u", "v") and ("v", "u") are the paper's sequential update, in which a
+    factor is fixed while the other learns; ("uv",) trains both at once. Ranks and shapes stay. ids, settings, validation:
+    those of `lib.finetune.recover`, once per round. The model given stays as it is; so do matrices that are dense. Raises
+    ValueError before any work for rounds that name no factor and for models without factors. Source: SVD-LLM, section 3.2.
+    """
+    if not order or any(not part or set(part) - {"u", "v"} for part in order):
+        raise ValueError(f'{order!r} are no rounds over factors: use ("u", "v"), ("v", "u"), or ("uv",) for both at once')
+    rounds = []
+    for part in order:
+        rounds.append(recover(rounds[-1].model if rounds else model, ids, settings, tuple(part), validation, progress))
+    return rounds

@@ -17,10 +17,11 @@ from lib.calibration import ResidualStream
 from lib.checkpoint import export
 from lib.cost import count
 from lib.cost import meta_model as build_meta_model
+from lib.finetune import LoRA, next_token_loss, recover
 from lib.linalg import add_gram, decompose, refit, root_of, singular_values, truncate
 from lib.low_rank import allocate, matrices, merge_to_dense, rank_for, shapes, uniform_ranks
 from lib.surgery import LowRankLinear
-from lib.svd_llm import block_grams, compress_model, spectra, sweep
+from lib.svd_llm import block_grams, compress_model, recover_factors, spectra, sweep
 from tests.conftest import CONFIGS, LAYERS, VOCABULARY, WIDTH, relative, tiny, token_ids
 
 meta_model = functools.cache(build_meta_model)
@@ -620,6 +621,54 @@ def test_bad_calibration_and_compressed_models_are_refused_before_any_work():
         small.save_pretrained("nowhere")
 
 
+# --- the update by adapters ----------------------------------------------------------------------------------------------
+
+SHORT = LoRA(rank=2, alpha=4, dropout=0.0, lr=1e-2, warmup=2, steps=12, batch=6, gradient_checkpointing=False)
+
+
+def changed(before, after):
+    """Last parts of the names of the parameters that differ."""
+    old = dict(before.named_parameters())
+    return {name.rsplit(".", 2)[1] for name, p in after.named_parameters() if not torch.equal(p, old[name])}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize(("order", "trained"), [(("u", "v"), ["u", "v"]), (("v", "u"), ["v", "u"]), (("uv",), ["uv"])])
+def test_rounds_change_the_factor_that_they_name_and_lower_the_loss(family, order, trained):
+    small = compress_model(tiny(family, torch.float32), token_ids(), 0.4)
+    given = {name: p.detach().clone() for name, p in small.named_parameters()}
+    rounds = recover_factors(small, token_ids(), SHORT, order)
+    models = [small, *(found.model for found in rounds)]
+    assert [changed(*pair) for pair in itertools.pairwise(models)] == [set(part) for part in trained]
+    assert all(torch.equal(p, given[name]) for name, p in small.named_parameters())
+    with torch.no_grad():
+        losses = [next_token_loss(model, token_ids()).item() for model in models]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.05
+    for model in models[1:]:
+        assert model.edits == small.edits  # the ranks are still what they were
+        assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+    for name, k in small.edits[0]["ranks"].items():
+        u, v = (getattr(models[-1].get_submodule(name), part).weight for part in "uv")
+        assert u.shape[1] == v.shape[0] == k
+
+
+def test_rounds_are_plain_recoveries_in_turn():
+    """Each round starts from the merged model of the one before and sees the same batches."""
+    small = compress_model(tiny("llama", torch.float32), token_ids(), 0.4)
+    first = recover(small, token_ids(), SHORT, ["v"]).model
+    second = recover(first, token_ids(), SHORT, ["u"]).model
+    assert torch.equal(logits(recover_factors(small, token_ids(), SHORT, ("v", "u"))[-1].model), logits(second))
+
+
+@pytest.mark.parametrize("order", [(), ("",), ("w",), ("u", "q_proj")])
+def test_rounds_without_a_factor_are_refused(order):
+    with pytest.raises(ValueError, match="no rounds"):
+        recover_factors(compress_model(tiny("llama"), token_ids(), 0.3), token_ids(), SHORT, order)
+    with pytest.raises(ValueError, match="no linear layer is called 'u'"):
+        recover_factors(tiny("llama"), token_ids(), SHORT)
+
+
 # --- unequal ranks -----------------------------------------------------------------------------------------------------
 
 
@@ -641,7 +690,7 @@ def test_allocation_is_the_best_of_all_ranks_by_brute_force():
         return min(k * (m + n), m * n)
 
     def total(ranks):
-        return sum(found[n][k:].square().sum() / found[n].square().sum() if cost(n, k) < 1e9 else 0 for n, k in ranks.items())
+        return sum(found[n][k:].square().sum() / found[n][1:].square().sum() if cost(n, k) < 1e9 else 0 for n, k in ranks.items())
 
     for ratio in (0.1, 0.2, 0.3, 0.4):
         budget = int((1 - ratio) * sum(m * n for m, n in sizes.values()) + 1e-9)
@@ -667,7 +716,7 @@ def test_allocation_keeps_the_budget_and_lowers_the_summed_loss(ratio):
         return sum(ranks[n] * sum(s) if n in ranks else s[0] * s[1] for n, s in sizes.items())
 
     def lost(ranks):
-        return sum((found[n][k:].square().sum() / found[n].square().sum()).item() for n, k in ranks.items())
+        return sum((found[n][k:].square().sum() / found[n][1:].square().sum()).item() for n, k in ranks.items())
 
     total = sum(m * n for m, n in sizes.values())
     assert (1 - ratio) * total - 2 * max(sum(s) for s in sizes.values()) < kept(plan) <= (1 - ratio) * total
@@ -684,6 +733,28 @@ def test_allocation_follows_the_spectrum_and_not_the_scale():
     assert allocate(found, sizes, 0.0) == {}
     with pytest.raises(ValueError, match="no rank"):
         allocate(found, sizes, 0.99)
+
+
+def test_allocation_ignores_the_direction_that_every_matrix_keeps():
+    sizes = {"a": (16, 16), "b": (16, 16)}
+    sigma = torch.linspace(2, 1, 16, dtype=torch.float64)
+    plan = allocate({"a": sigma, "b": torch.cat([1e3 * sigma[:1], sigma[1:]])}, sizes, 0.5)
+    assert plan["a"] == plan["b"]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_allocation_by_type_gives_each_type_its_own_budget(family):
+    model = tiny(family)
+    found, sizes = spectra(model, token_ids()), shapes(model)
+    plan = low_rank.allocate_by_type(model, found, 0.3)
+    kinds = {name.split("layers.")[1].split(".", 1)[1] for name in sizes}
+    for kind in kinds:
+        part = {name: size for name, size in sizes.items() if name.endswith(kind)}
+        assert len(part) == LAYERS
+        assert {name: k for name, k in plan.items() if name in part} == allocate(found, part, 0.3)
+    assert set(plan) <= set(sizes)
+    small = compress_model(model, token_ids(), 0.3, allocation="loss")
+    assert small.edits[-1]["ranks"] == plan
 
 
 # --- rivals ------------------------------------------------------------------------------------------------------------
