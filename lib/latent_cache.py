@@ -148,8 +148,9 @@ def _introduce(attention: nn.Module, args: tuple, kwargs: dict) -> None:
 
     The latents are caught by hooks that work once, so nothing is kept from a run with another cache.
     """
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, LatentCache):
+    # Found by its kind: the argument is called past_key_values up to transformers 5.23, and cache from 5.24 on.
+    cache = next((value for value in kwargs.values() if isinstance(value, LatentCache)), None)
+    if cache is not None:
         cache.arrival = _Arrival(attention, kwargs.get("position_ids"), [], [])
         _catch_output(_inner(attention.k_proj), cache.arrival.key_latents)
         _catch_output(_inner(attention.v_proj), cache.arrival.value_latents)
