@@ -36,6 +36,7 @@ class Family:
     mlp: Half
     attention_module: str = "self_attn"
     head: str = "lm_head"
+    neurons: str = "intermediate_size"  # the config's name for the number of neurons of an MLP
     subtracts_mean: bool = False  # LayerNorm does, RMSNorm does not
     gain_offset: float = 0.0  # Gemma stores gain - 1
     parallel: bool = False  # attention and MLP read the same stream and are added together (Phi-2, GPT-NeoX)
@@ -62,6 +63,7 @@ FAMILIES = {
             "self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
         ),
         mlp=Half("final_layer_norm", ("fc1",), "fc2"),
+        neurons="ffn_dim",
         subtracts_mean=True,
     ),
     "gemma3_text": Family(
@@ -131,6 +133,11 @@ def shared_inputs(family: Family) -> tuple[tuple[str, ...], ...]:
     if attention.norm == mlp.norm:  # Phi feeds both halves from one norm
         return attention.readers + mlp.readers, (attention.writer,), (mlp.writer,)
     return attention.readers, (attention.writer,), mlp.readers, (mlp.writer,)
+
+
+def head_size(config) -> int:
+    """Channels of one attention head; a config that does not say has hidden_size / num_attention_heads of them."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @dataclass

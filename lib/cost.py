@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
+from lib.anatomy import Anatomy, head_size
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ def prefill_macs(model: nn.Module, prompt: int) -> int:
     """
     anatomy = Anatomy(model)
     config, head = model.config, _macs(anatomy.head)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pairs = len(anatomy.blocks) * config.num_attention_heads * head_size * prompt * (prompt + 1)
+    pairs = len(anatomy.blocks) * config.num_attention_heads * head_size(config) * prompt * (prompt + 1)
     return (count(model).macs_per_token - head) * prompt + head + pairs
 
 

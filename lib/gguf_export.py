@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from lib.anatomy import head_size
 from lib.checkpoint import CONFIG, is_checkpoint
 
 TOKENIZER = "tokenizer.json"
@@ -143,13 +144,9 @@ def _stored_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, tup
     return {name: found[name] for name in expected}
 
 
-def _head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _rope_factors(model: nn.Module) -> torch.Tensor:
     """By what the model divides each rotary frequency, [head size / 2] in float32: ones, unless its context was stretched."""
-    used, size = model.model.rotary_emb.inv_freq.double(), _head_size(model.config)
+    used, size = model.model.rotary_emb.inv_freq.double(), head_size(model.config)
     plain = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     if used.shape != plain.shape:
         raise ValueError(f"only {2 * len(used)} of the {size} coordinates of a head are rotated: readers of GGUF rotate all")
@@ -166,7 +163,7 @@ def _architecture(config, factors: torch.Tensor) -> str:
     llama.cpp loads a `qwen2` only if its heads together are as wide as the stream, and without rotary factors. Its `llama`
     has neither limit and takes biases on q, k and v, which are all that sets a Qwen 2 apart.
     """
-    square = config.num_attention_heads * _head_size(config) == config.hidden_size
+    square = config.num_attention_heads * head_size(config) == config.hidden_size
     return "qwen2" if config.model_type == "qwen2" and square and factors.eq(1).all() else "llama"
 
 
@@ -179,7 +176,7 @@ def _add_shape(writer, config) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(_head_size(config))
+        add(head_size(config))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 

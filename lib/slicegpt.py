@@ -21,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from lib.anatomy import Anatomy, norm_epsilon, norm_gain
+from lib.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
 from lib.calibration import ResidualStream
 from lib.cost import count
 from lib.linalg import coordinate_axes, principal_axes, random_rotation, remove_mean
@@ -366,7 +366,7 @@ def stock_model(sliced: nn.Module) -> nn.Module:
     """
     d, k = sliced.config.hidden_size, _stock_width(sliced)
     config = copy.deepcopy(sliced.config)
-    config.head_dim = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    config.head_dim = head_size(config)
     config.hidden_size, config.rms_norm_eps = k, config.rms_norm_eps * d / k
     with init_empty_weights(include_buffers=False):
         narrow = type(sliced)(config)
