@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lib import low_rank, sliced_network
+from lib import low_rank, sliced_network, structured
 from lib.anatomy import FAMILIES
 
 SCHEMA = 2
@@ -28,7 +28,7 @@ RECORD, CONFIG, WEIGHTS = "compression.json", "config.json", "compressed{suffix}
 SHARD_BYTES = 4 * 2**30
 
 # One line per method: the name that its edits carry in `model.edits`, and the function that repeats one on shapes.
-REPLAY = {"slicegpt": sliced_network.replay, "low-rank": low_rank.replay}
+REPLAY = {"slicegpt": sliced_network.replay, "low-rank": low_rank.replay, "structured": structured.replay}
 
 
 class CheckpointError(ValueError):

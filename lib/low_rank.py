@@ -15,7 +15,7 @@ from torch import nn
 
 from lib.anatomy import Anatomy, Family, shared_inputs
 from lib.linalg import decompose, truncate
-from lib.surgery import LowRankLinear, linear, low_rank, record_edit, shell
+from lib.surgery import LowRankLinear, linear, low_rank, record_edit, set_edits, shell
 
 Ranks = dict[str, int]  # rank of each matrix that is factored; a matrix that is not named stays dense
 Roots = Iterable[tuple[Sequence[str], torch.Tensor | None]]  # names of the matrices that share an input, and its root
@@ -224,9 +224,4 @@ def merge_to_dense(model: nn.Module) -> nn.Module:
         if isinstance(layer, LowRankLinear):
             weight = layer.u.weight.detach().double() @ layer.v.weight.detach().double()
             merged.set_submodule(name, linear(weight, layer.u.bias, like=layer.u.weight))
-    others = [edit for edit in getattr(model, "edits", []) if edit["edit"] != "low-rank"]
-    if others:
-        merged.edits = others
-    elif hasattr(merged, "edits"):  # a stock model again: transformers may save it
-        del merged.edits, merged.save_pretrained
-    return merged
+    return set_edits(merged, [edit for edit in getattr(model, "edits", []) if edit["edit"] != "low-rank"])

@@ -87,8 +87,17 @@ def record_edit(model: nn.Module, **edit) -> None:
 
     transformers' own `save_pretrained` would write a folder that reloads with random weights: it refuses from now on.
     """
-    model.edits = [*getattr(model, "edits", []), edit]
-    model.save_pretrained = _refuse_to_save
+    set_edits(model, [*getattr(model, "edits", []), edit])
+
+
+def set_edits(model: nn.Module, edits: list[dict]) -> nn.Module:
+    """Make `edits` the whole record of a model, which without any is stock again; returns the model."""
+    if edits:
+        model.edits, model.save_pretrained = edits, _refuse_to_save
+    else:
+        for name in ("edits", "save_pretrained"):
+            vars(model).pop(name, None)
+    return model
 
 
 def _refuse_to_save(*args, **kwargs):
