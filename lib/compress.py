@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lib import svd_llm
-from lib.baselines import asvd, fwsvd, sparsegpt, svd, wanda
+from lib.baselines import asvd, fpt, fwsvd, sparsegpt, svd, wanda
 from lib.checkpoint import export, read_record, save
 from lib.cost import count
 from lib.experiment import Calibration
@@ -122,6 +122,14 @@ def _wanda(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable
     return wanda.prune(model, ids, sparsity(ratio, pattern), inplace=True, progress=progress)
 
 
+def _fpt(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *,
+    rearrangement: bool = True, tuning: bool = True, literal: bool = False,
+) -> nn.Module:  # fmt: skip
+    settings = dict(rearrangement=rearrangement, tuning=tuning, literal=literal)
+    return fpt.prune(model, ids, ratio, progress=progress, **settings)
+
+
 def sparsity(ratio: float, pattern: str) -> Sparsity:
     """What the pruning methods take: the ratio, or the pair of a pattern like "2:4", which must remove that very ratio.
 
@@ -149,6 +157,7 @@ METHODS = {
     "asvd": _asvd,
     "sparsegpt": _sparsegpt,
     "wanda": _wanda,
+    "fpt": _fpt,
 }
 
 
