@@ -87,7 +87,7 @@ def masked(block: nn.Module, halves: tuple[Half, Half], groups: torch.Tensor, ne
 
 
 @contextlib.contextmanager
-def _all_masked(model: nn.Module, masks: Units) -> Iterator[None]:
+def all_masked(model: nn.Module, masks: Units) -> Iterator[None]:
     anatomy = Anatomy(model)
     with contextlib.ExitStack() as stack:
         for block, groups, neurons in zip(anatomy.blocks, masks.groups, masks.neurons, strict=True):
@@ -127,7 +127,7 @@ def mask_gradients(
         rows = slice(start, start + batch)
         part, real = ids[rows].to(model.device), None if mask is None else mask[rows].to(model.device)
         leaves = ones.repeated(len(part)).map(torch.Tensor.requires_grad_)
-        with torch.enable_grad(), _frozen(model), _all_masked(model, leaves):
+        with torch.enable_grad(), _frozen(model), all_masked(model, leaves):
             loss = sequence_losses(model, part, real).sum()
             gradients = torch.autograd.grad(loss, [*leaves.groups, *leaves.neurons])
         found.append(gradients)
