@@ -7,13 +7,29 @@ through the model's own blocks, and measures them. Nothing that it stores grows 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from lib.anatomy import Anatomy, whole_block
 from lib.linalg import add_gram, remove_mean
+
+
+@contextlib.contextmanager
+def resident(*modules: nn.Module) -> Iterator[None]:
+    """Modules with their weights in memory within the `with`.
+
+    Those of a model in memory are. A module whose weights are on disk says so by an attribute `stored` (`lib.streaming`): they
+    are loaded, unless someone holds them already, and dropped at the end.
+    """
+    with contextlib.ExitStack() as held:
+        for module in modules:
+            if (stored := getattr(module, "stored", None)) is not None:
+                held.enter_context(stored.held(module))
+        yield
 
 
 class _EntryReached(Exception):
@@ -51,7 +67,7 @@ def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None)
     try:
         for i in range(len(originals)):
             blocks[i] = Recorder(originals[i])
-        with contextlib.suppress(_EntryReached):
+        with resident(*tables(anatomy)), contextlib.suppress(_EntryReached):
             anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for i, block in enumerate(originals):
@@ -59,30 +75,46 @@ def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None)
     return first[0], seen
 
 
+def tables(anatomy: Anatomy) -> list[nn.Module]:
+    """The embeddings that make the first residual stream."""
+    return [anatomy.get(name) for name in anatomy.family.embeddings]
+
+
 class ResidualStream:
     """Hidden states of a calibration set at one junction, advanced in place.
 
     ids: [samples, tokens]; mask: the same shape, 1 for real tokens (None: all are real). Rows of padding are carried
-    along but never measured. `hidden` is the one buffer, [samples, tokens, d], in the model's dtype.
+    along but never measured. `hidden` is the one buffer, [samples, tokens, d], in the model's dtype; with `file`, a path, it is
+    mapped from a new file there. Blocks whose weights are on disk are `resident` while they run.
     """
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8):
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        batch: int = 8,
+        file: str | Path | None = None,
+    ):
         self.anatomy = Anatomy(model)
         check_calibration(self.anatomy, ids, mask)
-        self.device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        self.device = torch.device("cpu") if device.type == "meta" else device  # weights on disk are loaded to the CPU
         self.ids, self.mask, self.batch = ids, mask, batch
         self._unpadded_kwargs: dict[int, list[dict]] = {}
-        self.hidden: torch.Tensor | None = None
+        shape = (*ids.shape, self.anatomy.width)
+        if file is None:
+            self.hidden = torch.empty(shape, dtype=model.dtype, device=self.device)
+        else:
+            self.hidden = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=model.dtype).view(shape)
         self.restart()
 
     @torch.no_grad()
     def restart(self) -> None:
         """Return to the first junction, the output of the embeddings."""
-        model = self.anatomy.model
-        if self.hidden is None:
-            self.hidden = torch.empty(*self.ids.shape, self.anatomy.width, dtype=model.dtype, device=self.device)
-        for rows in self._slices():
-            self.hidden[rows] = enter(self.anatomy, *self._batch(rows))[0]
+        with resident(*tables(self.anatomy)):
+            for rows in self._slices():
+                self.hidden[rows] = enter(self.anatomy, *self._batch(rows))[0]
 
     def _slices(self) -> Iterator[slice]:
         for start in range(0, len(self.ids), self.batch):
@@ -108,10 +140,11 @@ class ResidualStream:
         `before` maps each batch [b, tokens, d] as it leaves the buffer; `after` [d] is added as it comes back.
         """
         module, family = self.anatomy.blocks[block], self.anatomy.family
-        for rows in self._slices():
-            x = self.hidden[rows]
-            out = run(module, family, x if before is None else before(x), self._block_kwargs(rows, block))
-            self.hidden[rows] = out if after is None else out + after.to(out)
+        with resident(module):
+            for rows in self._slices():
+                x = self.hidden[rows]
+                out = run(module, family, x if before is None else before(x), self._block_kwargs(rows, block))
+                self.hidden[rows] = out if after is None else out + after.to(out)
 
     def advance_block(self, block: int) -> None:
         """Replace the stream by the one after a whole block."""
@@ -144,11 +177,12 @@ class ResidualStream:
 
         handles = [module.get_submodule(name).register_forward_pre_hook(hook(use)) for name, use in see.items()]
         try:
-            for rows in self._slices():
-                kept[0] = None if self.mask is None else self.mask[rows].bool().flatten().to(self.device)
-                output = run(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
-                if advance:
-                    self.hidden[rows] = output
+            with resident(module):
+                for rows in self._slices():
+                    kept[0] = None if self.mask is None else self.mask[rows].bool().flatten().to(self.device)
+                    output = run(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
+                    if advance:
+                        self.hidden[rows] = output
         finally:
             for handle in handles:
                 handle.remove()
@@ -197,5 +231,5 @@ def check_calibration(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | 
         found = f"token ids from {int(ids.min())} to {int(ids.max())}"
         raise ValueError(f"{found} are outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
     for name, parameter in anatomy.model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():  # what is on disk is looked at when it is loaded
             raise ValueError(f"weight {name} holds NaN or infinity: load or train the model again")

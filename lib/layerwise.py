@@ -81,18 +81,19 @@ def rebuild(
     stream = ResidualStream(model if inplace else shell(model), ids, mask, batch)
     blocks = stream.anatomy.blocks
     for i in range(len(blocks)):
-        _rebuild_block(stream, i, statistic, remake)
-        stream.advance_block(i)
+        rebuild_block(stream, i, statistic, remake)
         if progress:
             progress(f"rebuilt block {i + 1} of {len(blocks)}")
     return stream.anatomy.model
 
 
-def _rebuild_block(stream: ResidualStream, i: int, statistic: Statistic, remake: Callable) -> None:
+def rebuild_block(stream: ResidualStream, i: int, statistic: Statistic, remake: Callable) -> None:
+    """Measure block i where the stream stands in front of it, replace its layers, and move the stream behind it."""
     block = stream.anatomy.blocks[i]
     for names, total in _measure(stream, i, statistic):
         for name in names:
             block.set_submodule(name, remake(block.get_submodule(name), total))
+    stream.advance_block(i)
 
 
 def _measure(stream: ResidualStream, block: int, statistic: Statistic) -> list[tuple[tuple[str, ...], torch.Tensor]]:

@@ -8,6 +8,7 @@ which is what makes the method affordable (section 3.2).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -40,6 +41,11 @@ def sparsegpt_matrix(
     return fix_columns(alive, factor, decide, span, block).to(weight.dtype)
 
 
+def remake(sparsity: Sparsity, layer: nn.Linear, gram: torch.Tensor) -> nn.Linear:
+    """A linear layer pruned for inputs of the given statistic."""
+    return linear(sparsegpt_matrix(layer.weight, gram, sparsity), layer.bias, like=layer.weight)
+
+
 def prune(
     model: nn.Module,
     ids: torch.Tensor,
@@ -59,8 +65,4 @@ def prune(
     any work, for a sparsity that does not fit, for ids that cannot be used and for models that are not dense.
     """
     check_prunable(model, sparsity)
-
-    def remake(layer: nn.Linear, gram: torch.Tensor) -> nn.Linear:
-        return linear(sparsegpt_matrix(layer.weight, gram, sparsity), layer.bias, like=layer.weight)
-
-    return rebuild(model, ids, GRAM, remake, mask=mask, batch=batch, inplace=inplace, progress=progress)
+    return rebuild(model, ids, GRAM, partial(remake, sparsity), mask=mask, batch=batch, inplace=inplace, progress=progress)

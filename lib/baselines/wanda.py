@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,6 +24,11 @@ def wanda_matrix(weight: torch.Tensor, squared_norms: torch.Tensor, sparsity: Sp
     return weight.masked_fill(~keep_mask(scores, sparsity), 0)
 
 
+def remake(sparsity: Sparsity, layer: nn.Linear, squared_norms: torch.Tensor) -> nn.Linear:
+    """A linear layer pruned for inputs of the given statistic."""
+    return linear(wanda_matrix(layer.weight, squared_norms, sparsity), layer.bias, like=layer.weight)
+
+
 def prune(
     model: nn.Module,
     ids: torch.Tensor,
@@ -39,8 +45,4 @@ def prune(
     accumulated, so this runs where a Gram matrix would not fit.
     """
     check_prunable(model, sparsity)
-
-    def remake(layer: nn.Linear, squared_norms: torch.Tensor) -> nn.Linear:
-        return linear(wanda_matrix(layer.weight, squared_norms, sparsity), layer.bias, like=layer.weight)
-
-    return rebuild(model, ids, SQUARES, remake, mask=mask, batch=batch, inplace=inplace, progress=progress)
+    return rebuild(model, ids, SQUARES, partial(remake, sparsity), mask=mask, batch=batch, inplace=inplace, progress=progress)
