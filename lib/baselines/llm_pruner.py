@@ -7,7 +7,7 @@ blocks lose the same share each; the first and last ones stay whole. Fine-tuning
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
