@@ -43,10 +43,11 @@ class Settings:
     checkpointing: bool = False
 
     def __post_init__(self):
-        for name, known in (
-            ("aggregation", AGGREGATIONS), ("vector", VECTORS), ("accumulation", ACCUMULATIONS), ("z", STANDARDS), ("stage", STAGES),
-            ("snip_power", (1, 2)),
-        ):  # fmt: skip
+        known_values = {
+            "aggregation": AGGREGATIONS, "vector": VECTORS, "accumulation": ACCUMULATIONS, "z": STANDARDS, "stage": STAGES,
+            "snip_power": (1, 2),
+        }  # fmt: skip
+        for name, known in known_values.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(map(str, known))}")
         if self.stage != "neuron" and (self.accumulation == "per_sample" or self.snip_power != 1 or self.z != "model"):
