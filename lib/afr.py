@@ -194,7 +194,8 @@ def standardise(values: Blocks) -> Blocks:
 
 def _robust(values: Blocks) -> Blocks:
     flat = torch.cat(values).double()
-    median, spread = flat.median().item(), (flat.quantile(0.75) - flat.quantile(0.25)).item()
+    low, median, high = (flat.quantile(q).item() for q in (0.25, 0.5, 0.75))
+    spread = high - low
     return [(v - median) / spread if spread > 0 else torch.zeros_like(v) for v in values]
 
 
