@@ -48,14 +48,49 @@ def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int |
         raise ValueError(f"{limit or 'all'} windows of {length} tokens score nothing: use at least 1 window of 2 tokens")
     blocks = windows(stream, length)[:limit]
     device = next(model.parameters()).device
-    total = 0.0
-    for ids in blocks.split(batch):
-        ids = ids.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        for row, target in zip(logits, ids, strict=True):  # one window at a time: the float32 copy is the peak
-            total += F.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item()
+    total = sum(_next_token_loss(model, ids.to(device)) for ids in blocks.split(batch))
     scored = blocks.shape[0] * (length - 1)
     return Perplexity(float(torch.tensor(total / scored, dtype=torch.float64).exp()), scored, blocks.shape[0], length)
+
+
+LOGITS_AT_ONCE = 2**25  # numbers in one float32 piece of logits (128 MB): 128 positions of Gemma's vocabulary of 262,144
+
+
+def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
+    """Summed cross-entropy of the next tokens in windows ids [batch, tokens], in float32, never with all logits at once.
+
+    The model's own forward runs with only the last position let through to its head; the head is then applied to the
+    hidden states of a few positions at a time. A model that changes its logits after the head shows it at that last
+    position, and is scored from the logits that it returns.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return _loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids)
+    seen: list[torch.Tensor] = []
+
+    def last_position(_, inputs):
+        seen.append(inputs[0])
+        return (inputs[0][:, -1:],)
+
+    handle = head.register_forward_pre_hook(last_position)
+    try:
+        last = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    if len(seen) != 1 or not torch.equal(last, head(seen[0][:, -1:])):
+        return _loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids)
+    hidden, targets = seen[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    pieces = max(1, LOGITS_AT_ONCE // last.shape[-1])
+    return sum(
+        F.cross_entropy(head(x).float(), target, reduction="sum").item()
+        for x, target in zip(hidden.split(pieces), targets.split(pieces), strict=True)
+    )
+
+
+def _loss_of_logits(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """The same from logits [batch, tokens, vocabulary], one window at a time: the float32 copy is the peak."""
+    pairs = zip(logits, ids, strict=True)
+    return sum(F.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item() for row, target in pairs)
 
 
 def zero_shot(
