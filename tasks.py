@@ -273,9 +273,11 @@ def compress(
         "length": "tokens per window (default: the model's positions, at most 2048)",
         "windows": "score only the first windows (default: all)",
         "tasks": "zero-shot tasks of lm-eval, with commas (wiki_a_continuation needs no network)",
+        "limit": "score only the first documents of each task (default: all)",
+        "data-dir": "folder with benchmark and calibration files, instead of the hub",
     }
 )
-def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", device="cpu", dtype="float32", data_dir=""):
+def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="float32", data_dir=""):
     """Perplexity and, if asked for, zero-shot accuracy of a model, compressed or not."""
     from lib.evaluate import perplexity, zero_shot
     from lib.models import load
@@ -289,8 +291,9 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", device="c
         window = length or min(2048, network.config.max_position_embeddings)
         found = perplexity(network, token_stream(load_corpus(corpus, "test"), tokenizer), window, windows or None)
         print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")
-        for row in zero_shot(network, tokenizer, tuple(tasks.split(","))) if tasks else ():
-            print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f} over {row['documents']} documents")
+        for row in zero_shot(network, tokenizer, tuple(tasks.split(",")), limit or None) if tasks else ():
+            first = f" (limit {row['limit']})" if row["limit"] else ""
+            print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f} over {row['documents']} documents{first}")
 
     checked(work)
 

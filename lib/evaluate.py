@@ -11,11 +11,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, local_task
 from lib.continuation import TASK, continuation_task
 from lib.text import windows
 
@@ -94,23 +96,28 @@ def _loss_of_logits(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 def zero_shot(
-    model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32
-) -> list[dict]:
-    """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, ...`.
+    model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32,
+    data_dir: str | Path | None = None,
+) -> list[dict]:  # fmt: skip
+    """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, documents, limit, ...`.
 
-    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks. `metric` says which of
-    lm-eval's metrics `acc` is, `stderr` belongs to it.
+    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks, on the files of `data_dir`
+    (or of the folder named by PARED_DATA_DIR) where lib/benchmark_tasks.py knows them, and from the hub otherwise.
+    `metric` says which of lm-eval's metrics `acc` is, `stderr` belongs to it, `limit` was asked for per task (for MMLU: per
+    subject), `documents` were scored. Raises what `local_task` and `hub_task` raise, before any model runs.
     """
     with _quiet("lm_eval", "lm-eval", "transformers", "datasets"):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        manager, folder = _task_manager(any(name != TASK for name in tasks)), data_folder(data_dir)
+        built = {name: _build_task(name, manager, folder) for name in tasks}
         positions = model.config.max_position_embeddings
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=positions, softmax_dtype="float32")
         found = lm_eval.simple_evaluate(
             model=lm,
-            tasks=[continuation_task() if name == TASK else name for name in tasks],
-            task_manager=_task_manager(any(name != TASK for name in tasks)),
+            tasks=list(built.values()),
+            task_manager=manager,
             verbosity="ERROR",
             num_fewshot=0,
             limit=limit,
@@ -123,7 +130,8 @@ def zero_shot(
         metric = next((m for m in ("acc_mutual_info", "acc") if f"{m},none" in scores), None)
         if metric is None:
             raise ValueError(f"lm-eval's task {name!r} reports no accuracy: choose a multiple-choice task")
-        parts = found.get("group_subtasks", {}).get(name) or [name]  # a group like mmlu counts the documents of its parts
+        task = built[name]  # a group like mmlu counts the documents of its parts
+        parts = [part.task_name for part in task.get_all_tasks()] if hasattr(task, "get_all_tasks") else [name]
         accuracy, documents = scores[f"{metric},none"], sum(found["n-samples"][part]["effective"] for part in parts)
         rows.append(
             {
@@ -138,6 +146,14 @@ def zero_shot(
             }
         )
     return rows
+
+
+def _build_task(name: str, manager, folder: Path | None):
+    if name == TASK:
+        return continuation_task()
+    if folder is not None and name in LOCAL_TASKS:
+        return local_task(name, folder, manager)
+    return hub_task(name, manager)
 
 
 @functools.cache

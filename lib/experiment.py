@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lib import evaluate
+from lib.benchmark_tasks import files_record
 from lib.cost import Count, count
 from lib.models import fingerprint, load
 from lib.results import Results
@@ -34,6 +35,7 @@ class Protocol:
     def record(self) -> dict:
         return self.text.record() | {
             "length": self.length, "windows": self.windows, "tasks": list(self.tasks), "limit": self.limit,
+            "task_files": files_record(self.tasks),
         }  # fmt: skip
 
 

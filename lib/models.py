@@ -1,4 +1,4 @@
-"""Load models by one name: embedded, Gemma from its package, a folder, a GGUF file, or a hub id. Nothing else knows of weights."""
+"""Load models by one name: embedded, Gemma's package, a folder, a GGUF file, or a hub id. Nothing else knows of weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
         if Path(source).is_dir():
             raise FileNotFoundError(f"the model folder {name} is not complete: {error}") from error
         raise FileNotFoundError(
-            f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not {GEMMA}, not a local folder, and the hub did not give it "
+            f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not {GEMMA}, not a local folder, "
+            f"and the hub did not give it "
             f"({type(error).__name__}). Check the name, the network, and for gated models the licence and login"
         ) from error
     if len(tokenizer) < 2:
