@@ -75,6 +75,17 @@ LOCAL_TASKS = {
     ),
 }  # fmt: skip
 MMLU_SUBJECTS = 57
+_DEFINITIONS = ("arc", "openbookqa", "hellaswag", "winogrande", "piqa", "mathqa", "mmlu/default")  # folders of lm-eval
+
+
+@functools.cache
+def task_manager(every_task: bool):
+    """lm-eval's index of tasks: those of LOCAL_TASKS, or all. Reading its thousands of files takes half a minute: once."""
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent
+    own = [str(folder / name) for name in _DEFINITIONS]
+    return lm_eval.tasks.TaskManager(include_defaults=every_task, include_path=None if every_task else own)
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path | None:

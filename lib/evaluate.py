@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import logging
 import statistics
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, local_task
+from lib.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, local_task, task_manager
 from lib.continuation import TASK, continuation_task
 from lib.text import windows
 
@@ -110,7 +109,7 @@ def zero_shot(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        manager, folder = _task_manager(any(name != TASK for name in tasks)), data_folder(data_dir)
+        folder, manager = data_folder(data_dir), task_manager(not set(tasks) <= {TASK, *LOCAL_TASKS})
         built = {name: _build_task(name, manager, folder) for name in tasks}
         positions = model.config.max_position_embeddings
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=positions, softmax_dtype="float32")
@@ -154,14 +153,6 @@ def _build_task(name: str, manager, folder: Path | None):
     if folder is not None and name in LOCAL_TASKS:
         return local_task(name, folder, manager)
     return hub_task(name, manager)
-
-
-@functools.cache
-def _task_manager(with_harness_tasks: bool):
-    """lm-eval reads thousands of task files to find names: once, and only if one of its own tasks is asked for."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=with_harness_tasks)
 
 
 @contextlib.contextmanager
