@@ -274,7 +274,7 @@ def test_bad_settings(settings, message):
 
 def test_bad_ratios_and_texts():
     model = tiny("llama")
-    with pytest.raises(ValueError, match="leaves none"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         afr.prune(model, IDS, 1.0)
     with pytest.raises(ValueError, match="leaves none"):
         afr.prune(model, IDS, 0.99)
