@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lib import afr, svd_llm
-from lib.baselines import asvd, fwsvd, llm_pruner, sparsegpt, svd, wanda
+from lib.baselines import asvd, fpt, fwsvd, llm_pruner, sparsegpt, svd, wanda
 from lib.checkpoint import export, read_record, save
 from lib.cost import count
 from lib.experiment import Calibration
@@ -151,6 +151,14 @@ def _llm_pruner(
     return llm_pruner.prune(model, ids, ratio, importance=importance, attention=attention, fold=fold, inplace=True)
 
 
+def _fpt(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *,
+    rearrangement: bool = True, tuning: bool = True, literal: bool = False,
+) -> nn.Module:  # fmt: skip
+    settings = dict(rearrangement=rearrangement, tuning=tuning, literal=literal)
+    return fpt.prune(model, ids, ratio, progress=progress, **settings)
+
+
 def sparsity(ratio: float, pattern: str) -> Sparsity:
     """What the pruning methods take: the ratio, or the pair of a pattern like "2:4", which must remove that very ratio.
 
@@ -180,6 +188,7 @@ METHODS = {
     "wanda": _wanda,
     "afr": _afr,
     "llm-pruner": _llm_pruner,
+    "fpt": _fpt,
 }
 
 

@@ -175,9 +175,10 @@ def test_agrees_with_scikit_learn_on_real_scores():
     assert (found["chosen, ours, binned"] == found["chosen, scikit-learn"]).float().mean() >= 0.95
 
 
-def test_log_likelihoods_of_scikit_learn():
+@pytest.mark.parametrize("x", [lambda: scores(6, 2000), lambda: real_scores(20)], ids=["synthetic", "real"])
+def test_log_likelihoods_of_scikit_learn(x):
     """With the floor out of the way: it is a least variance here, a summand there."""
-    found = agreement(scores(6, 2000), floor=1e-9)
+    found = agreement(x().double(), floor=1e-9)
     torch.testing.assert_close(found["likelihood, ours"], found["likelihood, scikit-learn"].double(), atol=1e-3, rtol=0)
 
 
