@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lib import mixtures
-from lib.gradients import at_least_float32, half_names, stream
+from lib.gradients import at_least_float32, half_names, next_token_loss, stream
 from lib.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
 
 # Scores of the units of every block: [units] each.
@@ -314,3 +314,40 @@ def prune(
             chosen[half] = choose(found, share)
     small = remove_neurons(model, chosen.get("mlp", [None] * len(ffn_widths(model))), inplace=inplace)
     return remove_groups(small, chosen["attention"], inplace=True) if attention else small
+
+
+# --- is the premise true? -------------------------------------------------------------------------------------------------
+
+
+def consistency(x: torch.Tensor) -> torch.Tensor:
+    """How much the scores of a neuron agree in sign, |Σ S| / Σ |S| in [0, 1], for vectors x [units, m]; 0 where all are 0."""
+    total = x.abs().sum(1)
+    return x.sum(1).abs() / torch.where(total > 0, total, 1)
+
+
+@torch.no_grad()
+def deletion_losses(model: nn.Module, ids: torch.Tensor, neurons: Sequence[Sequence[int]]) -> Blocks:
+    """True change of the mean next-token loss when one neuron alone is deleted: what a score stands in for.
+
+    ids: [samples, tokens]; neurons: for every block those to try, one forward pass each. Result: [neurons of the block] each,
+    float64.
+    """
+
+    def loss() -> torch.Tensor:
+        return next_token_loss(
+            model(input_ids=ids.to(model.device), use_cache=False).logits, ids.to(model.device)
+        ).double() / len(ids)
+
+    dense, found = loss(), []
+    for names, chosen in zip(half_names(model), neurons, strict=True):
+        writer, changes = model.get_submodule(names[-1]), []
+        for j in chosen:
+            hook = writer.register_forward_pre_hook(
+                lambda _, inputs, j=j: (inputs[0].index_fill(-1, torch.tensor(int(j), device=model.device), 0),)
+            )
+            try:
+                changes.append(loss() - dense)
+            finally:
+                hook.remove()
+        found.append(torch.stack(changes))
+    return found

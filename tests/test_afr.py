@@ -227,7 +227,8 @@ def test_dense_model_is_untouched_and_ratio_zero_keeps_everything():
 def test_extras_global_protected_attention():
     model = tiny("llama")
     free = afr.prune(model, IDS, 0.5, allocation="global")
-    assert sum(ffn_widths(free)) == sum(ffn_widths(model)) // 2 and len(set(ffn_widths(free))) > 1
+    assert sum(ffn_widths(free)) == sum(ffn_widths(model)) // 2
+    assert len(set(ffn_widths(free))) > 1
     assert ffn_widths(afr.prune(model, IDS, 0.5, protect=(0,))) == [48, 24, 24]
     assert kv_groups(afr.prune(model, IDS, 0.5, attention=0.5)) == [1] * 3
 
@@ -273,7 +274,7 @@ def test_bad_settings(settings, message):
 
 def test_bad_ratios_and_texts():
     model = tiny("llama")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         afr.prune(model, IDS, 1.0)
     with pytest.raises(ValueError, match="leaves none"):
         afr.prune(model, IDS, 0.99)
@@ -283,14 +284,23 @@ def test_bad_ratios_and_texts():
         afr.neuron_scores(model, IDS, ["mode"])
 
 
-def test_a_dead_neuron_is_removed_first():
+def test_a_dead_neuron_is_removed_first_unless_projections_are_features():
+    """What a projection puts out is a feature whether anything reads it or not: it pays ‖g_j‖² / ‖G‖ for a dead neuron."""
     model = tiny("llama")
     with torch.no_grad():
         for block in model.model.layers:
             block.mlp.up_proj.weight[5] = 0
             block.mlp.down_proj.weight[:, 5] = 0
-    for name, score in afr.scores(model, IDS, afr.PAPER).items():
+    for name, score in afr.scores(model, IDS, afr.PAPER, features="mlp").items():
         assert all(int(part.argmin()) == 5 for part in score), name
+    settings = afr.Settings(scores=("refer",))
+    outputs = []
+    hook = model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda _, i, out: outputs.append(out.detach()[0]))
+    for one in IDS.split(1):
+        model(one)
+    hook.remove()
+    found = afr.neuron_scores(model, IDS, ["absolute only"], settings)["absolute only"]["refer"][1][5]
+    assert found.item() == pytest.approx(sum(g[:, 5].square().sum() / g.norm() for g in outputs).item() / 32, rel=1e-6)
 
 
 # --- unstructured ---------------------------------------------------------------------------------------------------------
@@ -357,7 +367,8 @@ def test_llm_pruner_block_range_and_counts():
     assert llm_pruner.protected(8) == [0, 7]
     model = tiny("llama")
     small = llm_pruner.prune(model, IDS, 0.5, samples=2, length=8)
-    assert ffn_widths(small) == [48, 24, 48] and kv_groups(small) == [2, 1, 2]
+    assert ffn_widths(small) == [48, 24, 48]
+    assert kv_groups(small) == [2, 1, 2]
     assert kv_groups(llm_pruner.prune(model, IDS, 0.4)) == [2, 2, 2]  # 0.4 of 2 groups is none
     assert kv_groups(llm_pruner.prune(model, IDS, 0.5, attention=False)) == [2, 2, 2]
     assert ffn_widths(llm_pruner.prune(model, IDS, 0.5, attention=False, protect=())) == [24] * 3

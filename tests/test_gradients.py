@@ -175,9 +175,11 @@ def test_no_gradient_is_left_and_what_was_there_comes_back():
 
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     stream(model, ids, names, take, scores=BOTH)
-    assert set(kept) == {0} and len(kept) == 2 * 2 * len(names)  # never a second gradient beside the one in use
+    assert len(kept) == 2 * 2 * len(names)
+    assert set(kept) == {0}  # never a second gradient beside the one in use
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
-    assert (first.grad == 1).all() and other.grad is None
+    assert (first.grad == 1).all()
+    assert other.grad is None
 
 
 def test_overflow_says_what_to_do():
@@ -189,7 +191,8 @@ def test_overflow_says_what_to_do():
     before = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         summed(model, ids, names, scores=BOTH)
-    assert [p.requires_grad for p in model.parameters()] == before and all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_bfloat16_is_close_to_float32():
