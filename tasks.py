@@ -94,6 +94,7 @@ def full_parameters(paper: str, profile: str) -> dict:
 )
 def reproduce(c, paper="", profile="workshop", force=False, data_dir="", set=None):
     """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
+    from lib.profiles import check_machine, read_profile
 
     choose("profile", profile, profiles())
     names = papers_of(profile, paper)
@@ -101,8 +102,12 @@ def reproduce(c, paper="", profile="workshop", force=False, data_dir="", set=Non
         if not Path(data_dir).is_dir():
             raise Exit(f"--data-dir {data_dir} is not a folder", code=2)
         os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
-    plan = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
-    for name, parameters in plan.items():
+    chosen = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
+    about = read_profile(PROFILES / f"{profile}.yaml")
+    checked(lambda: check_machine(about, chosen))
+    for name, reason in about.about.get("refused", {}).items():
+        print(f"{name} ({profile}): not run. {reason}", flush=True)
+    for name, parameters in chosen.items():
         run_notebook(name, f"{profile}-custom" if set else profile, parameters, force)
 
 

@@ -6,10 +6,12 @@ what it needs that this machine may lack, and which published tables its numbers
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lib.cost import Count, count, meta_model
@@ -40,7 +42,7 @@ REACHED = 0.4  # share of those figures that plain PyTorch reaches in forward pa
 WIKITEXT2_TEST_TOKENS = 295_000  # about, with tokenizers of 32,000 to 262,144 tokens (LLaMA: 341,469, Gemma: 295,216)
 DOCUMENTS = {
     "arc_easy": 2376, "arc_challenge": 1172, "hellaswag": 10042, "winogrande": 1267, "piqa": 1838, "openbookqa": 500,
-    "mathqa": 2985, "mmlu": 14042, "wiki_a_continuation": 229,
+    "mathqa": 2985, "mmlu": 14042, "wiki_a_continuation": 248,
 }  # fmt: skip
 TOKENS_PER_DOCUMENT = 4 * 60  # four choices, each after its question
 
@@ -163,12 +165,24 @@ def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", 
     }
 
 
+def check_machine(profile: Profile, parameters: dict[str, dict]) -> None:
+    """Refuse a run that could not even start here. `parameters`: {paper: those it would run with}.
+
+    Raises ModuleNotFoundError for a package that is not installed, ValueError for a GPU that is asked for and not there.
+    """
+    package = profile.about.get("needs", {}).get("package")
+    if package and importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"profile {profile.name} needs the package {package.replace('_', '-')}: pip install it first")
+    for paper, chosen in parameters.items():
+        if str(chosen.get("device", "cpu")).startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"profile {profile.name} runs {paper} on a GPU, and torch sees none here: `invoke plan --profile {profile.name}` "
+                "shows what it would do, and `--set device=cpu` runs it all the same"
+            )
+
+
 def missing_here(profile: Profile, data_dir: bool) -> list[str]:
     """What this machine still lacks for a profile: a GPU, the hub's files, a licence to be accepted, a package."""
-    import importlib.util
-
-    import torch
-
     needs, lacks = profile.about.get("needs", {}), []
     if "gpu" in needs and not torch.cuda.is_available():
         lacks.append(f"a GPU with {needs['gpu']} GB")
