@@ -255,10 +255,10 @@ def plan(c, profile, gpu="A100", tflops=0.0):
             continue
         parameters = full_parameters(paper, profile)
         work = checked(lambda p=paper, v=parameters: counting.plan(p, v, architecture, gpu, tflops * 1e12))
-        before = work["params_before"]
+        before = work["params"]
         print(f"{paper}: {work['cells']} models to evaluate")
         print(f"  parameters before: {before:,}")
-        for level, after in work["params_after"].items():
+        for level, after in counting.params_after(paper, parameters, architecture).items():
             print(f"  at {level:.0%}: {after:,} ({1 - after / before:.1%} of the model removed)")
         parts = ", ".join(f"{name} {n / 1e15:,.1f}" for name, n in work["operations"].items())
         print(f"  10^15 operations: {parts}")
