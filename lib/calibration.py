@@ -118,8 +118,16 @@ class ResidualStream:
         self.advance(whole_block, block)
 
     @torch.no_grad()
-    def observe(self, block: int, see: dict[str, Callable[[torch.Tensor], None]], advance: bool = False) -> None:
+    def observe(
+        self,
+        block: int,
+        see: dict[str, Callable[[torch.Tensor], None]],
+        advance: bool = False,
+        run: Callable = whole_block,
+    ) -> None:
         """Run a block on the stream to look inside. The stream stays where it is, or moves behind the block with `advance`.
+
+        run: the whole block, or the half in front of which the stream stands (`Anatomy.steps`).
 
         see: for names of modules inside the block, what to do with the inputs [n, features] that each of them gets for the
         real tokens, batch by batch. Modules that share an input (q, k, v) need only one of them to be named.
@@ -138,12 +146,18 @@ class ResidualStream:
         try:
             for rows in self._slices():
                 kept[0] = None if self.mask is None else self.mask[rows].bool().flatten().to(self.device)
-                output = whole_block(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
+                output = run(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
                 if advance:
                     self.hidden[rows] = output
         finally:
             for handle in handles:
                 handle.remove()
+
+    def batches(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows of every batch, in the order in which `observe` hands them on, and which of their tokens are real [b, tokens]."""
+        for rows in self._slices():
+            real = torch.ones_like(self.ids[rows]) if self.mask is None else self.mask[rows]
+            yield rows, real.bool().to(self.device)
 
     def tokens(self) -> Iterator[torch.Tensor]:
         """The stream's real tokens [n, d], batch by batch.

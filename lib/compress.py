@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib import svd_llm
-from lib.baselines import asvd, fwsvd, sparsegpt, svd, wanda
+from lib import afr, svd_llm
+from lib.baselines import asvd, fpt, fwsvd, llm_pruner, sparsegpt, svd, wanda
 from lib.checkpoint import export, read_record, save
 from lib.cost import count
 from lib.experiment import Calibration
@@ -122,6 +122,43 @@ def _wanda(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable
     return wanda.prune(model, ids, sparsity(ratio, pattern), inplace=True, progress=progress)
 
 
+def _afr(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    progress: Callable,
+    *,
+    preset: str = "paper",
+    allocation: str = "uniform",
+    aggregation: str = "",
+    checkpointing: bool = False,
+) -> nn.Module:
+    """Structured AFR. aggregation: empty for the preset's own."""
+    changes = {"checkpointing": checkpointing} | ({"aggregation": aggregation} if aggregation else {})
+    return afr.prune(model, ids, ratio, preset=preset, allocation=allocation, inplace=True, progress=progress, **changes)
+
+
+def _llm_pruner(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    progress: Callable,
+    *,
+    importance: str = "first",
+    attention: bool = True,
+    fold: str = "neighbours",
+) -> nn.Module:
+    return llm_pruner.prune(model, ids, ratio, importance=importance, attention=attention, fold=fold, inplace=True)
+
+
+def _fpt(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *,
+    rearrangement: bool = True, tuning: bool = True, literal: bool = False,
+) -> nn.Module:  # fmt: skip
+    settings = dict(rearrangement=rearrangement, tuning=tuning, literal=literal)
+    return fpt.prune(model, ids, ratio, progress=progress, **settings)
+
+
 def sparsity(ratio: float, pattern: str) -> Sparsity:
     """What the pruning methods take: the ratio, or the pair of a pattern like "2:4", which must remove that very ratio.
 
@@ -149,6 +186,9 @@ METHODS = {
     "asvd": _asvd,
     "sparsegpt": _sparsegpt,
     "wanda": _wanda,
+    "afr": _afr,
+    "llm-pruner": _llm_pruner,
+    "fpt": _fpt,
 }
 
 
