@@ -94,6 +94,7 @@ def full_parameters(paper: str, profile: str) -> dict:
 )
 def reproduce(c, paper="", profile="workshop", force=False, data_dir="", set=None):
     """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
+    from lib.profiles import check_machine, read_profile
 
     choose("profile", profile, profiles())
     names = papers_of(profile, paper)
@@ -101,8 +102,12 @@ def reproduce(c, paper="", profile="workshop", force=False, data_dir="", set=Non
         if not Path(data_dir).is_dir():
             raise Exit(f"--data-dir {data_dir} is not a folder", code=2)
         os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
-    plan = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
-    for name, parameters in plan.items():
+    chosen = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
+    about = read_profile(PROFILES / f"{profile}.yaml")
+    checked(lambda: check_machine(about, chosen))
+    for name, reason in about.about.get("refused", {}).items():
+        print(f"{name} ({profile}): not run. {reason}", flush=True)
+    for name, parameters in chosen.items():
         run_notebook(name, f"{profile}-custom" if set else profile, parameters, force)
 
 
@@ -250,10 +255,10 @@ def plan(c, profile, gpu="A100", tflops=0.0):
             continue
         parameters = full_parameters(paper, profile)
         work = checked(lambda p=paper, v=parameters: counting.plan(p, v, architecture, gpu, tflops * 1e12))
-        before = work["params_before"]
+        before = work["params"]
         print(f"{paper}: {work['cells']} models to evaluate")
         print(f"  parameters before: {before:,}")
-        for level, after in work["params_after"].items():
+        for level, after in counting.params_after(paper, parameters, architecture).items():
             print(f"  at {level:.0%}: {after:,} ({1 - after / before:.1%} of the model removed)")
         parts = ", ".join(f"{name} {n / 1e15:,.1f}" for name, n in work["operations"].items())
         print(f"  10^15 operations: {parts}")

@@ -6,10 +6,13 @@ what it needs that this machine may lack, and which published tables its numbers
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lib.cost import Count, count, meta_model
@@ -17,7 +20,6 @@ from lib.text import HUB_CORPORA
 
 ABOUT = ("model", "architecture", "needs", "settings", "tables", "refused")
 NEEDS = ("gpu", "hub", "licence", "package")
-DEFAULTS = {"models": [""], "ratios": [], "levels": [], "samples": 0, "length": 0, "windows": None, "tasks": [], "limit": None}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ REACHED = 0.4  # share of those figures that plain PyTorch reaches in forward pa
 WIKITEXT2_TEST_TOKENS = 295_000  # about, with tokenizers of 32,000 to 262,144 tokens (LLaMA: 341,469, Gemma: 295,216)
 DOCUMENTS = {
     "arc_easy": 2376, "arc_challenge": 1172, "hellaswag": 10042, "winogrande": 1267, "piqa": 1838, "openbookqa": 500,
-    "mathqa": 2985, "mmlu": 14042, "wiki_a_continuation": 229,
+    "mathqa": 2985, "mmlu": 14042, "wiki_a_continuation": 248,
 }  # fmt: skip
 TOKENS_PER_DOCUMENT = 4 * 60  # four choices, each after its question
 
@@ -121,20 +123,34 @@ def documents_scored(p: dict) -> int:
     return sum(57 * min(limit, 246) if task == "mmlu" else min(limit, DOCUMENTS.get(task, 2000)) for task in p.get("tasks", []))
 
 
+@functools.cache
+def _dense(architecture: str) -> tuple[Count, object]:
+    """Size and configuration of a dense model."""
+    model = meta_model(architecture)
+    return count(model), model.config
+
+
+def params_after(paper: str, parameters: dict, architecture: str) -> dict[float, int]:
+    """{level or ratio: parameters that are left} for every level of a notebook's sweep, counted on the compressed shapes."""
+    name, after = AFTER[paper]
+    model = meta_model(architecture)
+    return {level: after(model, level, parameters).params for level in parameters[name]}
+
+
 def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", throughput: float = 0.0) -> dict:
     """What a notebook would do with its full `parameters` on a model of `architecture`, without weights.
 
-    throughput: operations a second; 0 takes REACHED of the device's published figure. Returns cells, parameters before and
-    after, operations (two per multiply-add), peak memory, disk and hours. Perplexity, zero-shot, calibration and tuning are
-    counted in passes of the whole network; decompositions, which no matrix throughput describes, are left out.
+    throughput: operations a second; 0 takes REACHED of the device's published figure. Returns cells, parameters, operations
+    (two per multiply-add), peak memory, disk and hours. Perplexity, zero-shot, calibration and tuning are counted in passes of
+    the whole network; decompositions, which no matrix throughput describes, are left out.
+
     Raises ValueError for an unknown device, or a paper whose work is not counted here.
     """
     if device not in DEVICES:
         raise ValueError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
     if paper not in WORK:
         raise ValueError(f"the work of {paper!r} is not counted yet: choose one of {', '.join(WORK)}")
-    model = meta_model(architecture)
-    dense, work = count(model), WORK[paper](parameters)
+    (dense, config), work = _dense(architecture), WORK[paper](parameters)
     width = 4 if parameters.get("dtype", "float32") == "float32" else 2
     length = parameters["length"]
     per_token = 2 * dense.macs_per_token
@@ -146,15 +162,13 @@ def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", 
         "tuning": 3 * work.tuning_tokens,  # backward costs twice the forward pass
     }
     operations = {name: n * per_token for name, n in tokens.items()}
-    name, after = AFTER[paper]
     speed = throughput or REACHED * DEVICES[device].operations
-    inner = max(getattr(model.config, "intermediate_size", 0), getattr(model.config, "ffn_dim", 0))
-    stream = parameters["samples"] * length * model.config.hidden_size * width
+    inner = max(getattr(config, "intermediate_size", 0), getattr(config, "ffn_dim", 0))
+    stream = parameters["samples"] * length * config.hidden_size * width
     weights = dense.params * width
     return {
         "cells": work.evaluated,
-        "params_before": dense.params,
-        "params_after": {level: after(model, level, parameters).params for level in parameters[name]},
+        "params": dense.params,
         "operations": operations,
         "peak_bytes": 3 * weights + stream + 3 * 8 * inner**2,  # dense, compressed, gradients; one stream; Gram and its factors
         "disk_bytes": 2 * dense.params + 25_000_000,  # downloaded in 16 bits; tables, figures and notebook
@@ -163,12 +177,24 @@ def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", 
     }
 
 
+def check_machine(profile: Profile, parameters: dict[str, dict]) -> None:
+    """Refuse a run that could not even start here. `parameters`: {paper: those it would run with}.
+
+    Raises ModuleNotFoundError for a package that is not installed, ValueError for a GPU that is asked for and not there.
+    """
+    package = profile.about.get("needs", {}).get("package")
+    if package and importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"profile {profile.name} needs the package {package.replace('_', '-')}: pip install it first")
+    for paper, chosen in parameters.items():
+        if str(chosen.get("device", "cpu")).startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"profile {profile.name} runs {paper} on a GPU, and torch sees none here: `invoke plan --profile {profile.name}` "
+                "shows what it would do, and `--set device=cpu` runs it all the same"
+            )
+
+
 def missing_here(profile: Profile, data_dir: bool) -> list[str]:
     """What this machine still lacks for a profile: a GPU, the hub's files, a licence to be accepted, a package."""
-    import importlib.util
-
-    import torch
-
     needs, lacks = profile.about.get("needs", {}), []
     if "gpu" in needs and not torch.cuda.is_available():
         lacks.append(f"a GPU with {needs['gpu']} GB")
