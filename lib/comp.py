@@ -177,7 +177,8 @@ def make_plan(shape: Shape, scores: Sequence[float], drop: Sequence[int], ratio:
     widths = [shape.widths[i] for i in left]
     total = neurons_to_cut(shape, drop, ratio, settings)
     alpha = 0.0 if settings.allocation == "uniform" else settings.alpha
-    ratios = layer_ratios([scores[i] for i in left], min(total / sum(widths), settings.largest_cut), alpha, settings.largest_cut)
+    mean = min(total / sum(widths), settings.largest_cut)
+    ratios = layer_ratios([scores[i] for i in left], mean, alpha, settings.largest_cut)
     return Plan(sorted(drop), quotas_from(ratios, widths, total, settings))
 
 
@@ -224,7 +225,7 @@ class Batch:
 
 @torch.no_grad()
 def run_block(block: nn.Module, family: Family, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, ...]:
-    """Output [b, t, d] of a block, with the activations [b, t, n] that enter its FFN's writer and what that puts out [b, t, d]."""
+    """Output [b, t, d] of a block, the activations [b, t, n] that enter its FFN's writer, and what that puts out [b, t, d]."""
     seen = {}
 
     def see(_, inputs, output):
