@@ -48,19 +48,43 @@ def named_values(settings: list[str]) -> dict:
 def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
     """Parameters of a paper's notebook under a profile, overridden by NAME=VALUE settings; every name is checked."""
     import papermill
-    import yaml
+
+    from lib.profiles import read_profile
 
     known = papermill.inspect_notebook(str(NOTEBOOKS / f"{paper}.ipynb"))
-    chosen = dict((yaml.safe_load((PROFILES / f"{profile}.yaml").read_text()) or {}).get(paper) or {})
-    chosen |= named_values(settings)
+    chosen = read_profile(PROFILES / f"{profile}.yaml").papers.get(paper, {}) | named_values(settings)
     for name in chosen:
         choose(f"parameter of {paper}", name, sorted(set(known) - {"folder", "profile"}))
     return chosen
 
 
+def papers_of(profile: str, paper: str) -> list[str]:
+    """The notebooks that a profile runs, or only `paper`; a paper that it leaves out is an error that says why."""
+    from lib.profiles import read_profile
+
+    found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
+    for name in found.papers:
+        choose(f"paper of profile {profile}", name, papers())
+    if paper and choose("paper", paper, papers()) not in found.papers:
+        reason = found.about.get("refused", {}).get(paper, "it has no parameters for it")
+        raise Exit(f"profile {profile} does not run {paper}: {reason}. It runs {', '.join(found.papers) or 'nothing'}", code=2)
+    return [paper] if paper else sorted(found.papers)
+
+
+def full_parameters(paper: str, profile: str) -> dict:
+    """The notebook's defaults, overridden by the profile: every parameter as Python values."""
+    import ast
+
+    import papermill
+
+    known = papermill.inspect_notebook(str(NOTEBOOKS / f"{paper}.ipynb"))
+    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in known.items()}
+    return defaults | parameters_of(paper, profile, [])
+
+
 @task(
     help={
-        "paper": "only this notebook (default: all)",
+        "paper": "only this notebook (default: all that the profile runs)",
         "profile": "parameter file in notebooks/params (default: workshop)",
         "force": "compute again even what is up to date",
         "data-dir": "folder with benchmark and calibration files, instead of the hub",
@@ -70,15 +94,20 @@ def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
 )
 def reproduce(c, paper="", profile="workshop", force=False, data_dir="", set=None):
     """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
+    from lib.profiles import check_machine, read_profile
 
     choose("profile", profile, profiles())
-    names = [choose("paper", paper, papers())] if paper else papers()
+    names = papers_of(profile, paper)
     if data_dir:
         if not Path(data_dir).is_dir():
             raise Exit(f"--data-dir {data_dir} is not a folder", code=2)
         os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
-    plan = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
-    for name, parameters in plan.items():
+    chosen = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
+    about = read_profile(PROFILES / f"{profile}.yaml")
+    checked(lambda: check_machine(about, chosen))
+    for name, reason in about.about.get("refused", {}).items():
+        print(f"{name} ({profile}): not run. {reason}", flush=True)
+    for name, parameters in chosen.items():
         run_notebook(name, f"{profile}-custom" if set else profile, parameters, force)
 
 
@@ -168,6 +197,76 @@ def tidy(path: Path) -> None:
 
 def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+@task(name="profiles", help={"data-dir": "folder with benchmark and calibration files, instead of the hub"})
+def list_profiles(c, data_dir=""):
+    """List the profiles: size of the model, disk, time and memory here, what each runs and what each still needs."""
+    import torch
+
+    from lib.cost import count, meta_model
+    from lib.profiles import WORK, missing_here, plan, read_profile
+
+    device = "A100" if torch.cuda.is_available() else "CPU"
+    for name in profiles():
+        profile = read_profile(PROFILES / f"{name}.yaml")
+        print(f"{name}: {profile.about.get('model', '')}; runs {', '.join(profile.papers)}")
+        for paper, reason in profile.about.get("refused", {}).items():
+            print(f"  does not run {paper}: {reason}")
+        if architecture := profile.about.get("architecture"):
+            size = count(meta_model(architecture))
+            print(
+                f"  {size.params:,} parameters, {2 * size.params / 1e9:.2f} GB in 16 bits, {4 * size.params / 1e9:.2f} GB in 32"
+            )
+            plans = {p: plan(p, full_parameters(p, name), architecture, device) for p in profile.papers if p in WORK}
+            for paper, found in plans.items():
+                print(
+                    f"  {paper}: disk {found['disk_bytes'] / 1e9:.1f} GB, memory {found['peak_bytes'] / 1e9:.1f} GB, about "
+                    f"{found['hours']:.1f} h here ({device}, estimated)"
+                )
+        if "settings" in profile.about:
+            print(f"  settings: {profile.about['settings']}")
+        print(f"  still needs: {', '.join(missing_here(profile, bool(data_dir))) or 'nothing'}")
+
+
+@task(
+    help={
+        "profile": "parameter file in notebooks/params",
+        "gpu": "A100, H100, RTX4090 or CPU",
+        "tflops": "trillions of operations a second that it really reaches (default: 40 % of its data sheet)",
+    }
+)
+def plan(c, profile, gpu="A100", tflops=0.0):
+    """What a run would do, from configuration files and shapes alone: no weights, no network."""
+    from lib import profiles as counting
+
+    choose("profile", profile, profiles())
+    choose("device", gpu, list(counting.DEVICES))
+    if tflops < 0:
+        raise Exit(f"--tflops is a number of operations a second, in trillions, not {tflops}", code=2)
+    found = checked(lambda: counting.read_profile(PROFILES / f"{profile}.yaml"))
+    architecture = found.about.get("architecture")
+    if not architecture:
+        raise Exit(f"profile {profile} names no architecture in lib/cost.py: it is small enough to be run instead", code=2)
+    print(f"{profile}: {found.about['model']}, counted on shapes. {found.about['settings']}")
+    for paper in papers_of(profile, ""):
+        if paper not in counting.WORK:
+            print(f"{paper}: its work is not counted")
+            continue
+        parameters = full_parameters(paper, profile)
+        work = checked(lambda p=paper, v=parameters: counting.plan(p, v, architecture, gpu, tflops * 1e12))
+        before = work["params"]
+        print(f"{paper}: {work['cells']} models to evaluate")
+        print(f"  parameters before: {before:,}")
+        for level, after in counting.params_after(paper, parameters, architecture).items():
+            print(f"  at {level:.0%}: {after:,} ({1 - after / before:.1%} of the model removed)")
+        parts = ", ".join(f"{name} {n / 1e15:,.1f}" for name, n in work["operations"].items())
+        print(f"  10^15 operations: {parts}")
+        print(f"  peak memory {work['peak_bytes'] / 1e9:,.0f} GB ({gpu}: {counting.DEVICES[gpu].memory / 1e9:,.0f})", end=", ")
+        print(f"disk {work['disk_bytes'] / 1e9:,.1f} GB")
+        print(f"  {work['hours']:,.1f} hours on {gpu} at {work['throughput'] / 1e12:,.1f} x 10^12 operations a second", end="")
+        print(", without decompositions")
+    print("tables: " + ("; ".join(found.about.get("tables", [])) or "none of the papers' own: its numbers are new"))
 
 
 @task(help={"paper": "only this notebook (default: all)"})
@@ -273,9 +372,11 @@ def compress(
         "length": "tokens per window (default: the model's positions, at most 2048)",
         "windows": "score only the first windows (default: all)",
         "tasks": "zero-shot tasks of lm-eval, with commas (wiki_a_continuation needs no network)",
+        "limit": "score only the first documents of each task (default: all)",
+        "data-dir": "folder with benchmark and calibration files, instead of the hub",
     }
 )
-def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", device="cpu", dtype="float32", data_dir=""):
+def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="float32", data_dir=""):
     """Perplexity and, if asked for, zero-shot accuracy of a model, compressed or not."""
     from lib.evaluate import perplexity, zero_shot
     from lib.models import load
@@ -289,8 +390,9 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", device="c
         window = length or min(2048, network.config.max_position_embeddings)
         found = perplexity(network, token_stream(load_corpus(corpus, "test"), tokenizer), window, windows or None)
         print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")
-        for row in zero_shot(network, tokenizer, tuple(tasks.split(","))) if tasks else ():
-            print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f} over {row['documents']} documents")
+        for row in zero_shot(network, tokenizer, tuple(tasks.split(",")), limit or None) if tasks else ():
+            first = f" (limit {row['limit']})" if row["limit"] else ""
+            print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f} over {row['documents']} documents{first}")
 
     checked(work)
 

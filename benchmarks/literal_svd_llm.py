@@ -2,8 +2,8 @@
 
 Every linear layer has a Gram matrix of its own, summed in float32 while the whole model runs, and all of their Cholesky
 factors are held in float64 before the first truncation. A matrix is then truncated by an explicit inverse of its factor
-and a full singular value decomposition in float32. Written from the description for this repository; the authors' code
-is not used.
+and a full singular value decomposition in float32. Calibration sequences run one by one, as in the released code.
+Written from the description for this repository; the authors' code is not used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lib.low_rank import matrices
 
 
 @torch.no_grad()
-def gram_matrices(model: nn.Module, ids: torch.Tensor, batch: int = 8) -> dict[str, torch.Tensor]:
+def gram_matrices(model: nn.Module, ids: torch.Tensor, batch: int = 1) -> dict[str, torch.Tensor]:
     """Σ xᵀx [n, n] in float32 for every matrix by name; q, k and v get three equal ones."""
     grams = {}
 
@@ -44,7 +44,7 @@ def whitening(gram: torch.Tensor) -> torch.Tensor:
         return torch.linalg.cholesky(gram)
 
 
-def profile(model: nn.Module, ids: torch.Tensor, batch: int = 8) -> dict[str, torch.Tensor]:
+def profile(model: nn.Module, ids: torch.Tensor, batch: int = 1) -> dict[str, torch.Tensor]:
     """The whitening matrices of the whole model."""
     return {name: whitening(gram) for name, gram in gram_matrices(model, ids, batch).items()}
 
@@ -76,6 +76,6 @@ def truncated(model: nn.Module, roots: dict[str, torch.Tensor], ratio: float) ->
     return model
 
 
-def literal_svd_llm(model: nn.Module, ids: torch.Tensor, ratio: float, batch: int = 8) -> nn.Module:
+def literal_svd_llm(model: nn.Module, ids: torch.Tensor, ratio: float, batch: int = 1) -> nn.Module:
     """One ratio from scratch."""
     return truncated(model, profile(model, ids, batch), ratio)

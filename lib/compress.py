@@ -10,8 +10,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib import svd_llm
-from lib.baselines import asvd, fpt, fwsvd, sparsegpt, svd, wanda
+from lib import afr, comp, svd_llm
+from lib.baselines import (
+    asvd,
+    cfsp,
+    flap,
+    fpt,
+    fwsvd,
+    llm_pruner,
+    lorap,
+    magnitude,
+    random_neurons,
+    shortgpt,
+    sparsegpt,
+    svd,
+    wanda,
+)
 from lib.checkpoint import export, read_record, save
 from lib.cost import count
 from lib.experiment import Calibration
@@ -122,12 +136,98 @@ def _wanda(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable
     return wanda.prune(model, ids, sparsity(ratio, pattern), inplace=True, progress=progress)
 
 
+def _afr(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    progress: Callable,
+    *,
+    preset: str = "paper",
+    allocation: str = "uniform",
+    aggregation: str = "",
+    checkpointing: bool = False,
+) -> nn.Module:
+    """Structured AFR. aggregation: empty for the preset's own."""
+    changes = {"checkpointing": checkpointing} | ({"aggregation": aggregation} if aggregation else {})
+    return afr.prune(model, ids, ratio, preset=preset, allocation=allocation, inplace=True, progress=progress, **changes)
+
+
+def _llm_pruner(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    progress: Callable,
+    *,
+    importance: str = "first",
+    attention: bool = True,
+    fold: str = "neighbours",
+) -> nn.Module:
+    return llm_pruner.prune(model, ids, ratio, importance=importance, attention=attention, fold=fold, inplace=True)
+
+
 def _fpt(
     model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *,
     rearrangement: bool = True, tuning: bool = True, literal: bool = False,
 ) -> nn.Module:  # fmt: skip
     settings = dict(rearrangement=rearrangement, tuning=tuning, literal=literal)
     return fpt.prune(model, ids, ratio, progress=progress, **settings)
+
+
+def _comp(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    progress: Callable,
+    *,
+    rho: float = 0.5,
+    metric: str = "C1",
+    reference: str = "residual",
+    variance_bound: float = 0.1,
+    multiple: int = 1,
+    equal_widths: bool = False,
+) -> nn.Module:
+    """COMP. equal_widths: every block as wide as the others, so that the result is a stock model that anyone can load."""
+    settings = comp.Settings(
+        rho=rho, metric=metric, reference=reference, variance_bound=variance_bound, multiple=multiple, equal_widths=equal_widths
+    )
+    return comp.prune(model, ids, ratio, settings, progress=progress)[0]
+
+
+def _shortgpt(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, choice: str = "one-shot", after_norm: bool = False
+) -> nn.Module:
+    """ShortGPT: the whole number of blocks nearest to the ratio."""
+    count = shortgpt.blocks_for(model, ratio)
+    return shortgpt.prune(model, ids, count, inplace=True, choice=choice, after_norm=after_norm)
+
+
+def _cfsp(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *,
+    fine: str = "code", coarse: bool = True, multiple: int = 1,
+) -> nn.Module:  # fmt: skip
+    return cfsp.prune(model, ids, ratio, fine=fine, coarse=coarse, multiple=multiple)
+
+
+def _flap(
+    model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, attention: bool = True, compensate: bool = True
+) -> nn.Module:
+    return flap.prune(model, ids, ratio, attention=attention, compensate=compensate)
+
+
+def _lorap(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, mlp_only: bool = False) -> nn.Module:
+    return lorap.prune(model, ids, ratio, mlp_only=mlp_only)
+
+
+def _wanda_sp(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable) -> nn.Module:
+    return wanda.prune_neurons(model, ids, ratio)
+
+
+def _magnitude_neurons(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, order: int = 2) -> nn.Module:
+    return magnitude.prune_neurons(model, ratio, order=order)
+
+
+def _random_neurons(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, seed: int = 0) -> nn.Module:
+    return random_neurons.prune(model, ratio, torch.Generator().manual_seed(seed))
 
 
 def sparsity(ratio: float, pattern: str) -> Sparsity:
@@ -157,7 +257,17 @@ METHODS = {
     "asvd": _asvd,
     "sparsegpt": _sparsegpt,
     "wanda": _wanda,
+    "afr": _afr,
+    "llm-pruner": _llm_pruner,
     "fpt": _fpt,
+    "comp": _comp,
+    "shortgpt": _shortgpt,
+    "cfsp": _cfsp,
+    "flap": _flap,
+    "lorap": _lorap,
+    "wanda-sp": _wanda_sp,
+    "magnitude-neurons": _magnitude_neurons,
+    "random-neurons": _random_neurons,
 }
 
 

@@ -99,14 +99,34 @@ ARCHITECTURES = {
     ),
 }  # fmt: skip
 
+# The other models of the profiles, from their published configuration files too. (The table above is printed by a notebook.)
+MORE_ARCHITECTURES = {
+    "LLaMA-7B": _LLAMA_2_7B | dict(max_position_embeddings=2048, rms_norm_eps=1e-6),
+    "SmolLM2-135M": _LLAMA_2_7B
+    | dict(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
+    "Qwen2.5-0.5B": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True,
+    ),
+    "Gemma-3-270M": dict(
+        model_type="gemma3_text", vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, max_position_embeddings=32768, sliding_window=512,
+        tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
 
 def meta_model(architecture: str) -> nn.Module:
     """One of the papers' models with its real shapes and no memory: every parameter is a meta tensor."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}: choose one of {', '.join(ARCHITECTURES)}")
-    settings = dict(ARCHITECTURES[architecture])
+    known = ARCHITECTURES | MORE_ARCHITECTURES
+    if architecture not in known:
+        raise ValueError(f"unknown architecture {architecture!r}: choose one of {', '.join(known)}")
+    settings = dict(known[architecture])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).eval()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import logging
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, local_task, task_manager
 from lib.continuation import TASK, continuation_task
 from lib.text import windows
 
@@ -48,34 +49,76 @@ def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int |
         raise ValueError(f"{limit or 'all'} windows of {length} tokens score nothing: use at least 1 window of 2 tokens")
     blocks = windows(stream, length)[:limit]
     device = next(model.parameters()).device
-    total = 0.0
-    for ids in blocks.split(batch):
-        ids = ids.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        for row, target in zip(logits, ids, strict=True):  # one window at a time: the float32 copy is the peak
-            total += F.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item()
+    total = sum(_next_token_loss(model, ids.to(device)) for ids in blocks.split(batch))
     scored = blocks.shape[0] * (length - 1)
     return Perplexity(float(torch.tensor(total / scored, dtype=torch.float64).exp()), scored, blocks.shape[0], length)
 
 
-def zero_shot(
-    model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32
-) -> list[dict]:
-    """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, ...`.
+LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 positions of Gemma's vocabulary of 262,144; long products are fast
+FLOATS_AT_ONCE = 2**23  # of these, in float32 at a time: 32 MB, so that the softmax stays in the processor's cache
 
-    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks. `metric` says which of
-    lm-eval's metrics `acc` is, `stderr` belongs to it.
+
+def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
+    """Summed cross-entropy of the next tokens in windows ids [batch, tokens], in float32, never with all logits at once.
+
+    The model's own forward runs with only the last position let through to its head; the head is then applied to the
+    hidden states of a few positions at a time. A model that changes its logits after the head shows it at that last
+    position, and is scored from the logits that it returns.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return _loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids)
+    seen: list[torch.Tensor] = []
+
+    def last_position(_, inputs):
+        seen.append(inputs[0])
+        return (inputs[0][:, -1:],)
+
+    handle = head.register_forward_pre_hook(last_position)
+    try:
+        last = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    if len(seen) != 1 or not torch.equal(last, head(seen[0][:, -1:])):
+        return _loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids)
+    hidden, targets = seen[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    pieces, rows = (max(1, numbers // last.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))
+    total = 0.0
+    for x, target in zip(hidden.split(pieces), targets.split(pieces), strict=True):
+        for logits, y in zip(head(x).split(rows), target.split(rows), strict=True):
+            total += F.cross_entropy(logits.float(), y, reduction="sum").item()
+    return total
+
+
+def _loss_of_logits(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """The same from logits [batch, tokens, vocabulary], one window at a time: the float32 copy is the peak."""
+    pairs = zip(logits, ids, strict=True)
+    return sum(F.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item() for row, target in pairs)
+
+
+def zero_shot(
+    model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32,
+    data_dir: str | Path | None = None,
+) -> list[dict]:  # fmt: skip
+    """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, documents, limit, ...`.
+
+    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks, on the files of `data_dir`
+    (or of the folder named by PARED_DATA_DIR) where lib/benchmark_tasks.py knows them, and from the hub otherwise.
+    `metric` says which of lm-eval's metrics `acc` is, `stderr` belongs to it, `limit` was asked for per task (for MMLU: per
+    subject), `documents` were scored. Raises what `local_task` and `hub_task` raise, before any model runs.
     """
     with _quiet("lm_eval", "lm-eval", "transformers", "datasets"):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        folder, manager = data_folder(data_dir), task_manager(not set(tasks) <= {TASK, *LOCAL_TASKS})
+        built = {name: _build_task(name, manager, folder) for name in tasks}
         positions = model.config.max_position_embeddings
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=positions, softmax_dtype="float32")
         found = lm_eval.simple_evaluate(
             model=lm,
-            tasks=[continuation_task() if name == TASK else name for name in tasks],
-            task_manager=_task_manager(any(name != TASK for name in tasks)),
+            tasks=list(built.values()),
+            task_manager=manager,
             verbosity="ERROR",
             num_fewshot=0,
             limit=limit,
@@ -88,7 +131,8 @@ def zero_shot(
         metric = next((m for m in ("acc_mutual_info", "acc") if f"{m},none" in scores), None)
         if metric is None:
             raise ValueError(f"lm-eval's task {name!r} reports no accuracy: choose a multiple-choice task")
-        parts = found.get("group_subtasks", {}).get(name) or [name]  # a group like mmlu counts the documents of its parts
+        task = built[name]  # a group like mmlu counts the documents of its parts
+        parts = [part.task_name for part in task.get_all_tasks()] if hasattr(task, "get_all_tasks") else [name]
         accuracy, documents = scores[f"{metric},none"], sum(found["n-samples"][part]["effective"] for part in parts)
         rows.append(
             {
@@ -105,12 +149,12 @@ def zero_shot(
     return rows
 
 
-@functools.cache
-def _task_manager(with_harness_tasks: bool):
-    """lm-eval reads thousands of task files to find names: once, and only if one of its own tasks is asked for."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=with_harness_tasks)
+def _build_task(name: str, manager, folder: Path | None):
+    if name == TASK:
+        return continuation_task()
+    if folder is not None and name in LOCAL_TASKS:
+        return local_task(name, folder, manager)
+    return hub_task(name, manager)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from lib import evaluate
+from lib.benchmark_tasks import files_record
 from lib.cost import Count, count
-from lib.models import fingerprint, load
+from lib.models import DTYPES, fast_bfloat16, fingerprint, load
 from lib.results import Results
 from lib.text import Corpus, load_corpus, sample_blocks, token_stream
 
@@ -23,17 +25,23 @@ SIZE_COLUMNS = ("params", "removed_decoder", "removed_model")
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a notebook run evaluates: held-out text, window length and count, zero-shot tasks and their limit."""
+    """How a notebook run evaluates: held-out text, window length and count, zero-shot tasks and their limit, precision.
+
+    dtype: that of the evaluated copy; empty for the model's own; `auto` for bfloat16 where the device computes it fast.
+    """
 
     text: Corpus
     length: int
     windows: int | None = None  # None: all of the text
     tasks: tuple[str, ...] = ()
     limit: int | None = None
+    dtype: str = ""
 
     def record(self) -> dict:
         return self.text.record() | {
+            "dtype": self.dtype,
             "length": self.length, "windows": self.windows, "tasks": list(self.tasks), "limit": self.limit,
+            "task_files": files_record(self.tasks),
         }  # fmt: skip
 
 
@@ -57,6 +65,7 @@ class Subject:
     def __init__(self, name: str, protocol: Protocol, run: Results, device: str = "cpu", dtype: str = "float32"):
         self.name, self.protocol, self.run = name, protocol, run
         self.model, self.tokenizer = load(name, device, dtype)
+        self.evaluated_in = evaluation_dtype(protocol.dtype, device) or self.model.dtype
         self.size: Count = count(self.model)
         self.stream = token_stream(protocol.text, self.tokenizer)
         self.fingerprint = fingerprint(self.model)
@@ -68,7 +77,7 @@ class Subject:
             "weights": self.fingerprint,
             "dtype": str(self.model.dtype),
             "device": str(self.model.device),
-            "evaluation": self.protocol.record(),
+            "evaluation": self.protocol.record() | {"evaluated_in": str(self.evaluated_in)},
         }
 
     def calibration(self, draw: Calibration, samples: int | None = None, seed: int | None = None) -> torch.Tensor:
@@ -78,16 +87,22 @@ class Subject:
         return sample_blocks(text, self.tokenizer, samples or draw.samples, draw.length, generator, draw.rule)
 
     def perplexity(self, model: nn.Module) -> dict:
+        model = self.in_evaluation_dtype(model)
         return evaluate.perplexity(model, self.stream, self.protocol.length, self.protocol.windows).record()
+
+    def in_evaluation_dtype(self, model: nn.Module) -> nn.Module:
+        """The model itself, or a copy in the precision that the protocol evaluates in."""
+        return model if model.dtype == self.evaluated_in else copy.deepcopy(model).to(self.evaluated_in)
 
     def measure(self, model: nn.Module, zero_shot: bool = True) -> dict:
         """Size, perplexity and, unless told otherwise, zero-shot rows of a model made from this subject."""
         found, tasks = count(model), self.protocol.tasks if zero_shot else ()
+        scored = self.in_evaluation_dtype(model)
         return {
             "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
             "zeros": zero_share(model),
-            "perplexity": self.perplexity(model),
-            "zero_shot": evaluate.zero_shot(model, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
+            "perplexity": self.perplexity(scored),
+            "zero_shot": evaluate.zero_shot(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
         }
 
     def dense(self) -> dict:
@@ -107,6 +122,15 @@ class Subject:
             found[level] = self.run.cell(lambda model=model: self.measure(model, zero_shot), **key, level=level)
             print(f"{self.name} at {level:.0%}: perplexity {found[level]['perplexity']['perplexity']:.2f}", flush=True)
         return {level: found[level] if level in found else self.run.cell(None, **key, level=level) for level in levels}
+
+
+def evaluation_dtype(name: str, device: str) -> torch.dtype | None:
+    """What `Protocol.dtype` asks for on a device, or None for the model's own. Raises ValueError for an unknown name."""
+    if name == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else None
+    if name and name not in DTYPES:
+        raise ValueError(f"unknown evaluation dtype {name!r}: choose one of {', '.join(DTYPES)}, auto, or nothing")
+    return DTYPES.get(name)
 
 
 def zero_share(model: nn.Module) -> float:

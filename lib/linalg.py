@@ -11,6 +11,7 @@ from fractions import Fraction
 import torch
 
 GRAM_CHUNK = 4096  # rows; float32 sums stay short, float64 carries the total
+SPLIT_WIDTH = 768  # columns; below, one product is as fast as three small ones
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -21,8 +22,22 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """
     x = x if x.dtype == torch.float64 else x.float()
     for chunk in x.split(GRAM_CHUNK):
-        total += chunk.T @ chunk
+        _add_symmetric(total, chunk)
     return total
+
+
+def _add_symmetric(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Add XᵀX by halves of the columns, the block above the diagonal only once: about 0.6 of the time of the plain product."""
+    d = x.shape[1]
+    if d < SPLIT_WIDTH:
+        total += x.T @ x
+        return
+    left, right = slice(0, d // 2), slice(d // 2, d)
+    for part in (left, right):
+        _add_symmetric(total[part, part], x[:, part])
+    across = x[:, left].T @ x[:, right]
+    total[left, right] += across
+    total[right, left] += across.T
 
 
 def add_squares(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -92,6 +107,7 @@ def remove_mean(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
 # With a root S of the inputs' Gram matrix, G = SSᵀ, the error of any M is ‖MX‖ = ‖MS‖. So the best rank-k approximation of
 # W for inputs X keeps the first k left singular vectors of WS, W' = U_k U_kᵀ W: no root is ever inverted.
 
+ORTHONORMAL = 1e-3  # Bv/σ is orthonormal to ε(σ₁/σ)², so to 2e-10, for singular values down to this share of the largest
 RIDGES = (0.0, *(10.0**e for e in range(-10, 1)))  # tried in turn, relative to the mean of the diagonal
 
 
@@ -125,12 +141,21 @@ def decompose(w: torch.Tensor, root: torch.Tensor | None = None, k: int | None =
     smaller k are the first columns of those for a larger one.
     """
     b = scale_inputs(w.double(), root)
+    values, axes = principal_axes(smaller_gram(b))
+    sigma, axes = values.sqrt(), axes[:, :k]
     if b.shape[0] <= b.shape[1]:
-        values, vectors = principal_axes(b @ b.T)
-        return vectors[:, :k], values.sqrt()
-    values, right = principal_axes(b.T @ b)
-    # QR, not division by σ: columns of tiny singular values must be orthonormal too.
-    return torch.linalg.qr(b @ right[:, :k])[0], values.sqrt()
+        return axes, sigma
+    left, kept = b @ axes, sigma[: axes.shape[1]]
+    if kept[-1] > ORTHONORMAL * kept[0]:
+        return left / kept, sigma
+    # Division by a tiny σ would leave columns that are not orthonormal.
+    return torch.linalg.qr(left)[0], sigma
+
+
+def smaller_gram(b: torch.Tensor) -> torch.Tensor:
+    """BBᵀ or BᵀB, whichever is smaller, for b [m, n] in float64."""
+    tall = b if b.shape[0] > b.shape[1] else b.T
+    return add_gram(torch.zeros(tall.shape[1], tall.shape[1], dtype=b.dtype, device=b.device), tall)
 
 
 def scale_inputs(w: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
@@ -142,9 +167,7 @@ def scale_inputs(w: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
 
 def singular_values(w: torch.Tensor, root: torch.Tensor | None = None) -> torch.Tensor:
     """The singular values that `decompose` finds, without the vectors: a third of the time."""
-    b = scale_inputs(w.double(), root)
-    gram = b @ b.T if b.shape[0] <= b.shape[1] else b.T @ b
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(smaller_gram(scale_inputs(w.double(), root))).flip(0).clamp(min=0).sqrt()
 
 
 def truncate(w: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Load models by one name: an embedded workshop model, a local folder, or a hub id. Nothing else knows of weight files."""
+"""Load models by one name: embedded, Gemma's package, a folder, a GGUF file, or a hub id. Nothing else knows of weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lib.checkpoint import is_checkpoint, load_checkpoint
+from lib.gguf_import import GEMMA, gemma_folder, gguf_folder
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("wiki-a-llama", "wiki-a-opt")
@@ -17,9 +18,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float32) -> tuple[nn.Module, object]:
-    """Model in eval mode and its tokenizer, for `wiki-a-llama`, `wiki-a-opt`, a local folder or a hub id.
+    """Model in eval mode and its tokenizer, for `wiki-a-llama`, `wiki-a-opt`, `gemma-3-270m`, a folder, a .gguf file or a hub id.
 
-    A local folder is in the Hugging Face format, or a compressed model that `lib.checkpoint.save` wrote.
+    A local folder is in the Hugging Face format, or a compressed model that `lib.checkpoint.save` wrote. GGUF weights are
+    dequantised once into a cache (lib/gguf_import.py).
 
     Never runs remote code. Raises ValueError for an unknown dtype, FileNotFoundError where no such model can be reached.
     """
@@ -34,7 +36,7 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
     source = locate(name)
     compressed = is_checkpoint(source)
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             if not compressed:
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
@@ -42,7 +44,8 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
         if Path(source).is_dir():
             raise FileNotFoundError(f"the model folder {name} is not complete: {error}") from error
         raise FileNotFoundError(
-            f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not a local folder, and the hub did not give it "
+            f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not {GEMMA}, not a local folder, "
+            f"and the hub did not give it "
             f"({type(error).__name__}). Check the name, the network, and for gated models the licence and login"
         ) from error
     if len(tokenizer) < 2:
@@ -53,7 +56,8 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
 
 
 @contextlib.contextmanager
-def _no_progress_bars():
+def no_progress_bars():
+    """transformers draws a bar for every file it reads; a notebook with ten models has better uses for the space."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -66,11 +70,15 @@ def _no_progress_bars():
 
 
 def locate(name: str) -> str:
-    """The folder of an embedded or local model, or the name itself for the hub to resolve."""
+    """The folder of an embedded, converted or local model, or the name itself for the hub to resolve."""
     if name in EMBEDDED:
         if not (ASSETS / name / "config.json").is_file():
             raise FileNotFoundError(f"the embedded model {name} is not installed: rebuild it with `invoke train-workshop-models`")
         return str(ASSETS / name)
+    if name == GEMMA:
+        return str(gemma_folder())
+    if str(name).endswith(".gguf"):
+        return str(gguf_folder(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -89,6 +97,15 @@ def positions_of(name: str) -> int:
         return AutoConfig.from_pretrained(locate(name), trust_remote_code=False).max_position_embeddings
     except OSError as error:
         raise FileNotFoundError(f"no configuration of model {name!r} can be reached: check the name and the network") from error
+
+
+def fast_bfloat16(device: str = "cpu") -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 on this device: GPUs, and CPUs with units for them."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    flags = Path("/proc/cpuinfo")
+    known = flags.read_text() if flags.is_file() else ""
+    return "amx_bf16" in known or "avx512_bf16" in known
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -24,7 +24,7 @@ from lib.evaluate import resident_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "gensim", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "peft", "gensim", "tokenizers", "numpy")
 
 
 @functools.cache

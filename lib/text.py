@@ -44,7 +44,7 @@ class Corpus:
 
 
 def load_corpus(name: str, split: str = "train", data_dir: str | Path | None = None) -> Corpus:
-    """Rows of `name`: `wiki-a` (embedded), `wikitext2`, `ptb`, `c4`, `alpaca`, or the path of a .txt file.
+    """Rows of `name`: `wiki-a` (embedded), `wikitext2` (or `wikitext-2`), `ptb`, `c4`, `alpaca`, or the path of a .txt file.
 
     Hub corpora are read from `data_dir` (or the folder named by the environment variable PARED_DATA_DIR) where one is
     set, and from the hub otherwise; the corpus keeps the same name and rows either way. The paragraphs of a .txt file are
@@ -52,6 +52,7 @@ def load_corpus(name: str, split: str = "train", data_dir: str | Path | None = N
 
     Raises ValueError for an unknown name or split or an empty corpus, FileNotFoundError for a missing file.
     """
+    name = "wikitext2" if name == "wikitext-2" else name
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if str(name).endswith(".txt"):

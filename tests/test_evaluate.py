@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib import evaluate
 from lib.continuation import TASK, continuation_documents
 from lib.cost import count, prefill_macs
 from lib.evaluate import peak_memory, perplexity, self_times, speed, zero_shot
@@ -45,6 +46,38 @@ def test_perplexity_equals_the_models_own_loss():
         losses = [model(row[None], labels=row[None]).loss.item() for row in ids]
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / 6), rel=1e-5)
     assert perplexity(model, ids.flatten(), length=16, limit=2).windows == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text", "phi"])
+@pytest.mark.parametrize("at_once", [1, 80 * 7, 2**25])
+def test_perplexity_never_needs_all_logits_at_once(family, at_once, monkeypatch):
+    model, ids = tiny(family, torch.float32), token_ids(6, 16)
+    with torch.no_grad():
+        losses = nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    widest = []
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(evaluate.F, "cross_entropy", _remember(evaluate.F.cross_entropy, widest))
+    found = perplexity(model, ids.flatten(), length=16, batch=4)
+    assert found.perplexity == pytest.approx(losses.exp().item(), rel=1e-6)
+    assert max(widest) == {1: 1, 80 * 7: 7, 2**25: 60}[at_once]
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def _remember(run, sizes):
+    def remembered(logits, *args, **kwargs):
+        sizes.append(len(logits))
+        return run(logits, *args, **kwargs)
+
+    return remembered
+
+
+def test_logits_that_change_after_the_head_are_scored_as_returned():
+    model, ids = tiny("gemma3_text", torch.float32, final_logit_softcapping=0.5), token_ids(4, 16)
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert logits.abs().max() <= 0.5
+        expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp()
+    assert perplexity(model, ids.flatten(), 16).perplexity == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_half_precision_models_are_scored_in_float32():

@@ -13,6 +13,7 @@ import pytest
 from invoke import Exit
 
 import tasks
+from lib.profiles import read_profile
 
 TOY = [
     ("parameters", 'steps = 3\nfolder = ""\nprofile = "workshop"'),
@@ -61,12 +62,11 @@ def test_mistakes_fail_at_once_with_the_valid_names(arguments, message):
 
 
 def test_every_profile_names_real_papers_and_parameters():
-    import yaml
-
     for profile in tasks.profiles():
-        settings = yaml.safe_load((tasks.PROFILES / f"{profile}.yaml").read_text()) or {}
-        assert set(settings) <= set(tasks.papers())
-        for paper in tasks.papers():
+        named = read_profile(tasks.PROFILES / f"{profile}.yaml").papers
+        assert named
+        assert set(named) <= set(tasks.papers())
+        for paper in named:
             tasks.parameters_of(paper, profile, [])
 
 

@@ -228,3 +228,10 @@ def test_embedded_tokenizer_gives_text_back():
     sample = load_corpus("wiki-a", "test").rows[3] + " ünïcödé ∑ 漢字\t\n"
     assert tokenizer.decode(tokenizer(sample).input_ids) == sample
     assert len(tokenizer) == 2048
+
+
+@needs_data
+def test_wikitext_2_is_another_spelling():
+    assert load_corpus("wikitext-2", "test", SHARED) == load_corpus("wikitext2", "test", SHARED)
+    # The papers join the hub's rows, line ends included, with a blank line.
+    assert load_corpus("wikitext-2", "test", SHARED).text[:26] == "\n\n = Robert Boulter = \n\n\n\n"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from lib.anatomy import Anatomy
 from lib.layerwise import check_prunable, replace_layers
 from lib.linalg import Sparsity, check_sparsity, keep_mask
+from lib.structured import remove_neurons, uniform
 from lib.surgery import linear
 
 
@@ -28,3 +32,27 @@ def prune(model: nn.Module, sparsity: Sparsity = (2, 4), *, inplace: bool = Fals
         return linear(magnitude_matrix(layer.weight, sparsity), layer.bias, like=layer.weight)
 
     return replace_layers(model, remake, inplace)
+
+
+# --- whole neurons -----------------------------------------------------------------------------------------------------
+
+
+def neuron_norms(readers: Sequence[torch.Tensor], writer: torch.Tensor, order: int = 2) -> torch.Tensor:
+    """Sum over the matrices of the norm of each neuron's weights, [f]. readers: [f, d] each; writer: [d, f]; order 1 or 2."""
+    return sum(w.double().norm(p=order, dim=1) for w in (*readers, writer.T))
+
+
+def neuron_scores(model: nn.Module, order: int = 2) -> list[torch.Tensor]:
+    """`neuron_norms` of every block."""
+    anatomy = Anatomy(model)
+    mlp = anatomy.family.mlp
+    found = []
+    for block in anatomy.blocks:
+        *readers, writer = (block.get_submodule(name).weight.detach() for name in (*mlp.readers, mlp.writer))
+        found.append(neuron_norms(readers, writer, order))
+    return found
+
+
+def prune_neurons(model: nn.Module, ratio: float, order: int = 2) -> nn.Module:
+    """Remove the same share of the neurons of every block, smallest norms first, without any data."""
+    return remove_neurons(model, uniform(neuron_scores(model, order), ratio))

@@ -8,8 +8,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from lib.anatomy import Anatomy
+from lib.baselines.moments import walk
 from lib.layerwise import SQUARES, check_prunable, rebuild
 from lib.linalg import Sparsity, check_sparsity, keep_mask
+from lib.low_rank import kept_share
+from lib.structured import remove_neurons, uniform
 from lib.surgery import linear
 
 
@@ -46,3 +50,30 @@ def prune(
     """
     check_prunable(model, sparsity)
     return rebuild(model, ids, SQUARES, partial(remake, sparsity), mask=mask, batch=batch, inplace=inplace, progress=progress)
+
+
+# --- whole neurons (Wanda-sp) --------------------------------------------------------------------------------------------
+
+
+def wanda_sp_scores(writer: torch.Tensor, squared_norms: torch.Tensor) -> torch.Tensor:
+    """mean_i |W_ij| ‖X_j‖ of each neuron, [f]. writer: [d, f]; squared_norms: ‖X_j‖² [f], up to a common factor."""
+    return writer.double().abs().mean(0) * squared_norms.double().sqrt()
+
+
+def neuron_scores(model: nn.Module, ids: torch.Tensor, *, mask: torch.Tensor | None = None, batch: int = 8) -> list[torch.Tensor]:
+    """`wanda_sp_scores` of every block of the dense model, which serve every ratio."""
+    anatomy = Anatomy(model)
+    name = anatomy.family.mlp.writer
+    statistics = walk(model, ids, [name], mask, batch)
+    return [
+        wanda_sp_scores(block.get_submodule(name).weight.detach(), moments[name].square)
+        for block, moments in zip(anatomy.blocks, statistics, strict=True)
+    ]
+
+
+def prune_neurons(
+    model: nn.Module, ids: torch.Tensor, ratio: float, *, mask: torch.Tensor | None = None, batch: int = 8
+) -> nn.Module:
+    """Remove the same share of the neurons of every block by Wanda-sp. ids: [samples, tokens]; mask: 1 for real tokens."""
+    kept_share(ratio)
+    return remove_neurons(model, uniform(neuron_scores(model, ids, mask=mask, batch=batch), ratio))

@@ -1,0 +1,134 @@
+"""FLAP (An et al., arXiv 2312.11983): remove what hardly fluctuates, and put its mean into a bias.
+
+A channel that is always near its mean can be replaced by it. The loss of doing so is Var(x_j) ‖W_:j‖² (WIFV). Scores are
+standardised in each block, so that heads and neurons of all blocks compete for one budget of parameters (AL-AM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lib.anatomy import Anatomy
+from lib.baselines.moments import walk
+from lib.low_rank import kept_share
+from lib.structured import channels, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of every block: neuron scores [f] and activation means [f]; the same of key-value groups, [g] and [channels]."""
+
+    neurons: list[torch.Tensor]
+    means: list[torch.Tensor]
+    groups: list[torch.Tensor]  # empty where attention is not touched
+    group_means: list[torch.Tensor]
+
+
+def fluctuation(variance: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
+    """WIFV [n]: variance of each input channel [n] times the squared norm of its column of the writer [d, n]."""
+    return variance.double() * writer.double().square().sum(0)
+
+
+def standardised(scores: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and deviation 1; zeros where all scores are equal."""
+    deviation = scores.std(correction=0)
+    return (scores - scores.mean()) / torch.where(deviation > 0, deviation, 1)
+
+
+def group_scores(fluctuations: torch.Tensor, groups: int) -> torch.Tensor:
+    """Scores [groups] of attention from those of its channels. Squared once more, as the released code does."""
+    return standardised(fluctuations.square()).view(groups, -1).mean(1)
+
+
+def scores(
+    model: nn.Module, ids: torch.Tensor, *, attention: bool = True, mask: torch.Tensor | None = None, batch: int = 8
+) -> Scores:
+    """Scores and means of the dense model, which serve every ratio. `attention` includes key-value groups."""
+    anatomy = Anatomy(model)
+    mlp, other = anatomy.family.mlp.writer, anatomy.family.attention.writer
+    sizes, found = kv_groups(model) if attention else [], Scores([], [], [], [])
+    for i, moments in enumerate(walk(model, ids, [mlp, other] if attention else [mlp], mask, batch)):
+        block = anatomy.blocks[i]
+        found.neurons.append(standardised(fluctuation(moments[mlp].variance, block.get_submodule(mlp).weight.detach())))
+        found.means.append(moments[mlp].mean)
+        if attention:
+            loss = fluctuation(moments[other].variance, block.get_submodule(other).weight.detach())
+            found.groups.append(group_scores(loss, sizes[i]))
+            found.group_means.append(moments[other].mean)
+    return found
+
+
+def allocate(scores: Sequence[torch.Tensor], costs: Sequence[int], ratio: float) -> list[torch.Tensor]:
+    """Which units of each list stay: the highest scores of all lists while the parameters fit, at least one unit a list.
+
+    costs: parameters of one unit of each list. Of all parameters the units kept hold at most 1 - ratio, less than one unit
+    below. Raises ValueError where that leaves nothing for some list.
+    """
+    sizes = [len(score) for score in scores]
+    pooled = torch.cat([score.double().cpu() for score in scores])
+    if not torch.isfinite(pooled).all():
+        raise ValueError("scores hold NaN or infinity: check the weights and the calibration text")
+    cost = torch.cat([torch.full((n,), c) for n, c in zip(sizes, costs, strict=True)])
+    budget = int(kept_share(ratio) * int(cost.sum()))
+    if sum(costs) > budget:
+        raise ValueError(f"removing {ratio:.0%} cannot leave one unit in every block: use a lower ratio")
+    best = torch.cat([torch.arange(n) == score.argmax().cpu() for n, score in zip(sizes, scores, strict=True)])
+    order = torch.where(best, torch.inf, pooled).argsort(descending=True, stable=True)
+    stays = torch.zeros(len(pooled), dtype=torch.bool)
+    stays[order[cost[order].cumsum(0) <= budget]] = True
+    return [part.nonzero()[:, 0] for part in stays.split(sizes)]
+
+
+def compensation(writer: torch.Tensor, means: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """What the removed channels add on average, [d], for a writer [d, n], means [n] and the indices that stay."""
+    gone = torch.ones(len(means), dtype=torch.bool, device=means.device)
+    gone[keep.to(means.device)] = False
+    return writer.double()[:, gone] @ means[gone]
+
+
+@torch.no_grad()
+def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True) -> nn.Module:
+    """The model without a share of the parameters of its neurons (and groups, if they are scored), from scores at hand."""
+    anatomy, blocks = Anatomy(model), len(found.neurons)
+    costs = [neuron_params(model)] * blocks + ([group_params(model)] * blocks if found.groups else [])
+    kept = allocate([*found.neurons, *found.groups], costs, ratio)
+    neurons, groups = kept[:blocks], kept[blocks:]
+
+    def biases(writer: str, means: list[torch.Tensor], stay: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        if not compensate:
+            return []
+        return [
+            None if len(keep) == len(mean) else compensation(block.get_submodule(writer).weight, mean, keep)
+            for block, mean, keep in zip(anatomy.blocks, means, stay, strict=True)
+        ]
+
+    smaller = remove_neurons(model, neurons, bias=biases(anatomy.family.mlp.writer, found.means, neurons))
+    if not groups:
+        return smaller
+    sizes = [len(mean) // len(score) for mean, score in zip(found.group_means, found.groups, strict=True)]
+    wide = [channels(keep, size) for keep, size in zip(groups, sizes, strict=True)]
+    shifts = biases(anatomy.family.attention.writer, found.group_means, wide)
+    return remove_groups(smaller, groups, bias=shifts, inplace=True)
+
+
+def prune(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    *,
+    attention: bool = True,
+    compensate: bool = True,
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+) -> nn.Module:
+    """Remove a share of the parameters of neurons and key-value groups, least fluctuation first, with bias compensation.
+
+    ratio: of the parameters of the units that compete; without `attention`, neurons only. Raises ValueError, before any
+    work, for a ratio outside [0, 1) and for ids that cannot be used.
+    """
+    kept_share(ratio)
+    return cut(model, scores(model, ids, attention=attention, mask=mask, batch=batch), ratio, compensate=compensate)

@@ -1,0 +1,137 @@
+"""LLM-Pruner (Ma et al., arXiv 2305.11627): remove the units whose removal changes the loss least, by a Taylor expansion.
+
+Units are FFN neurons and key-value groups, with everything in the matrices around them that belongs to them. The inner
+blocks lose the same share each; the first and last ones stay whole. Fine-tuning, which the paper adds, is not part of this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from lib.anatomy import Anatomy, head_size
+from lib.calibration import check_calibration
+from lib.gradients import at_least_float32, half_names, stream, summed
+from lib.structured import Keep, keep_highest, kept_count, kv_groups, remove_groups, remove_neurons
+
+SAMPLES, LENGTH = 10, 64  # calibration of the reference script
+
+# Effect of removing a weight w whose loss gradient is g, with F the mean over sequences of the squared gradient.
+#   first: w g; second: w² F; mix: w g - ½ w² F; each by absolute value before the weights of a unit are added.
+#   vector: w g, and the absolute value after they are added.
+IMPORTANCES = ("first", "second", "mix", "vector")
+# Which query heads belong to key-value group i of g: `neighbours` are those that attention ties to it, [i q, (i + 1) q).
+# `strided`, i, i + g, i + 2 g, ... is what the reference's folding of the longer score vector adds up.
+FOLDS = ("neighbours", "strided")
+
+
+def channel_scores(model: nn.Module, ids: torch.Tensor, names: Sequence[str], importance: str = "first") -> dict[str, list]:
+    """Importance of the channels of every named matrix: {name: [rows [out], columns [in]]}, at least float32.
+
+    ids: [samples, length]. First order takes one backward pass of the whole batch, second order one of every sequence.
+    """
+    if importance not in IMPORTANCES:
+        raise ValueError(f"unknown importance {importance!r}: choose one of {', '.join(IMPORTANCES)}")
+    samples, found = len(ids), {}
+
+    def channels(effect: torch.Tensor) -> list[torch.Tensor]:
+        if importance == "vector":
+            return [effect.sum(1).abs(), effect.sum(0).abs()]
+        return [effect.abs().sum(1), effect.abs().sum(0)]
+
+    def take(_, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        product = at_least_float32(weight) * at_least_float32(gradient)
+        effect = product.square() / samples if importance == "second" else product / samples
+        old = found.get(name, [0.0, 0.0])
+        found[name] = [before + new for before, new in zip(old, channels(effect), strict=True)]
+
+    if importance == "mix":
+        # The two terms meet inside an absolute value, so both are needed in full.
+        first = summed(model, ids, names, "signed", batch=samples)["snip"]
+        second = summed(model, ids, names, "squared")["snip"]
+        for name in names:
+            w = at_least_float32(model.get_submodule(name).weight.detach())
+            found[name] = channels((first[name] - 0.5 * w.square() * second[name]) / samples)
+    else:
+        stream(model, ids, names, take, batch=1 if importance == "second" else samples)
+    return found
+
+
+def unit_scores(
+    model: nn.Module, ids: torch.Tensor, importance: str = "first", half: str = "mlp", fold: str = "neighbours"
+) -> list[torch.Tensor]:
+    """Importance [units] of the FFN neurons (half `mlp`) or key-value groups (`attention`) of every block.
+
+    Rows of the readers and columns of the writer, added over the matrices; for attention also over the channels of a head
+    and the query heads of a group, see FOLDS.
+    """
+    if fold not in FOLDS:
+        raise ValueError(f"unknown fold {fold!r}: choose one of {', '.join(FOLDS)}")
+    blocks = half_names(model, half)
+    found = channel_scores(model, ids, [name for part in blocks for name in part], importance)
+    matrices = [[*(found[name][0] for name in part[:-1]), found[part[-1]][1]] for part in blocks]
+    if half == "mlp":
+        return [sum(parts[1:], parts[0]) for parts in matrices]
+    size = head_size(model.config)
+
+    def per_group(channels: torch.Tensor, groups: int) -> torch.Tensor:
+        heads = channels.view(-1, size).sum(1)
+        return heads.view(groups, -1).sum(1) if fold == "neighbours" else heads.view(-1, groups).sum(0)
+
+    return [sum(per_group(part, g) for part in parts) for parts, g in zip(matrices, kv_groups(model), strict=True)]
+
+
+def protected(blocks: int) -> list[int]:
+    """The blocks that stay whole: the first eighth and the last sixteenth, rounded up.
+
+    Of 32 blocks these are the reference's 0-3 and 30-31; the rule carries the range over to models of another depth.
+    """
+    return [*range(math.ceil(blocks / 8)), *range(blocks - math.ceil(blocks / 16), blocks)]
+
+
+def choose(scores: Sequence[torch.Tensor], ratio: float, protect: Sequence[int] = (), whole: bool = False) -> Keep:
+    """Which units stay. whole: round the number of removed units down instead of the kept one, as the reference does for heads.
+
+    A fifth of 8 groups is then 1, not 2.
+    """
+
+    def kept(n: int) -> int:
+        return n - int(Fraction(ratio).limit_denominator(10**6) * n) if whole else kept_count(n, ratio)
+
+    return [None if block in protect else keep_highest(score, kept(len(score))) for block, score in enumerate(scores)]
+
+
+def prune(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    *,
+    importance: str = "first",
+    attention: bool = True,
+    protect: Sequence[int] | None = None,
+    fold: str = "neighbours",
+    samples: int | None = SAMPLES,
+    length: int | None = LENGTH,
+    inplace: bool = False,
+) -> nn.Module:
+    """A model whose inner blocks lack a share `ratio` of their neurons and (`attention`) key-value groups.
+
+    ids: calibration tokens, of which the first `samples` x `length` are used, 10 x 64 as in the reference; None uses all.
+    protect: blocks that stay whole; None for the rule of `protected`. The given model stays intact unless `inplace`. Its
+    blocks end unequal, so it is saved by `lib.checkpoint`. Raises ValueError before any work for arguments that cannot work.
+    """
+    check_calibration(Anatomy(model), ids)
+    blocks = len(half_names(model))
+    ids, protect = ids[:samples, :length], protected(blocks) if protect is None else protect
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.25 removes a quarter of the units of the inner blocks")
+    groups = kv_groups(model) if attention else []  # attention that cannot be cut should fail now
+    neurons = choose(unit_scores(model, ids, importance), ratio, protect)
+    if groups:
+        heads = choose(unit_scores(model, ids, importance, "attention", fold), ratio, protect, whole=True)
+    small = remove_neurons(model, neurons, inplace=inplace)
+    return remove_groups(small, heads, inplace=True) if groups else small

@@ -1,0 +1,352 @@
+"""Gaussian mixtures of one dimension, fitted to every row of a matrix at once, and the tails that they flag.
+
+Structured AFR clips a neuron's outlying scores before it averages them (equation 3): fit mixtures of 1 to 5 components by
+EM, choose one by BIC, call the scores of the lowest 2 % of density *low*, and replace the unbroken runs of low scores at
+both ends of the sorted row by the score where the run ends. A model has hundreds of thousands of rows, so all of them take
+each EM step together, on at most 512 weighted cells a row.
+
+Every row is brought to *robust units* first, z = (x - median) / (IQR / 1.349): thresholds and floors then mean the same for
+scores of any size. A row whose IQR is 0 is all zeros in these units, and nothing of it is ever clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+COMPONENTS = (1, 2, 3, 4, 5)
+# Least variance of a component, in robust units. Lower, and one extreme score gets a component of its own, looks dense, and
+# is not clipped: just where clipping is needed.
+FLOOR = 1e-2
+TOLERANCE, ITERATIONS = 1e-4, 100  # a row is done when its mean log-likelihood changes by less
+WIDEST, NARROWEST = 0.5, 0.005  # shares of the first and the last shell of the scale start, before they are normalised
+SINGLES, BINS = 64, 256  # values at each end that stay alone, equal bins between them
+WORK = {"cpu": 2**19, "cuda": 2**26}  # numbers in one temporary: on a CPU they should stay in the cache
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """One mixture per row, in robust units. K is the largest number of components; those beyond `chosen` have weight 0."""
+
+    weights: torch.Tensor  # [f, K]
+    means: torch.Tensor  # [f, K]
+    variances: torch.Tensor  # [f, K]
+    log_likelihood: torch.Tensor  # [f], mean over the values of a row; of the cells where they are binned
+    chosen: torch.Tensor  # [f], int64
+    bic: torch.Tensor  # [f, number of candidates], lower is better
+
+    def log_density(self, z: torch.Tensor) -> torch.Tensor:
+        """Log-density of values in robust units. z, result: [f, m]."""
+        return torch.logsumexp(_joint(_squares(z, self.means), self.weights, self.variances), dim=1)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Sorted values in cells: how many in each, [c], the same for all rows; their mean and variance, [f, c]."""
+
+    counts: torch.Tensor
+    means: torch.Tensor
+    variances: torch.Tensor | None  # None: every value is a cell
+
+
+# --- what callers use -------------------------------------------------------------------------------------------------
+
+
+def fit(
+    x: torch.Tensor,
+    components: Sequence[int] = COMPONENTS,
+    *,
+    binned: bool = True,
+    start: str = "scale",
+    floor: float = FLOOR,
+) -> Mixtures:
+    """The mixture of lowest BIC for every row of x [f, m], of the numbers of components given; of equal ones the smaller.
+
+    binned: long rows are summed up in cells first, see `cells`. start: "scale" or "quantile", see `starts`. floor: the least
+    variance, in robust units. The arithmetic is that of x's dtype, at least float32. Raises ValueError for NaN or infinity,
+    and for rows too short. Structured AFR, equation 3.
+    """
+    components = _checked(x, components, start, floor)
+    return _joined([_fit(robust(rows.sort(dim=1).values), components, binned, start, floor) for rows in _chunks(x)])
+
+
+def low_density_tails(x: torch.Tensor, mixtures: Mixtures, share: float = 0.02) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of the lowest and of the highest values of each row form an unbroken run of low density, int64 [f] each.
+
+    Low: strictly below the empirical `share` quantile of the row's own densities; together they are at most ⌈share m⌉ unless
+    the quantile is 0.
+    """
+    runs, first = [], 0
+    for rows in _chunks(x):
+        part = Mixtures(**{name: value[first : first + len(rows)] for name, value in vars(mixtures).items()})
+        z = robust(rows.sort(dim=1).values)
+        runs.append(_tails(z, part.log_density(z), share))
+        first += len(rows)
+    left, right = (torch.cat(run) for run in zip(*runs, strict=True))
+    return left, right
+
+
+def clipped(
+    x: torch.Tensor,
+    components: Sequence[int] = COMPONENTS,
+    *,
+    share: float = 0.02,
+    binned: bool = True,
+    start: str = "scale",
+    floor: float = FLOOR,
+) -> torch.Tensor:
+    """x [f, m] with the outlying scores of each row replaced by the innermost outlying one, everything in its place.
+
+    So `clipped(x).mean(1).abs()` is the paper's score (equation 4), and `clipped(x).abs().mean(1)` its variant without signs.
+    One mixture for a whole layer is `clipped(x.reshape(1, -1)).view_as(x)`. Arguments and errors as for `fit`.
+    """
+    components = _checked(x, components, start, floor)
+    bounds = _bounds(x, share, lambda z: _fit(z, components, binned, start, floor))
+    low, high = (torch.cat(parts) for parts in zip(*bounds, strict=True))
+    return x.clamp(low[:, None].to(x.dtype), high[:, None].to(x.dtype))
+
+
+def winsorised(x: torch.Tensor, share: float = 0.01) -> torch.Tensor:
+    """x [f, m] with the lowest and highest ⌊share m⌋ of each row replaced by the next score inside. A control for `clipped`."""
+    k = _count(x, share)
+    ordered = x.sort(dim=1).values
+    return x.clamp(ordered[:, k, None], ordered[:, -k - 1, None])
+
+
+def trimmed_mean(x: torch.Tensor, share: float = 0.02) -> torch.Tensor:
+    """Mean [f] of each row of x [f, m] without its lowest and highest ⌊share m⌋. The released code's rule; a control."""
+    k = _count(x, share)
+    return x.sort(dim=1).values[:, k : x.shape[1] - k].mean(1)
+
+
+# --- rows in robust units, summed up in cells -------------------------------------------------------------------------
+
+
+def robust(ordered: torch.Tensor) -> torch.Tensor:
+    """Sorted rows [f, m] in robust units, (x - median) / (IQR / 1.349); zeros where the IQR is 0.
+
+    Quartiles are order statistics at the same distance from both ends, so a row and its negative get the same unit.
+    """
+    m = ordered.shape[1]
+    median = (ordered[:, (m - 1) // 2] + ordered[:, m // 2])[:, None] / 2
+    unit = (ordered[:, m - 1 - m // 4] - ordered[:, m // 4])[:, None] / 1.349  # the IQR of a standard normal
+    return torch.where(unit > 0, (ordered - median) / torch.where(unit > 0, unit, 1), 0)
+
+
+def cells(z: torch.Tensor, binned: bool = True) -> Cells:
+    """Sum up sorted rows [f, m]: 64 or more values at each end stay alone, 256 bins of equal count hold those between.
+
+    4096 values become 512 cells. Rows too short for that, and all rows without `binned`, stay as they are.
+    """
+    m = z.shape[1]
+    per = (m - 2 * SINGLES) // BINS if binned else 0
+    if per < 2:
+        return Cells(z.new_ones(m), z, None)
+    first = (m - per * BINS) // 2
+    last = first + per * BINS
+    bins = z[:, first:last].unflatten(1, (BINS, per))
+    variance, mean = torch.var_mean(bins, dim=2, correction=0)
+    ends = [z.new_ones(first), z.new_ones(m - last)]
+    return Cells(
+        torch.cat([ends[0], z.new_full((BINS,), per), ends[1]]),
+        torch.cat([z[:, :first], mean, z[:, last:]], dim=1),
+        torch.cat([torch.zeros_like(z[:, :first]), variance, torch.zeros_like(z[:, last:])], dim=1),
+    )
+
+
+# --- expectation and maximisation -------------------------------------------------------------------------------------
+
+
+def starts(data: Cells, k: int, start: str = "scale", floor: float = FLOOR) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, means and variances [f, k] to start EM from.
+
+    "scale": order the values by |z| and cut them into shells that hold geometrically fewer of them, one component each. It
+    suits scores that are heavy-tailed about one centre. "quantile": k neighbouring groups of equal mass.
+    """
+    z, counts = data.means, data.counts
+    if start == "scale":
+        shares = torch.logspace(math.log10(WIDEST), math.log10(NARROWEST), k, dtype=torch.float64)
+        order = z.abs().argsort(dim=1, stable=True)
+    else:
+        shares = torch.ones(k, dtype=torch.float64)
+        order = torch.arange(z.shape[1], device=z.device).expand_as(z)
+    ends = (shares / shares.sum()).cumsum(0)[:-1].to(z) * counts.sum()
+    middle = counts[order].cumsum(1) - counts[order] / 2  # of each cell, in values from the beginning
+    shell = torch.empty_like(order).scatter_(1, order, torch.bucketize(middle, ends))
+    members = (shell[:, None] == torch.arange(k, device=z.device)[:, None]) * counts
+    weights, means = _weights_and_means(members, z)
+    return weights, means, _variances(members, _squares(z, means, data.variances), floor)
+
+
+def _fit(z: torch.Tensor, components: list[int], binned: bool, start: str, floor: float) -> Mixtures:
+    """The chosen mixture of each sorted row."""
+    data = cells(z, binned)
+    m, best = z.shape[1], None
+    for k in components:
+        found = expectation_maximisation(data, *starts(data, k, start, floor), floor)
+        bic = -2 * m * found[3] + (3 * k - 1) * math.log(m)
+        padded = (_widened(t, components[-1], value) for t, value in zip(found[:3], (0, 0, 1), strict=True))
+        now = Mixtures(*padded, found[3], torch.full_like(bic, k).long(), bic[:, None])
+        best = now if best is None else _better(best, now)
+    return best
+
+
+def expectation_maximisation(
+    data: Cells, weights: torch.Tensor, means: torch.Tensor, variances: torch.Tensor, floor: float = FLOOR
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Improve a start until each row's mean log-likelihood stands still: weights, means, variances [f, k], likelihood [f].
+
+    A row leaves as soon as it is done, so its result does not depend on its neighbours. For a bin the log-density is averaged
+    over its values, which keeps each step an ascent: it takes the variance inside the bin on top of the squared distance.
+    """
+    z, inside, counts = data.means, data.variances, data.counts
+    m, results = counts.sum(), [torch.empty_like(t) for t in (weights, means, variances, z[:, 0])]
+    rows, last = torch.arange(len(z), device=z.device), torch.full_like(z[:, 0], -torch.inf)
+    squares = _squares(z, means, inside)
+    for step in range(ITERATIONS + 1):
+        joint = _joint(squares, weights, variances)
+        peak = joint.amax(dim=1, keepdim=True)
+        members = joint.sub_(peak).clamp_(min=_least_exponent(z.dtype)).exp_()
+        total = members.sum(dim=1, keepdim=True)
+        likelihood = (total.log() + peak)[:, 0] @ counts / m
+        done = (likelihood - last).abs() < TOLERANCE
+        if step == ITERATIONS:
+            done[:] = True
+        if done.any():
+            for result, value in zip(results, (weights, means, variances, likelihood), strict=True):
+                result[rows[done]] = value[done]
+            if done.all():
+                break
+            rows, z, members, total, likelihood = (t[~done] for t in (rows, z, members, total, likelihood))
+            inside = None if inside is None else inside[~done]
+        last = likelihood
+        members *= counts / total
+        weights, means = _weights_and_means(members, z)
+        squares = _squares(z, means, inside)
+        variances = _variances(members, squares, floor)
+    return tuple(results)
+
+
+def _least_exponent(dtype: torch.dtype) -> float:
+    """Where exp is cut off: what is smaller would be denormal, and denormal numbers are many times slower on a CPU."""
+    return 0.9 * math.log(torch.finfo(dtype).tiny)
+
+
+def _squares(z: torch.Tensor, means: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared distance of every cell to every component, [f, k, c], with the variance inside the cell."""
+    squares = (z[:, None] - means[..., None]).square_()
+    return squares if inside is None else squares.add_(inside[:, None])
+
+
+def _joint(squares: torch.Tensor, weights: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
+    """log π_k N(z | μ_k, σ_k²), [f, k, c], from squared distances."""
+    heights = weights.log() - (2 * math.pi * variances).log() / 2
+    return torch.addcmul(heights[..., None], squares, (-0.5 / variances)[..., None])
+
+
+def _weights_and_means(members: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """members: how much of each cell belongs to each component, [f, k, c]."""
+    mass = members.sum(dim=2)
+    means = torch.bmm(members, z[..., None])[..., 0] / mass.clamp(min=torch.finfo(z.dtype).tiny)
+    return mass / mass.sum(dim=1, keepdim=True), means
+
+
+def _variances(members: torch.Tensor, squares: torch.Tensor, floor: float) -> torch.Tensor:
+    mass = members.sum(dim=2).clamp(min=torch.finfo(members.dtype).tiny)
+    return ((members * squares).sum(dim=2) / mass).clamp(min=floor)
+
+
+def _widened(t: torch.Tensor, k: int, value: float) -> torch.Tensor:
+    return torch.nn.functional.pad(t, (0, k - t.shape[1]), value=value)
+
+
+def _better(a: Mixtures, b: Mixtures) -> Mixtures:
+    """Row by row the one of lower BIC, `a` where they are equal; b has one candidate, a all those before it."""
+    lower = b.bic[:, 0] < a.bic.amin(dim=1)
+
+    def pick(name: str) -> torch.Tensor:
+        first, second = getattr(a, name), getattr(b, name)
+        return torch.where(lower[:, None] if first.ndim == 2 else lower, second, first)
+
+    parts = {name: pick(name) for name in ("weights", "means", "variances", "log_likelihood", "chosen")}
+    return Mixtures(**parts, bic=torch.cat([a.bic, b.bic], dim=1))
+
+
+# --- tails ------------------------------------------------------------------------------------------------------------
+
+
+def _tails(z: torch.Tensor, density: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths of the low runs at both ends of sorted rows."""
+    m = z.shape[1]
+    place = math.ceil(_fraction(share) * (m - 1))  # below the interpolated quantile is below the next order statistic
+    low = density < density.kthvalue(place + 1, dim=1, keepdim=True).values
+    return _run(low), _run(low.flip(1))
+
+
+def _run(flags: torch.Tensor) -> torch.Tensor:
+    """Length of the leading block of True in each row."""
+    return flags.long().cumprod(dim=1).sum(dim=1)
+
+
+def _bounds(
+    x: torch.Tensor, share: float, mixtures_of: Callable[[torch.Tensor], Mixtures]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The scores to clip each row at, infinite where it has no tail."""
+    for rows in _chunks(x):
+        ordered = rows.sort(dim=1).values
+        z = robust(ordered)
+        left, right = _tails(z, mixtures_of(z).log_density(z), share)
+        yield _boundary(ordered, left, -torch.inf), _boundary(ordered.flip(1), right, torch.inf)
+
+
+def _boundary(ordered: torch.Tensor, run: torch.Tensor, otherwise: float) -> torch.Tensor:
+    """The last score of the leading run of each row."""
+    return ordered.gather(1, (run - 1).clamp(min=0)[:, None])[:, 0].masked_fill(run == 0, otherwise)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _checked(x: torch.Tensor, components: Sequence[int], start: str, floor: float) -> list[int]:
+    """The candidates in ascending order. Raises ValueError for what cannot be fitted."""
+    if x.ndim != 2 or len(x) < 1 or x.shape[1] < 4:
+        raise ValueError(f"scores must be [rows, values] with at least 4 values a row, not {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError("scores hold NaN or infinity: compute gradients in float32 or bfloat16, not in float16")
+    if not components or min(components) < 1:
+        raise ValueError(f"components must be numbers from 1 on, such as (1, 2, 3, 4, 5), not {components}")
+    if start not in ("scale", "quantile"):
+        raise ValueError(f"start must be scale or quantile, not {start!r}")
+    if not floor > 0:
+        raise ValueError(f"the floor of the variances must be above 0, not {floor}: 0.01 is a tenth of a robust unit squared")
+    return sorted(set(components))
+
+
+def _chunks(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Rows in at least float32, so many at a time that the temporaries of EM stay small."""
+    cells = min(x.shape[1], 2 * SINGLES + 2 * BINS) * max(COMPONENTS)
+    work = WORK["cpu" if x.device.type == "cpu" else "cuda"]
+    for rows in x.detach().split(max(1, work // cells)):
+        yield _floating(rows)
+
+
+def _floating(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _joined(parts: list[Mixtures]) -> Mixtures:
+    return Mixtures(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+def _fraction(share: float) -> Fraction:
+    if not 0 <= share < 0.5:
+        raise ValueError(f"the share of a tail must be in [0, 0.5), not {share}: 0.02 is two per cent")
+    return Fraction(share).limit_denominator(10**6)
+
+
+def _count(x: torch.Tensor, share: float) -> int:
+    return int(_fraction(share) * x.shape[1])

