@@ -46,18 +46,9 @@ def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
     edits = getattr(model, "edits", None)
     if not edits:
         raise ValueError("this model carries no record of edits: save a dense model with its own save_pretrained")
-    tensors = {name: value.contiguous() for name, value in _stored(model).items()}
+    tensors = {name: value.contiguous() for name, value in stored_tensors(model).items()}
     shards = _shards(tensors)
-    record = {
-        "schema": SCHEMA,
-        "edits": edits,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "shards": {
-            file: {name: {"shape": list(tensors[name].shape), "dtype": str(tensors[name].dtype)} for name in names}
-            for file, names in shards.items()
-        },
-        "provenance": provenance,
-    }
+    record = record_of(model, tensors, shards, provenance)
     text = json.dumps(record, indent=1)  # before anything is written: provenance may hold what JSON cannot
     with _written_whole(folder) as partial:
         for file, names in shards.items():
@@ -67,6 +58,20 @@ def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
             tokenizer.save_pretrained(partial)
         (partial / RECORD).write_text(text + "\n")
     return folder
+
+
+def record_of(model: nn.Module, tensors: dict[str, torch.Tensor], shards: dict[str, list[str]], provenance: dict) -> dict:
+    """The record of a model's edits and of the tensors in each file; meta tensors do. `shards`: file name -> tensor names."""
+    return {
+        "schema": SCHEMA,
+        "edits": model.edits,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "shards": {
+            file: {name: {"shape": list(tensors[name].shape), "dtype": str(tensors[name].dtype)} for name in names}
+            for file, names in shards.items()
+        },
+        "provenance": provenance,
+    }
 
 
 def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
@@ -105,7 +110,7 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # gone by its new name if all went well
 
 
-def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with a shared tensor (a tied head) under its first name only."""
     firsts, all_names = (dict(model.named_parameters(remove_duplicate=once)) for once in (True, False))
     return {name: value for name, value in model.state_dict().items() if name in firsts or name not in all_names}
@@ -136,7 +141,7 @@ def load_checkpoint(folder: str | Path, device: str = "cpu", dtype: torch.dtype 
     folder = Path(folder).expanduser()
     record = read_record(folder)
     model = _empty_model(folder, record)
-    expected = {name: tuple(value.shape) for name, value in _stored(model).items()}
+    expected = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
     recorded = {name: facts for shard in record["shards"].values() for name, facts in shard.items()}
     _same_names("the record and the edited model", set(recorded), set(expected))
     tensors = {}

@@ -459,6 +459,26 @@ def check_model(model: nn.Module, settings: Settings) -> None:
         raise ValueError("this family normalises what its FFN puts out before adding it: use reference='same input'")
 
 
+def decide(
+    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, mask: torch.Tensor | None = None, batch: int = 8
+) -> tuple[list[float], Plan]:
+    """Importance of every block, and the plan. Raises ValueError, before any long work, for what cannot be met or used."""
+    check_model(model, settings)
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.2 removes a fifth of the blocks' parameters")
+    shape = shape_of(model)
+    count = blocks_to_drop(ratio, len(shape.params), settings.rho)
+    ends = protected(len(shape.params), settings)
+    middle = [i for i in range(len(shape.params)) if i not in ends]
+    lowest([0.0] * len(shape.params), count, ends)
+    neurons_to_cut(shape, middle[:count], ratio, settings)  # raises now, not after the calibration
+    scores, drop = choose_blocks(model, ids, ratio, settings, mask, batch)
+    plan = make_plan(shape, scores, drop, ratio, settings)
+    if settings.allocation == "global":
+        plan = replace(plan, quotas=_global_quotas(model, ids, plan, settings, mask, batch))
+    return scores, plan
+
+
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -477,23 +497,10 @@ def prune(
     ValueError, before any long work, for a ratio that cannot be met and for ids, weights or families that cannot be used.
     """
     settings = settings or Settings()
-    check_model(model, settings)
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.2 removes a fifth of the blocks' parameters")
-    shape = shape_of(model)
-    count = blocks_to_drop(ratio, len(shape.params), settings.rho)
-    ends = protected(len(shape.params), settings)
-    middle = [i for i in range(len(shape.params)) if i not in ends]
-    lowest([0.0] * len(shape.params), count, ends)
-    neurons_to_cut(shape, middle[:count], ratio, settings)  # raises now, not after the calibration
-    scores, drop = choose_blocks(model, ids, ratio, settings, mask, batch)
-    plan = make_plan(shape, scores, drop, ratio, settings)
-    if settings.allocation == "global":
-        plan = replace(plan, quotas=_global_quotas(model, ids, plan, settings, mask, batch))
-    if not drop and not sum(plan.quotas):
-        whole = [Pruned(torch.arange(n), None, 0) for n in shape.widths]
-        return shell(model), Report(scores, plan, whole, 0)
-    left = [n for i, n in enumerate(shape.widths) if i not in plan.drop]
+    scores, plan = decide(model, ids, ratio, settings, mask, batch)
+    left = [n for i, n in enumerate(ffn_widths(model)) if i not in plan.drop]
+    if not plan.drop and not sum(plan.quotas):
+        return shell(model), Report(scores, plan, [Pruned(torch.arange(n), None, 0) for n in left], 0)
     sweep, number = first_sweep(plan, left, settings), 0
     while True:
         walk = Walk(model, ids, plan, sweep, settings, mask, batch)
@@ -513,11 +520,14 @@ class Walk:
     `step(i)` for every block of `small` in order. Blocks whose weights are on disk are in memory only within their step.
     """
 
-    def __init__(self, model: nn.Module, ids, plan: Plan, sweep: Sweep, settings: Settings, mask=None, batch: int = 8):
+    def __init__(
+        self, model: nn.Module, ids, plan: Plan, sweep: Sweep, settings: Settings, mask=None, batch: int = 8,
+        stream_of=ResidualStream,
+    ):  # fmt: skip
         self.small = remove_blocks(model, plan.drop) if plan.drop else shell(model)
         self.sweep, self.settings = sweep, settings
-        self.student = ResidualStream(self.small, ids, mask, batch)
-        self.teacher = None if settings.reference == "same input" else ResidualStream(model, ids, mask, batch)
+        self.student = stream_of(self.small, ids, mask, batch)
+        self.teacher = None if settings.reference == "same input" else stream_of(model, ids, mask, batch)
         self.kept = [i for i in range(len(Anatomy(model).blocks)) if i not in plan.drop]
 
     def step(self, i: int) -> None:

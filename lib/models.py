@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -110,8 +111,13 @@ def fast_bfloat16(device: str = "cpu") -> bool:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, dtypes and bytes of all tensors: a changed weight is a changed model, whatever its name."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest(model.state_dict().items())
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The `fingerprint` of named tensors, one at a time."""
+    found = hashlib.sha256()
+    for name, value in tensors:
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
