@@ -1,6 +1,6 @@
 """Scores, multipliers and the sequential removal against explicit matrices, dense least squares and brute force."""
 
-import copy
+import itertools
 
 import pytest
 import torch
@@ -92,10 +92,11 @@ def test_any_cut_into_batches_and_repeated_data_give_the_same_system(cuts, repea
     whole, sums = system(x, w, beyond), Sums(w)
     edges = [0, *sorted(set(cuts)), 40]
     for _ in range(repeats):
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             sums.add(x[start:end], beyond[start:end])
     s = sums.system(columns=5)  # panels that do not divide n
-    assert relative(s.h, whole.h) < 1e-12 and relative(s.drift, whole.drift) < 1e-12
+    assert relative(s.h, whole.h) < 1e-12
+    assert relative(s.drift, whole.drift) < 1e-12
     assert s.gap == pytest.approx(whole.gap, rel=1e-12)
 
 
@@ -103,7 +104,8 @@ def test_half_precision_activations_are_not_summed_in_half_precision():
     x, w, beyond = layer()
     x, w, beyond = x.bfloat16(), w.bfloat16(), beyond.bfloat16()
     s, exact = system(x, w, beyond), system(x.double(), w.double(), beyond.double())
-    assert relative(s.h, exact.h) < 1e-6 and relative(s.drift, exact.drift) < 1e-5
+    assert relative(s.h, exact.h) < 1e-6
+    assert relative(s.drift, exact.drift) < 1e-5
 
 
 def test_no_token_and_broken_activations_are_refused():
@@ -268,7 +270,8 @@ def test_multipliers_go_to_one_and_their_variance_falls_as_the_ridge_grows():
     s, keep = system(x, w, beyond), torch.arange(3, 30)
     found = [tuned(s, keep, epsilon) for epsilon in (1e-4, 1e-2, 1, 1e2, 1e8)]
     variances = [float(m.var(correction=0)) for m in found]
-    assert variances == sorted(variances, reverse=True) and variances[0] > 1e-3
+    assert variances == sorted(variances, reverse=True)
+    assert variances[0] > 1e-3
     assert (found[-1] - 1).abs().max() < 1e-6
 
 
@@ -292,7 +295,8 @@ def with_twins() -> tuple[torch.Tensor, torch.Tensor]:
 def test_of_twins_one_goes_and_the_other_doubles():
     s = system(*with_twins())
     (first,), m = walk(s, 1, epsilon=1e-6)
-    assert first in (0, 1) and m[1 - first] == pytest.approx(2, abs=1e-4)
+    assert first in (0, 1)
+    assert m[1 - first] == pytest.approx(2, abs=1e-4)
     gone, _ = walk(s, 2, epsilon=1e-6)
     assert not {0, 1} <= set(gone)
 
@@ -315,10 +319,12 @@ def test_dead_neurons_score_zero_go_first_and_keep_one(where):
     assert s.dead.nonzero()[:, 0].tolist() == dead
     for name in ("C0", "C1 once", "C1-G", "C2"):
         scores = METRICS[name](s)
-        assert (scores[dead] == 0).all() and torch.isfinite(scores).all() and (scores[others(12, dead)] > 0).all(), name
+        assert (scores[dead] == 0).all(), name
+        assert (scores[others(12, dead)] > 0).all(), name
     assert (tuned(s, torch.arange(12))[dead] == 1).all()
     start, m = walk(s, 0)[1], walk(s, 2)[1]
-    assert set(walk(s, 2)[0]) == set(dead) and (start[dead] == 1).all()
+    assert set(walk(s, 2)[0]) == set(dead)
+    assert (start[dead] == 1).all()
     assert relative(m[others(12, dead)], start[others(12, dead)]) < 1e-12
 
 
@@ -330,7 +336,8 @@ def test_nearly_dead_neurons_are_held_by_the_ridge():
     s = system(x, w, beyond)
     assert not s.dead.any()
     unheld = 1 + s.drift[5] / (s.h[5, 5] * 1.01)
-    assert unheld.abs() > 100 and (walk(s, 0)[1] - 1).abs().max() < 0.1
+    assert unheld.abs() > 100
+    assert (walk(s, 0)[1] - 1).abs().max() < 0.1
     assert walk(s, 1)[0] == [5]
 
 
@@ -349,8 +356,10 @@ def test_a_massive_neuron_stays_but_the_traps_take_it_first():
 def test_a_layer_of_the_dead_has_finite_scores():
     x, w, _ = layer()
     s = system(torch.zeros_like(x), w)
-    assert s.dead.all() and s.error(torch.zeros(12)) == 0
-    assert (METRICS["C1 once"](s) == 0).all() and (METRICS["C0"](s) == 0).all()
+    assert s.dead.all()
+    assert s.error(torch.zeros(12)) == 0
+    assert (METRICS["C1 once"](s) == 0).all()
+    assert (METRICS["C0"](s) == 0).all()
     assert (tuned(s, torch.arange(3, 12)) == 1).all()
 
 
@@ -358,3 +367,69 @@ def test_a_system_without_ridge_that_is_singular_is_refused():
     s = system(*with_twins())
     with pytest.raises(ValueError, match="larger epsilon"):
         ridged_inverse(s.h - 1e-6 * torch.eye(12), 0.0 * ridge_scale(s.h) + 1e-300)
+
+
+# --- C2 -------------------------------------------------------------------------------------------------------------------
+
+
+def ridged(u: torch.Tensor, epsilon: float) -> torch.Tensor:
+    b = u.T @ u
+    return b + epsilon * b.trace() / len(b) * torch.eye(len(b)).double()
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.1])
+def test_condition_after_a_removal_is_that_of_the_matrix(epsilon):
+    _, u, _ = layer(n=14, d=5)
+    b = ridged(u, epsilon)
+    for i, ratio in enumerate(removal_condition(u, epsilon)):
+        after = b - torch.outer(u[i], u[i])
+        frobenius = [(m.trace() * torch.linalg.inv(m).trace()).sqrt() for m in (after, b)]
+        assert float(ratio) == pytest.approx(float(frobenius[0] / frobenius[1]), rel=1e-8)
+
+
+def test_extreme_eigenvalues_after_a_removal_are_those_of_the_matrix():
+    _, u, _ = layer(n=14, d=5)
+    b = ridged(u, 1e-6)
+    exact = torch.stack([torch.linalg.eigvalsh(b - torch.outer(row, row)) for row in u])
+    low, high = extreme_eigenvalues_without(u)
+    assert relative(low, exact[:, 0]) < 1e-9
+    assert relative(high, exact[:, -1]) < 1e-9
+    with pytest.raises(ValueError, match="two output directions"):
+        extreme_eigenvalues_without(u[:, :1])
+
+
+def test_the_only_supplier_of_an_output_direction_is_kept():
+    """Leverage 1 up to the ridge: the condition explodes, but stays a number, and γ says how much that counts."""
+    x, w, _ = layer()
+    w[:, 4] = 0
+    w[3] = torch.tensor([0, 0, 0, 0, 0.2]).double()
+    s = system(x, w)
+    ratio = removal_condition(s.energy.sqrt()[:, None] * w)
+    assert torch.isfinite(ratio).all()
+    assert int(ratio.argmax()) == 3
+    assert ratio[3] > 50
+    assert int(METRICS["C0"](s).argmin()) == 3  # by magnitude alone it would go first
+    assert relative(downdated_condition(s, gamma=0.0), METRICS["C0"](s)) < 1e-12
+    assert int(downdated_condition(s).argmin()) != 3
+    assert torch.isfinite(removal_condition(w, epsilon=1e-15)).all()  # leverage 1 to the last digit
+
+
+def test_trap_one_is_the_condition_of_the_system_without_a_neuron():
+    x, w, _ = layer()
+    s = system(x, w)
+    b = s.h + 0.01 * torch.diag(ridge_scale(s.h))
+    brute = []
+    for i in range(12):
+        rest = others(12, [i])
+        part = b[rest][:, rest]
+        brute.append((part.trace() * torch.linalg.inv(part).trace()).sqrt())
+    assert relative(METRICS["trap 1"](s), torch.stack(brute)) < 1e-9
+
+
+def test_controls_know_nothing_of_the_data():
+    x, w, _ = layer()
+    a, b = system(x, w), system(3 * x.flip(0) + 1, w)
+    assert relative(METRICS["weight norm"](a), w.norm(dim=1)) < 1e-12
+    for name in ("weight norm", "random"):
+        assert torch.equal(METRICS[name](a, seed=4), METRICS[name](b, seed=4))
+    assert not torch.equal(METRICS["random"](a, seed=4), METRICS["random"](a, seed=5))
