@@ -84,7 +84,8 @@ def test_a_block_keeps_its_last_neuron():
 @pytest.mark.parametrize("bad", [
     dict(metric="C9"), dict(reference="none"), dict(allocation="even"), dict(selection="twice"),
     dict(layer_score="norm"),
-    dict(rho=1.1), dict(largest_cut=1.0), dict(epsilon=0.0), dict(variance_bound=0.0), dict(multiple=0), dict(checks=0), dict(sweeps=0),
+    dict(rho=1.1), dict(largest_cut=1.0), dict(epsilon=0.0), dict(variance_bound=0.0),
+    dict(multiple=0), dict(checks=0), dict(sweeps=0),
 ])  # fmt: skip
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match=r"choose one of|must be|count from|is a share"):
