@@ -1,24 +1,18 @@
 """COMP: the budget, one block, and whole models against masks on the dense model and the streams of plain transformers."""
 
-import copy
+import itertools
 import math
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from lib import comp
-from lib.anatomy import Anatomy
-from lib.checkpoint import export, load_checkpoint, save
 from lib.comp import Demand, Pruned, Settings, Shape, Sweep
-from lib.cost import count
 from lib.mask_tuning import Sums, System
-from lib.structured import ffn_widths, neuron_params
-from tests.conftest import CONFIGS, relative, tiny, token_ids
+from tests.conftest import CONFIGS, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
 WIDE = dict(intermediate_size=96, num_hidden_layers=5)
@@ -45,7 +39,8 @@ def test_budget_of_a_7b_model(ratio, blocks, half, neurons, whole):
 
 
 def test_blocks_are_counted_in_exact_arithmetic():
-    assert comp.blocks_to_drop(0.3, 10, 0.9999999) == 3 and comp.blocks_to_drop(0.29, 100, 1.0) == 29
+    assert comp.blocks_to_drop(0.3, 10, 0.9999999) == 3
+    assert comp.blocks_to_drop(0.29, 100, 1.0) == 29
     assert comp.blocks_to_drop(0.2, 10, 0.5) == 1
 
 
@@ -56,7 +51,7 @@ def test_block_ratios_have_the_mean_asked_for_whatever_the_limit_cuts_off(scores
     assert sum(ratios) / len(ratios) == pytest.approx(mean, abs=1e-9)
     assert all(0 <= r <= 0.8 for r in ratios)
     order = sorted(range(len(scores)), key=lambda i: scores[i])
-    for a, b in zip(order, order[1:], strict=False):
+    for a, b in itertools.pairwise(order):
         assert ratios[a] >= ratios[b] - 1e-12  # what matters more loses no more
 
 
@@ -76,7 +71,8 @@ def test_block_ratios_follow_the_formula_and_are_uniform_at_zero():
 def test_quotas_add_up_in_whole_steps(ratios, width, multiple):
     choice = Settings(multiple=multiple)
     limit = comp.most(width, choice)
-    assert limit <= min(0.8 * width, width - 1) and limit % multiple == 0
+    assert limit <= min(0.8 * width, width - 1)
+    assert limit % multiple == 0
     total = min(round(sum(ratios) * width), limit * len(ratios))
     quotas = comp.quotas_from(ratios, [width] * len(ratios), total, choice)
     assert abs(sum(quotas) - total) <= multiple / 2
@@ -113,3 +109,163 @@ def test_impossible_ratios_are_refused_before_any_work():
 def test_a_normalised_ffn_output_is_refused_unless_the_reference_is_its_own():
     with pytest.raises(ValueError, match="reference='same input'"):
         comp.prune(tiny("gemma3_text"), token_ids(), 0.2)
+
+
+# --- one block ------------------------------------------------------------------------------------------------------------
+
+
+def system(x: torch.Tensor, w: torch.Tensor, beyond: torch.Tensor | None = None) -> System:
+    sums = Sums(w)
+    sums.add(x, beyond)
+    return sums.system()
+
+
+def random_layer(n: int = 40, d: int = 24, tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(*shape, generator=generator).double() for shape in ((tokens, n), (n, d)))
+
+
+def copies() -> tuple[torch.Tensor, torch.Tensor]:
+    """40 neurons that come in fours: one that stays has to do the work of its copies."""
+    x, w = random_layer(10)
+    return x.repeat(1, 4), w.repeat(4, 1)
+
+
+def output(x: torch.Tensor, w: torch.Tensor, result: Pruned) -> torch.Tensor:
+    scale = 1 if result.scale is None else result.scale
+    return (x[:, result.keep] * scale) @ w[result.keep]
+
+
+def prune_system(s: System, quota: int, bound: float = 0.1, **options) -> Pruned:
+    choice = Settings(**options)
+    return comp.prune_system(s, quota, choice, choice.epsilon, bound)
+
+
+def test_reported_errors_are_those_of_the_output():
+    x, w = random_layer()
+    beyond = 0.2 * torch.randn(400, 24, generator=torch.Generator().manual_seed(5)).double()
+    result = prune_system(system(x, w, beyond), 10)
+    wanted = x @ w + beyond
+    for error, found in ((result.error, result), (result.untuned, replace(result, scale=None))):
+        exact = (output(x, w, found) - wanted).square().sum() / wanted.square().sum()
+        assert error == pytest.approx(float(exact), rel=1e-10)
+    assert result.removed == 10
+    assert result.error < result.untuned
+    assert result.variance == pytest.approx(float(result.scale.var(correction=0)))
+    assert result.largest == float(result.scale.abs().max())
+
+
+def test_independent_neurons_are_paid_in_full_and_copies_stop_at_the_bound():
+    assert prune_system(system(*random_layer()), 12).removed == 12
+    s = system(*copies())
+    free, bounded = prune_system(s, 28, math.inf), prune_system(s, 28, 0.05)
+    assert free.removed == 28
+    assert free.variance > 0.05
+    assert 0 < bounded.removed < 28
+    assert bounded.variance <= 0.05
+
+
+@given(st.integers(0, 30), st.sampled_from([0.003, 0.03, 0.1]), st.floats(0, 3), st.sampled_from(["C1", "C0"]))
+@settings(max_examples=30, deadline=None)
+def test_the_first_sweep_never_exceeds_the_bound(seed, bound, drift, metric):
+    x, w = random_layer(20, 6, 30, seed)
+    x[:, 10:15] = x[:, :5]
+    beyond = drift * torch.randn(30, 6, generator=torch.Generator().manual_seed(seed)).double()
+    result = prune_system(system(x, w, beyond), 12, bound, metric=metric)
+    assert result.variance <= bound
+    assert result.largest <= 10
+    assert result.error <= result.untuned * (1 + 1e-12)
+    assert result.removed == 20 - len(result.keep) <= 12
+
+
+def test_drift_alone_does_not_stop_removals():
+    """Repairing what earlier blocks did lifts the variance before anything is cut; the ridge answers that, not the quota."""
+    x, w = random_layer()
+    x[:, ::2] *= 0.03
+    beyond = 3 * torch.randn(400, 24, generator=torch.Generator().manual_seed(5)).double()
+    s = system(x, w, beyond)
+    before = prune_system(s, 0, math.inf)
+    assert before.variance > 0.1
+    result = prune_system(s, 15)
+    assert result.removed == 15
+    assert result.variance <= 0.1
+    assert result.error < result.untuned
+
+
+@pytest.mark.parametrize("bound", [0.1, math.inf])
+def test_multipliers_beyond_ten_are_never_used(bound):
+    """Neuron 0 has the least weight and does 20 times what neuron 1 does, along the same lines: to remove it asks for m = 21."""
+    x, w = random_layer()
+    x[:, 1] = 3 * x[:, 1]
+    w[0], x[:, 0] = 0.01 * w[1], 2000 * x[:, 1]
+    s = system(x, w)
+    if bound < math.inf:
+        result = prune_system(s, 1, bound, metric="weight norm", epsilon=1e-7)
+        assert (result.removed, result.scale) == (0, None)
+        return
+    with pytest.warns(UserWarning, match="exceed 10"):
+        result = prune_system(s, 1, bound, metric="weight norm", epsilon=1e-7)
+    assert result.removed == 1
+    assert result.scale is None
+    assert result.error == result.untuned
+
+
+def test_a_dead_layer_loses_neurons_in_order_and_says_so():
+    x, w = random_layer()
+    with pytest.warns(UserWarning, match="puts out nothing"):
+        result = prune_system(system(0 * x, w), 7)
+    assert result.keep.tolist() == list(range(7, 40))
+    assert result.scale is None
+    assert result.removed == 7
+
+
+def test_untuned_removal_follows_the_metric_and_leaves_no_multiplier():
+    x, w = random_layer()
+    s = system(x, w)
+    result = prune_system(s, 10, metric="C0", tune=False)
+    assert result.scale is None
+    lost = x.norm(dim=0) * w.norm(dim=1)
+    assert set(range(40)) - set(result.keep.tolist()) == set(lost.argsort()[:10].tolist())
+    one = prune_system(s, 10, tune=False)
+    assert one.scale is None
+    assert torch.equal(one.keep, prune_system(s, 10, math.inf).keep)
+
+
+def test_checks_come_in_whole_steps():
+    for quota in (8, 16, 28):
+        assert prune_system(system(*copies()), quota, 0.05, multiple=4).removed % 4 == 0
+
+
+# --- sweeps ---------------------------------------------------------------------------------------------------------------
+
+
+def paid(removed: int, variance: float = 0.0, n: int = 40) -> Pruned:
+    return Pruned(torch.arange(removed, n), None, removed, variance)
+
+
+def test_a_shortfall_is_spread_over_the_blocks_to_come():
+    sweep = Sweep([Demand(8, 0.01, 0.1)] * 4, [32] * 4)
+    assert sweep.ask(0).quota == 8
+    sweep.paid(paid(2))
+    assert sweep.short == 6
+    assert sweep.ask(1).quota == 10
+    sweep.paid(paid(10))
+    assert sweep.ask(2).quota == 10
+    sweep.paid(paid(10))
+    sweep.paid(paid(sweep.ask(3).quota))
+    assert sweep.short == 0
+    assert sum(r.removed for r in sweep.results) == 32
+    assert comp.next_sweep(sweep, 1, Settings()) is None
+
+
+def test_the_next_sweep_asks_the_calmer_blocks_under_a_larger_ridge_and_the_last_one_has_no_bound():
+    sweep = Sweep([Demand(8, 0.01, 0.1)] * 4, [32] * 4)
+    for variance in (0.09, 0.01, 0.02, 0.08):
+        sweep.paid(paid(6, variance))
+    after = comp.next_sweep(sweep, 1, Settings())
+    assert [d.quota for d in after.demands] == [6, 10, 10, 6]
+    assert [d.epsilon for d in after.demands] == pytest.approx([0.01, 0.1, 0.1, 0.01])
+    assert [d.bound for d in after.demands] == pytest.approx([0.1, 0.2, 0.2, 0.1])
+    assert {d.bound for d in comp.next_sweep(sweep, 3, Settings()).demands} == {math.inf}
+    full = replace(sweep, room=[32, 6, 6, 32])
+    assert [d.quota for d in comp.next_sweep(full, 1, Settings()).demands] == [10, 6, 6, 10]
