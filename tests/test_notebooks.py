@@ -8,6 +8,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from lib.afr import PAPER
 from tasks import NOTEBOOKS, RESULTS, papers
 
 STORED = [pytest.param(NOTEBOOKS / f"{paper}.ipynb", id=paper) for paper in papers()]
@@ -92,10 +93,12 @@ def test_lock_names_the_versions_of_the_committed_results():
 
 
 def rows_at_a_glance() -> list[str]:
-    """The rows of the README's two tables, from the committed ones: each paper's dense models and its methods at one ratio."""
-    rows = []
-    for paper, ratios in (("slicegpt", (0.25, 0.5)), ("svd_llm", (0.2,))):
+    """The rows of the README's tables, from the committed ones: each paper's dense models and its methods at one ratio."""
+    rows, shown = [], {"dense", "unstructured AFR", *PAPER, "CFSP", "FLAP, neurons", "LLM-Pruner"}
+    for paper, ratios in (("slicegpt", (0.25, 0.5)), ("svd_llm", (0.2,)), ("structured_afr", (0.2,))):
         frame = pd.read_csv(RESULTS / "workshop" / paper / "tables" / "perplexity.csv")
+        if paper == "structured_afr":  # the whole field is in its notebook
+            frame = frame[frame.method.isin(shown)]
         for row in frame[frame.ratio.isin(ratios) | (frame.method == "dense")].itertuples():
             label = row.method if row.method == "dense" or "2:4" in row.method else f"{row.method}, {row.ratio:.0%}"
             cells = [row.model, label, f"{row.perplexity:.2f}", f"{row.params:,}", f"{100 * row.removed_model:.1f} %"]
