@@ -333,13 +333,14 @@ def checked(run):
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
         "data-dir": "folder with benchmark and calibration files, instead of the hub",
+        "streamed": "from a local folder block by block, for models larger than memory (comp, svd-llm, sparsegpt, wanda)",
         "set": "a setting of the method, NAME=VALUE; may be repeated, as in --set layout=dense --set schedule=variance",
     },
     iterable=["set"],
 )
 def compress(
     c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, device="cpu",
-    dtype="float32", data_dir="", set=None,
+    dtype="float32", data_dir="", set=None, streamed=False,
 ):  # fmt: skip
     """Compress a model and save it as a folder for evaluate and generate (slicegpt-stock: for any runtime)."""
     from lib.compress import METHODS, check_settings
@@ -356,7 +357,7 @@ def compress(
     def work():
         check_settings(method, settings)
         draw = Calibration(corpus, samples, length or min(2048, positions_of(model)), seed)
-        return run(model, out, method, ratio, draw, device, dtype, **settings)
+        return run(model, out, method, ratio, draw, device, dtype, streamed=streamed, **settings)
 
     row = checked(work)
     print(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
-from lib import afr, comp, svd_llm
+from lib import afr, comp, streaming, svd_llm
 from lib.baselines import (
     asvd,
     cfsp,
@@ -30,7 +31,7 @@ from lib.checkpoint import export, read_record, save
 from lib.cost import count
 from lib.experiment import Calibration
 from lib.linalg import Sparsity
-from lib.models import fingerprint, load
+from lib.models import DTYPES, fingerprint, load, locate
 from lib.results import Progress, package_versions
 from lib.sliced_network import shapes_only
 from lib.slicegpt import (
@@ -290,6 +291,7 @@ def compress(
     device: str = "cpu",
     dtype: str = "float32",
     progress: Callable[[str], None] | None = None,
+    streamed: bool = False,
     **settings,
 ) -> dict:
     """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of sizes, really counted.
@@ -297,7 +299,8 @@ def compress(
     ratio: the method's own notion, in [0, 1) (SliceGPT: slicing level; low rank: share of the matrices' parameters; pruning:
     share of their weights that become 0, all of which are still stored). calibration: 128 sequences of wiki-a as long as the
     model's positions permit, at most 2,048, unless given. settings: arguments of the method (see METHODS), such as
-    round_interval.
+    round_interval. streamed: work from the model's folder block by block, without loading it whole (`lib.streaming`); an
+    interrupted run goes on where it was when it is started again.
     Raises ValueError or FileExistsError before any long work for arguments that cannot work.
     """
     check_settings(method, settings)
@@ -305,23 +308,47 @@ def compress(
         raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.25 means a quarter")
     if Path(out).expanduser().exists():
         raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
-    network, tokenizer = load(model, device, dtype)
+    network, tokenizer = _open_on_disk(model, method, device, dtype) if streamed else load(model, device, dtype)
     draw = calibration or Calibration("wiki-a", 128, min(2048, network.config.max_position_embeddings))
     generator = torch.Generator().manual_seed(draw.seed)
     ids = sample_blocks(load_corpus(draw.corpus, "train"), tokenizer, draw.samples, draw.length, generator, draw.rule)
-    dense, base = count(network), {"name": Path(model).name if Path(model).exists() else model, "weights": fingerprint(network)}
-    small = METHODS[method](network, ids, ratio, progress or Progress(), **settings)
-    size = count(small)
-    row = {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
-    if hasattr(small, "edits"):
+    dense, progress = count(network), progress or Progress()
+    weights = streaming.fingerprint(network) if streamed else fingerprint(network)
+
+    def sizes(small: nn.Module) -> dict:
+        size = count(small)
+        return {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
+
+    def facts(small: nn.Module) -> dict:
         tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # which samples were drawn, beyond the rule and the seed
-        facts = {
-            "base": base,
+        return {
+            "base": {"name": Path(model).name if Path(model).exists() else model, "weights": weights},
             "calibration": draw.record() | {"tokens_sha256": tokens},
             "packages": package_versions(),
             "settings": settings,
-        }
-        save(small, tokenizer, out, **facts, **row)
+        } | sizes(small)
+
+    if streamed:
+        small = streaming.compress_on_disk(
+            locate(model), out, ids, method, ratio, tokenizer=tokenizer, dtype=network.dtype, resume=True, facts=facts,
+            progress=progress, **settings,
+        )  # fmt: skip
+        return sizes(small)
+    small = METHODS[method](network, ids, ratio, progress, **settings)
+    if hasattr(small, "edits"):
+        save(small, tokenizer, out, **facts(small))
     else:  # an ordinary architecture: anyone can load it
         export(small, tokenizer, out)
-    return row
+    return sizes(small)
+
+
+def _open_on_disk(model: str, method: str, device: str, dtype: str) -> tuple[nn.Module, object]:
+    """The model of a local folder without its weights, and its tokenizer. Raises ValueError for what cannot be streamed."""
+    if method not in streaming.METHODS:
+        raise ValueError(f"method {method!r} does not run from disk: choose one of {', '.join(streaming.METHODS)}")
+    if torch.device(device).type != "cpu" or dtype not in DTYPES:
+        raise ValueError(f"streaming works on the CPU, in {', '.join(DTYPES)}, not on {device!r} in {dtype!r}")
+    folder = locate(model)
+    if not Path(folder).is_dir():
+        raise ValueError(f"streaming reads a local folder, and {model!r} is none: download the model first")
+    return streaming.model_on_disk(folder, DTYPES[dtype]), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
