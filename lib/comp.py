@@ -523,6 +523,7 @@ def prune(
     while True:
         walk = Walk(model, ids, plan, sweep, settings, mask, batch)
         for i in range(len(left)):
+            walk.approach(i)
             walk.step(i)
             if progress:
                 progress(f"pruned block {i + 1} of {len(left)}")
@@ -535,7 +536,7 @@ def prune(
 class Walk:
     """One sweep over the blocks: a copy of the dense model that is pruned in place, its stream, and the dense model's.
 
-    `step(i)` for every block of `small` in order. Blocks whose weights are on disk are in memory only within their step.
+    `approach(i)` and `step(i)` for every block of `small` in order. One block is needed in memory at a time.
     """
 
     def __init__(
@@ -548,12 +549,15 @@ class Walk:
         self.teacher = None if settings.reference == "same input" else stream_of(model, ids, mask, batch)
         self.kept = [i for i in range(len(Anatomy(model).blocks)) if i not in plan.drop]
 
+    def approach(self, i: int) -> None:
+        """Bring the dense model's stream through the removed blocks in front of block i."""
+        if self.teacher:
+            for skipped in range(self.kept[i - 1] + 1 if i else 0, self.kept[i]):
+                self.teacher.advance_block(skipped)
+
     def step(self, i: int) -> None:
-        """Prune block i, where both streams stand in front of it (the teacher's in front of what was removed before it)."""
+        """Prune block i, where both streams stand in front of it, and move them behind it."""
         student, teacher, dense = self.student, self.teacher, self.kept[i]
-        if teacher:
-            for skipped in range(self.kept[i - 1] + 1 if i else 0, dense):
-                teacher.advance_block(skipped)
         demand, block = self.sweep.ask(i), student.anatomy.blocks[i]
         with resident(block, *([teacher.anatomy.blocks[dense]] if teacher else [])):
             batches = _batches(student, i, teacher, dense, self.settings)
