@@ -228,14 +228,14 @@ class Killed(BaseException):
 
 @pytest.mark.filterwarnings("ignore:tuned multipliers")
 @pytest.mark.parametrize("at", ["middle of a block", "half-written file", "before the state"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", ["sparsegpt", "svd original", "svd compressed", "comp", "comp, sweeps"])
 def test_a_killed_run_goes_on_behind_the_last_finished_block(tmp_path, monkeypatch, run, at):
     method, ratio, settings, _ = RUNS[run]
     _, source = on_disk(tmp_path)
     compress_on_disk(source, tmp_path / "whole", IDS, method, ratio, **settings)
     total = len(loaded(tmp_path / "whole").model.layers)
     lines = []
-    for kill in (0, total - 1, total, total + 1):  # the last two: in the second sweep, where there is one
+    for kill in (0, total - 1, total + 1):  # the last: in the second sweep, where there is one
         seen = [0]
         name = {"middle of a block": "empty", "half-written file": "write_tensors", "before the state": "_save_state"}[at]
         original = getattr(streaming, name)
