@@ -474,3 +474,108 @@ def test_the_target_is_met_even_where_the_bound_cannot_be(sweeps):
     assert missed(model, small, 0.5) <= 1
     assert max(r.variance for r in report.results) > 1e-6
     assert ffn_widths(small) == [len(r.keep) for r in report.results]
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------------
+
+
+def same(a: comp.Report, b: comp.Report, tolerance: float = 1e-8) -> None:
+    """Two reports of the same decisions and multipliers."""
+    assert a.plan == b.plan
+    assert a.scores == pytest.approx(b.scores, rel=tolerance)
+    for one, other in zip(a.results, b.results, strict=True):
+        assert torch.equal(one.keep, other.keep)
+        assert relative(one.scale, other.scale) < tolerance
+
+
+def test_batches_do_not_matter_nor_repeated_sequences():
+    model = tiny("opt", ffn_dim=96, num_hidden_layers=5)
+    whole = comp.prune(model, token_ids(), 0.3)[1]
+    for batch in (1, 4):
+        same(comp.prune(model, token_ids(), 0.3, batch=batch)[1], whole)
+    same(comp.prune(model, token_ids().repeat(2, 1), 0.3)[1], whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_enters_no_sum(family, side):
+    """The same sequences, alone and padded with tokens that would change everything."""
+    model = tiny(family, num_hidden_layers=5, **{"ffn_dim" if family == "opt" else "intermediate_size": 96})
+    noise, ids, real = token_ids(4, 5, seed=9), token_ids(4, 12), torch.ones(4, 12, dtype=torch.int64)
+    parts = [(noise, torch.zeros_like(noise)), (ids, real)]
+    if side == "right":
+        parts.reverse()
+    padded, mask = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+    padded_report = comp.prune(model, padded, 0.3, mask=mask)[1]
+    same(padded_report, comp.prune(model, ids, 0.3)[1], 1e-6)  # rotations are in float32
+
+
+def test_the_first_real_token_of_every_sequence_is_left_out():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0]])
+    counted = comp.counted(torch.ones_like(mask), mask, drop_first=True)
+    assert counted.tolist() == [[False, True, True, False], [False, False, True, True], [False, False, True, False]]
+    assert comp.counted(torch.ones_like(mask), mask, drop_first=False).tolist() == mask.bool().tolist()
+    assert comp.counted(mask, None, drop_first=True).tolist() == [[False, True, True, True]] * 3
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_one_short_sequence_is_enough(length):
+    model = tiny("llama")
+    small, _ = comp.prune(model, token_ids(1, length), 0.2, Settings(rho=0.0))
+    assert torch.isfinite(logits(small)).all()
+    assert missed(model, small, 0.2) <= 1
+
+
+# --- the result -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma3_text"])
+def test_unequal_widths_generate_and_survive_saving(family, tmp_path):
+    gemma = family == "gemma3_text"
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]} if gemma else {}
+    model = tiny(family, torch.float32, num_hidden_layers=5, **kinds)
+    small, report = comp.prune(model, token_ids(), 0.3, Settings(rho=0.9, reference="same input" if gemma else "residual"))
+    assert len(report.plan.drop) == 1
+    assert len(set(ffn_widths(small))) > 1
+    assert small.config.num_hidden_layers == 4
+    if gemma:
+        left = [kind for i, kind in enumerate(kinds["layer_types"]) if i not in report.plan.drop]
+        assert small.config.layer_types == left
+    prompt = token_ids(2, 8)
+    cached, plain = (small.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+    again = load_checkpoint(save(small, None, tmp_path / "saved"))
+    assert ffn_widths(again) == ffn_widths(small)
+    assert torch.equal(logits(again), logits(small))
+
+
+def test_equal_widths_export_as_a_stock_model(tmp_path):
+    small, _ = comp.prune(tiny("llama", **WIDE), token_ids(), 0.3, Settings(equal_widths=True))
+    export(small, None, tmp_path / "stock")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float64)
+    assert torch.equal(logits(stock), logits(small))
+
+
+def test_no_gradient_is_ever_formed(monkeypatch):
+    model, seen = tiny("llama"), []
+    monkeypatch.setattr(comp, "run_block", lambda *args, run=comp.run_block: seen.append(run(*args)) or seen[-1])
+    small, _ = comp.prune(model, token_ids(), 0.2)
+    assert len(seen) > 2
+    assert not any(t.requires_grad for found in seen for t in found)
+    assert all(p.grad is None for p in [*model.parameters(), *small.parameters()])
+
+
+def test_tied_embeddings_stay_tied():
+    model = tiny("llama", tie_word_embeddings=True)
+    small, _ = comp.prune(model, token_ids(), 0.2)
+    assert small.get_output_embeddings().weight is small.get_input_embeddings().weight
+    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_report_has_one_row_per_dense_block():
+    _, report = comp.prune(tiny("llama", num_hidden_layers=5), token_ids(), 0.3, Settings(rho=0.9))
+    rows = report.rows()
+    assert [row["block"] for row in rows] == list(range(5))
+    assert [row["block"] for row in rows if row["removed"]] == report.plan.drop
+    assert [row["neurons"] for row in rows if not row["removed"]] == [r.removed for r in report.results]
+    assert [row["importance"] for row in rows] == report.scores
