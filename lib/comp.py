@@ -412,8 +412,8 @@ class Sweep:
 
 
 def first_sweep(plan: Plan, widths: Sequence[int], settings: Settings) -> Sweep:
-    """Quotas as planned. Where widths must stay equal the quota is fixed, so the variance is not checked."""
-    bound = math.inf if settings.equal_widths else settings.variance_bound
+    """Quotas as planned. The variance is not checked where widths must stay equal, nor in a sweep that is also the last."""
+    bound = math.inf if settings.equal_widths or settings.sweeps == 1 else settings.variance_bound
     demands = [Demand(quota, settings.epsilon, bound) for quota in plan.quotas]
     return Sweep(demands, [most(n, settings) for n in widths], settings.multiple)
 

@@ -81,15 +81,10 @@ def mean_singular_value(y: torch.Tensor) -> torch.Tensor:
     return _MeanSingularValue.apply(y)
 
 
-def feature_norm(y: torch.Tensor) -> torch.Tensor:
-    """‖Y‖: the only singular value of Y [..., c] laid out as one row. float64."""
-    return torch.linalg.vector_norm(y.double())
-
-
 # How the output [b, t, c] of a layer becomes matrices. The released code calls with one sequence and lays everything in one
-# row, which makes the "mean singular value" a norm; the words of the paper suggest tokens x channels.
+# row, which makes the "mean singular value" the norm ‖Y‖; the words of the paper suggest tokens x channels.
 VIEWS = {
-    "flat": lambda y: sum(feature_norm(one) for one in y),
+    "flat": lambda y: sum(mean_singular_value(one.reshape(1, -1)) for one in y),
     "token": lambda y: sum(mean_singular_value(one) for one in y),
     "batch": lambda y: mean_singular_value(y.flatten(1)),
     "l1": lambda y: y.abs().sum(dtype=torch.float64),
@@ -116,18 +111,29 @@ def feature_modules(model: nn.Module, features: str) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _collecting(modules: Sequence[nn.Module], view: Callable, shape: torch.Size) -> Iterator[list[torch.Tensor]]:
-    """Within the `with`, every forward pass of a module adds the scalar of its output to the list that is yielded."""
-    found: list[torch.Tensor] = []
+def _collecting(modules: Sequence[nn.Module], view: Callable, shape: torch.Size) -> Iterator[Callable[[], torch.Tensor]]:
+    """Within the `with`, modules add up the scalars of their outputs until the function that is yielded takes the sum.
+
+    Later forward passes compute their scalars too, since checkpoints must repeat what they did, but nothing holds them.
+    """
+    found: list[torch.Tensor] | None = []
 
     def hook(_, inputs, output):
         y = output[0] if isinstance(output, tuple) else output
-        if isinstance(y, torch.Tensor) and y.requires_grad:  # other outputs do not depend on the weights in question
-            found.append(view(y.reshape(shape[0], -1, y.shape[-1])))  # OPT flattens batch and tokens before its MLP
+        if not isinstance(y, torch.Tensor) or not y.requires_grad:  # does not depend on the weights in question
+            return
+        value = view(y.reshape(shape[0], -1, y.shape[-1]))  # OPT flattens batch and tokens before its MLP
+        if found is not None:
+            found.append(value)
+
+    def total() -> torch.Tensor:
+        nonlocal found
+        taken, found = found, None
+        return sum(taken[1:], taken[0])
 
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
-        yield found
+        yield total
     finally:
         for handle in handles:
             handle.remove()
@@ -154,8 +160,8 @@ def stream(
 
     ids: [samples, tokens]; names: of linear layers in the model, whose weights W [out, in] get the gradients g [out, in] of
     the batch, in the model's dtype; their biases are left out. scores: `refer`, `snip` or both, which then share the forward
-    pass. checkpointing: keep only the inputs of the blocks and run each block again on the way back. Which parameters ask
-    for gradients, and what gradients they hold, is afterwards as it was before.
+    pass. checkpointing: keep only the inputs of the blocks and run each block again on the way back, for each score apart.
+    Which parameters ask for gradients, and what gradients they hold, is afterwards as it was before.
 
     Raises ValueError, before any work, for unknown settings and for ids that cannot be used; and as soon as a loss or a
     gradient overflows.
@@ -180,21 +186,26 @@ def stream(
             stack.enter_context(_checkpointed(Anatomy(model).blocks))
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(hook(name)).remove)
+        # Scores share a forward pass by retaining its graph. Checkpoints would then hold what they run again: one pass each.
+        passes = [[score] for score in scores] if checkpointing else [scores]
         for start in range(0, len(ids), batch):
             part = ids[start : start + batch].to(model.device)
-            with torch.enable_grad(), _collecting(modules, VIEWS[view], part.shape) as found:
-                logits = model(input_ids=part, use_cache=False).logits
-                scalars = {}
-                if "refer" in scores:
-                    scalars["refer"] = sum(found[1:], found[0])
-                if "snip" in scores:
-                    scalars["snip"] = LOSSES[loss](logits, part)
-                del logits
-                for i, (score, scalar) in enumerate(scalars.items()):
-                    if not torch.isfinite(scalar):
-                        raise ValueError(f"the scalar of {score} is {scalar.item()}: score in float32 or bfloat16")
-                    current[0] = score
-                    scalar.backward(retain_graph=i + 1 < len(scalars), inputs=list(weights.values()))
+            for together in passes:
+                hooked = modules if "refer" in together else ()
+                # Checkpoints run the blocks again, with the same hooks: they stay until all is differentiated.
+                with torch.enable_grad(), _collecting(hooked, VIEWS[view], part.shape) as total:
+                    logits = model(input_ids=part, use_cache=False).logits
+                    scalars = {}
+                    if "refer" in together:
+                        scalars["refer"] = total()
+                    if "snip" in together:
+                        scalars["snip"] = LOSSES[loss](logits, part)
+                    del logits
+                    while scalars:
+                        current[0], scalar = scalars.popitem()
+                        if not torch.isfinite(scalar):
+                            raise ValueError(f"the scalar of {current[0]} is {scalar.item()}: score in float32 or bfloat16")
+                        scalar.backward(retain_graph=bool(scalars), inputs=list(weights.values()))
             if progress:
                 progress(f"gradients of {min(start + batch, len(ids))} of {len(ids)} sequences")
 

@@ -31,10 +31,10 @@ def angular_distances(model: nn.Module, ids: torch.Tensor, run: int, batch: int 
     blocks = len(stream.anatomy.blocks)
     if not 1 <= run <= blocks:
         raise ValueError(f"cannot remove a run of {run} from {blocks} blocks")
-    last = [stream.hidden[:, -1].double()]
+    last = [stream.hidden[:, -1].to(torch.float64, copy=True)]
     for block in range(blocks):
         stream.advance_block(block)
-        last.append(stream.hidden[:, -1].double())
+        last.append(stream.hidden[:, -1].to(torch.float64, copy=True))
     pairs = zip(last, last[run:], strict=False)
     return [float(torch.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos().mean() / math.pi) for a, b in pairs]
 
