@@ -114,7 +114,9 @@ class ResidualStream:
         """Return to the first junction, the output of the embeddings."""
         with resident(*tables(self.anatomy)):
             for rows in self._slices():
-                self.hidden[rows] = enter(self.anatomy, *self._batch(rows))[0]
+                self.hidden[rows], kwargs = enter(self.anatomy, *self._batch(rows))
+                if self.mask is None:
+                    self._unpadded_kwargs.setdefault(rows.stop - rows.start, kwargs)
 
     def _slices(self) -> Iterator[slice]:
         for start in range(0, len(self.ids), self.batch):
@@ -129,8 +131,6 @@ class ResidualStream:
         ids, mask = self._batch(rows)
         if mask is not None:
             return enter(self.anatomy, ids, mask)[1][block]
-        if len(ids) not in self._unpadded_kwargs:
-            self._unpadded_kwargs[len(ids)] = enter(self.anatomy, ids)[1]
         return self._unpadded_kwargs[len(ids)][block]
 
     @torch.no_grad()
