@@ -1,0 +1,41 @@
+"""Pruning in a process of its own: sizes counted by hand, gradients that are really there, errors that say what went wrong."""
+
+import pytest
+
+from lib.pruning_memory import ALL_GRADIENTS, measure
+
+SHAPE = {
+    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def weights_by_hand() -> int:
+    d, n, v, blocks = 256, 1024, 64, 4
+    block = 4 * d * d + 3 * d * n + 2 * d
+    return 4 * (blocks * block + 2 * v * d + d)
+
+
+def test_all_gradients_need_at_least_as_much_as_the_weights():
+    found = measure(ALL_GRADIENTS, 0.2, SHAPE, 2, 16)
+    assert found["weights"] == weights_by_hand()
+    if found["peak"] is None:
+        pytest.skip("this system has no counter of peak memory")
+    assert weights_by_hand() < found["peak"] < 4 * weights_by_hand()
+
+
+def test_whole_blocks_need_less_than_gradients():
+    found = [measure(method, 0.25, SHAPE, 2, 16)["peak"] for method in ("shortgpt", ALL_GRADIENTS)]
+    if None in found:
+        pytest.skip("this system has no counter of peak memory")
+    assert found[0] < found[1] / 2
+
+
+def test_an_unknown_method_fails_before_a_process_starts():
+    with pytest.raises(ValueError, match="shortgpt"):
+        measure("short-gpt", 0.2, SHAPE, 2, 16)
+
+
+def test_an_error_of_the_process_is_passed_on():
+    with pytest.raises(RuntimeError, match="comp failed in its own process: ValueError"):
+        measure("comp", 0.99, SHAPE, 2, 16)
