@@ -47,9 +47,9 @@ def project(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(paper="nope"), "unknown paper 'nope': choose one of slicegpt"),
+        (dict(paper="nope"), "unknown paper 'nope': choose one of .*slicegpt"),
         (dict(profile="nope"), "unknown profile 'nope': choose one of .*workshop"),
-        (dict(set=["levls=[0.1]"]), "unknown parameter of slicegpt 'levls': choose one of .*levels"),
+        (dict(paper="slicegpt", set=["levls=[0.1]"]), "unknown parameter of slicegpt 'levls': choose one of .*levels"),
         (dict(set=["levels"]), "NAME=VALUE"),
         (dict(data_dir="/no/such/folder"), "not a folder"),
     ],
