@@ -95,7 +95,12 @@ def test_lock_names_the_versions_of_the_committed_results():
 def rows_at_a_glance() -> list[str]:
     """The rows of the README's tables, from the committed ones: each paper's dense models and its methods at one ratio."""
     rows, shown = [], {"dense", "unstructured AFR", *PAPER, "CFSP", "FLAP, neurons", "LLM-Pruner"}
-    for paper, ratios in (("slicegpt", (0.25, 0.5)), ("svd_llm", (0.2,)), ("structured_afr", (0.2,)), ("on_device_pruning", (0.2,))):
+    for paper, ratios in (
+        ("slicegpt", (0.25, 0.5)),
+        ("svd_llm", (0.2,)),
+        ("structured_afr", (0.2,)),
+        ("on_device_pruning", (0.2,)),
+    ):
         frame = pd.read_csv(RESULTS / "workshop" / paper / "tables" / "perplexity.csv")
         if paper == "structured_afr":  # the whole field is in its notebook
             frame = frame[frame.method.isin(shown)]
