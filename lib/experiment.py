@@ -15,6 +15,7 @@ from lib.benchmark_tasks import files_record
 from lib.cost import Count, count
 from lib.models import DTYPES, fast_bfloat16, fingerprint, load
 from lib.results import Results
+from lib.sliced_network import check_sliceable
 from lib.text import Corpus, load_corpus, sample_blocks, token_stream
 
 # Calibration text is asked for once per draw; a hub corpus is large enough to be kept.
@@ -131,6 +132,18 @@ def evaluation_dtype(name: str, device: str) -> torch.dtype | None:
     if name and name not in DTYPES:
         raise ValueError(f"unknown evaluation dtype {name!r}: choose one of {', '.join(DTYPES)}, auto, or nothing")
     return DTYPES.get(name)
+
+
+def sliceable(subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects that SliceGPT can be a rival on; prints the reason for each of the others."""
+    found = []
+    for subject in subjects:
+        try:
+            check_sliceable(subject.model)
+            found.append(subject)
+        except ValueError as reason:
+            print(f"{subject.name}: no SliceGPT here, because {reason}")
+    return found
 
 
 def zero_share(model: nn.Module) -> float:
