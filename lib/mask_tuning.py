@@ -118,16 +118,16 @@ def ridged_inverse(h: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     for the precision.
     """
     dead = ridge == 0
-    ridged = h.clone()
+    ridged = h.clone().T  # H is symmetric, and LAPACK works in place on columns: one matrix beside H, not two
     if dead.any():
         ridged[dead] = 0
         ridged[:, dead] = 0
     ridged.diagonal().add_(torch.where(dead, torch.ones_like(ridge), ridge))
-    factor, failed = torch.linalg.cholesky_ex(ridged)
+    failed = torch.empty((), dtype=torch.int32, device=h.device)
+    torch.linalg.cholesky_ex(ridged, out=(ridged, failed))
     if failed:
         raise ValueError("the neurons' system is singular under so small a ridge: use a larger epsilon, 0.01 by default")
-    del ridged
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(ridged, out=ridged).T
 
 
 def tuned(system: System, keep: torch.Tensor, epsilon: float = 0.01) -> torch.Tensor:
