@@ -322,6 +322,7 @@ def _start(system: System, epsilon: float, order: Sequence[int] | None, bound: f
         if _calm(m, bound):
             break
         epsilon *= 10
+        del steps  # and its matrix, before there is another one
         steps, m = _removals(system, epsilon, order)
     return steps, m
 
