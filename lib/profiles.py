@@ -42,7 +42,7 @@ REACHED = 0.4  # share of those figures that plain PyTorch reaches in forward pa
 WIKITEXT2_TEST_TOKENS = 295_000  # about, with tokenizers of 32,000 to 262,144 tokens (LLaMA: 341,469, Gemma: 295,216)
 DOCUMENTS = {
     "arc_easy": 2376, "arc_challenge": 1172, "hellaswag": 10042, "winogrande": 1267, "piqa": 1838, "openbookqa": 500,
-    "mathqa": 2985, "mmlu": 14042, "wiki_a_continuation": 248,
+    "mathqa": 2985, "boolq": 3270, "mmlu": 14042, "wiki_a_continuation": 248,
 }  # fmt: skip
 TOKENS_PER_DOCUMENT = 4 * 60  # four choices, each after its question
 
@@ -75,7 +75,7 @@ def read_profile(path: Path) -> Profile:
 class Work:
     """What one notebook computes, counted from its parameters: how often each kind of work is done."""
 
-    compressed: int  # models made, each from one pass over the calibration set
+    compressed: int  # passes over the calibration set, most often one for each model made
     evaluated: int  # models scored by perplexity
     examined: int  # of these, how many face the zero-shot tasks
     tuning_tokens: int  # tokens that go forward and backward through a model
@@ -94,10 +94,36 @@ def _svd_llm_work(p: dict) -> Work:
     made = 7 * ratios + 3 * tuned + draws + len(p["sources"]) + 1 + min(3, ratios) + 6 + 2 * ratios + 7
     evaluated = made - 7 + 1 + 3
     rounds = ratios + 4 * tuned + 1  # each of two stages
-    return Work(made, evaluated, 1 + 3 * tuned, 2 * rounds * p["lora"]["steps"] * p["lora"]["batch"] * p["lora_length"])
+    return Work(made, evaluated, 1 + 7 * ratios, 2 * rounds * p["lora"]["steps"] * p["lora"]["batch"] * p["lora_length"])
 
 
-WORK: dict[str, Callable[[dict], Work]] = {"slicegpt": _slicegpt_work, "svd_llm": _svd_llm_work}
+def _structured_afr_work(p: dict) -> Work:
+    """Of notebooks/structured_afr.ipynb: six ways of AFR, eleven rivals and random ones, variants. Neurons deleted one by one to
+    see what they are worth are left out: they cost 4 sequences each, from their block on."""
+    ratios, variants = len(p["ratios"]), (len(p["ablations"]) or 25) + 4
+    made = (16 + len(p["seeds"]) + variants) * ratios + 4 * len(p["sweep"])
+    backward = 3 + 2 * variants + 4 + ratios  # SNIP and ReFer pass once each; LLM-Pruner's kinds, and LLM-Pruner itself
+    tokens = backward * p["samples"] * p["length"]
+    return Work(6 + ratios, 1 + made, 1 + 6 * ratios, tokens)
+
+
+def _on_device_pruning_work(p: dict) -> Work:
+    """Of notebooks/on_device_pruning.ipynb: seven methods, five of them swept, draws, splits, metrics, choices."""
+    sweep, seeds, sizes = len(p["sweep"]), len(p["seeds"]), len(p["calibration_sizes"])
+    splits = 2 if p["whole_blocks"] in p["sweep"] else 4
+    pruned = 1 + sweep + 2 * seeds - 1 + splits + 2 + 7 + 9 + sizes * seeds + 1  # COMP: layer scores, then teacher and student
+    others = 6 + 4 * sweep + 3 * (seeds - 1) + 6
+    backward = 1 + (seeds - 1) + 1 + sweep + seeds  # LLM-Pruner on all text, and FPT's masks
+    tokens = backward * p["samples"] * p["length"] + p["lora"]["steps"] * p["lora"]["batch"] * p["lora_length"]
+    return Work(3 * pruned + others, 1 + pruned + others, 8, tokens)
+
+
+WORK: dict[str, Callable[[dict], Work]] = {
+    "slicegpt": _slicegpt_work,
+    "svd_llm": _svd_llm_work,
+    "structured_afr": _structured_afr_work,
+    "on_device_pruning": _on_device_pruning_work,
+}
 
 
 def _sliced(model: nn.Module, level: float, p: dict) -> Count:
@@ -114,7 +140,35 @@ def _low_rank(model: nn.Module, ratio: float, p: dict) -> Count:
     return count(replay(shape_shell(model), uniform_ranks(model, ratio)))
 
 
-AFTER = {"slicegpt": ("levels", _sliced), "svd_llm": ("ratios", _low_rank)}
+def _without_neurons(model: nn.Module, ratio: float, p: dict) -> Count:
+    from lib.structured import ffn_widths, remove_neurons, uniform
+    from lib.surgery import shape_shell
+
+    order = [torch.arange(float(n)) for n in ffn_widths(model)]
+    return count(remove_neurons(shape_shell(model), uniform(order, ratio), inplace=True))
+
+
+def _without_blocks_and_neurons(model: nn.Module, ratio: float, p: dict) -> Count:
+    """COMP at this ratio; which blocks go and which of the others pay for the neurons does not change the count."""
+    from lib import comp
+    from lib.structured import ffn_widths, remove_blocks, remove_neurons
+    from lib.surgery import shape_shell
+
+    settings, shape = comp.Settings(**p["comp_settings"]), comp.shape_of(model)
+    drop = list(range(comp.blocks_to_drop(ratio, len(shape.params), settings.rho)))
+    owed = comp.neurons_to_cut(shape, drop, ratio, settings)
+    small = remove_blocks(shape_shell(model), drop, inplace=True)
+    widths = ffn_widths(small)
+    cuts = [owed // len(widths) + (i < owed % len(widths)) for i in range(len(widths))]
+    return count(remove_neurons(small, [torch.arange(n - cut) for n, cut in zip(widths, cuts, strict=True)], inplace=True))
+
+
+AFTER = {  # the levels of a notebook, and the model at one of them
+    "slicegpt": (lambda p: p["levels"], _sliced),
+    "svd_llm": (lambda p: p["ratios"], _low_rank),
+    "structured_afr": (lambda p: p["ratios"], _without_neurons),
+    "on_device_pruning": (lambda p: sorted([p["ratio"], *p["sweep"]]), _without_blocks_and_neurons),
+}
 
 
 def documents_scored(p: dict) -> int:
@@ -132,9 +186,9 @@ def _dense(architecture: str) -> tuple[Count, object]:
 
 def params_after(paper: str, parameters: dict, architecture: str) -> dict[float, int]:
     """{level or ratio: parameters that are left} for every level of a notebook's sweep, counted on the compressed shapes."""
-    name, after = AFTER[paper]
+    levels, after = AFTER[paper]
     model = meta_model(architecture)
-    return {level: after(model, level, parameters).params for level in parameters[name]}
+    return {level: after(model, level, parameters).params for level in levels(parameters)}
 
 
 def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", throughput: float = 0.0) -> dict:

@@ -1,5 +1,7 @@
 """Profiles name real things, and what a run would do is counted from shapes alone."""
 
+import json
+
 import pytest
 import torch
 from invoke import Exit
@@ -25,6 +27,9 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+PAPER_LENGTHS = {"slicegpt": 2048, "svd_llm": 2048, "structured_afr": 1024, "on_device_pruning": 512}
+
+
 def profile(name):
     return read_profile(tasks.PROFILES / f"{name}.yaml")
 
@@ -46,7 +51,7 @@ def test_a_profile_says_what_it_is(name):
         assert everything["device"] == ("cuda" if "gpu" in found.about["needs"] else "cpu")
     if "gpu" in found.about["needs"]:  # the papers' own settings
         assert (found.papers["slicegpt"]["samples"], found.papers["svd_llm"]["samples"]) == (1024, 256)
-        assert {p["length"] for p in found.papers.values()} == {2048}
+        assert {p: v["length"] for p, v in found.papers.items()} == PAPER_LENGTHS
 
 
 def test_the_architectures_of_the_notebooks_table_stay_as_they_are():
@@ -79,6 +84,30 @@ def test_parameters_before_and_after_are_those_of_real_modules():
     assert sorted(sliced.values(), reverse=True) == list(sliced.values())
 
 
+def test_parameters_after_pruning_by_hand():
+    whole, neuron = PUBLISHED["gemma-3-270m"], 3 * 640
+    parameters = tasks.full_parameters("structured_afr", "gemma-3-270m")
+    found = params_after("structured_afr", parameters, "Gemma-3-270M")
+    assert found == {0.2: whole - 18 * 410 * neuron, 0.5: whole - 18 * 1024 * neuron}  # 1,638 of 2,048 stay at 20 %
+    parameters = tasks.full_parameters("on_device_pruning", "llama-2-7b")
+    found, d, inner = params_after("on_device_pruning", parameters, "Llama-2-7B"), 4096, 11008
+    blocks = 32 * (4 * d * d + 3 * d * inner + 2 * d)
+    assert list(found) == [0.1, 0.2, 0.25, 0.3, 0.4, 0.5]
+    for ratio, after in found.items():
+        assert after == pytest.approx(PUBLISHED["llama-2-7b"] - ratio * blocks, abs=3 * d)
+
+
+@pytest.mark.parametrize(
+    ("paper", "first_model_only", "of_other_kinds"),
+    [("structured_afr", 29 * 2, 2 + 3), ("on_device_pruning", 9 + 2 * 3 + 1, 6 + 4)],
+)
+def test_models_to_evaluate_are_those_of_the_committed_run(paper, first_model_only, of_other_kinds):
+    """The run's ledger cells for two models: some sections use the first model only."""
+    manifest = json.loads((tasks.RESULTS / "workshop" / paper / "manifest.json").read_text())
+    one = counting.WORK[paper](tasks.full_parameters(paper, "workshop")).evaluated
+    assert manifest["cells_computed"] + manifest["cells_from_ledger"] == one + (one - first_model_only) + of_other_kinds
+
+
 def test_operations_memory_and_hours_by_hand():
     parameters = tasks.full_parameters("svd_llm", "gemma-3-270m")
     found = plan("svd_llm", parameters, "Gemma-3-270M", "CPU")
@@ -87,7 +116,7 @@ def test_operations_memory_and_hours_by_hand():
     assert found["cells"] == made - 3
     assert found["operations"]["perplexity"] == (made - 3) * 4 * 512 * 2 * macs
     assert found["operations"]["calibration"] == made * 8 * 512 * 2 * macs
-    assert found["operations"]["zero_shot"] == 4 * 40 * 240 * 2 * macs
+    assert found["operations"]["zero_shot"] == (1 + 7 * 2) * 40 * 240 * 2 * macs
     assert found["operations"]["tuning"] == 3 * 2 * 7 * 6 * 4 * 64 * 2 * macs
     assert found["hours"] == pytest.approx(sum(found["operations"].values()) / (REACHED * 0.5e12) / 3600)
     assert plan("svd_llm", parameters, "Gemma-3-270M", "CPU", 1e12)["hours"] == pytest.approx(found["hours"] * 0.2)
@@ -172,8 +201,8 @@ def test_runs_that_could_not_start_are_refused(monkeypatch):
 
 
 def test_gemma_runs_svd_llm_and_says_why_not_slicegpt():
-    with pytest.raises(Exit, match=r"does not run slicegpt: .*sandwich norms.* It runs svd_llm"):
+    with pytest.raises(Exit, match=r"does not run slicegpt: .*sandwich norms.* It runs svd_llm, structured_afr"):
         tasks.reproduce.body(None, paper="slicegpt", profile="gemma-3-270m")
-    assert tasks.papers_of("gemma-3-270m", "") == ["svd_llm"]
+    assert tasks.papers_of("gemma-3-270m", "") == ["on_device_pruning", "structured_afr", "svd_llm"]
     with pytest.raises(Exit, match="unknown parameter of svd_llm 'ratos'"):
-        tasks.reproduce.body(None, profile="gemma-3-270m", set=["ratos=[0.1]"])
+        tasks.reproduce.body(None, paper="svd_llm", profile="gemma-3-270m", set=["ratos=[0.1]"])
