@@ -133,41 +133,22 @@ def _sliced(model: nn.Module, level: float, p: dict) -> Count:
     return count(shapes_only(model, constant_widths(model, level, p["round_interval"]), "low-rank"))
 
 
-def _low_rank(model: nn.Module, ratio: float, p: dict) -> Count:
-    from lib.low_rank import replay, uniform_ranks
-    from lib.surgery import shape_shell
+def _method(name: str) -> Callable:
+    """(model, ratio, parameters) -> size of what a method makes at its own ratio."""
 
-    return count(replay(shape_shell(model), uniform_ranks(model, ratio)))
+    def after(model: nn.Module, ratio: float, p: dict) -> Count:
+        from lib.equal_size import SHAPES
 
+        return count(SHAPES[name](model, ratio))
 
-def _without_neurons(model: nn.Module, ratio: float, p: dict) -> Count:
-    from lib.structured import ffn_widths, remove_neurons, uniform
-    from lib.surgery import shape_shell
-
-    order = [torch.arange(float(n)) for n in ffn_widths(model)]
-    return count(remove_neurons(shape_shell(model), uniform(order, ratio), inplace=True))
-
-
-def _without_blocks_and_neurons(model: nn.Module, ratio: float, p: dict) -> Count:
-    """COMP at this ratio; which blocks go and which of the others pay for the neurons does not change the count."""
-    from lib import comp
-    from lib.structured import ffn_widths, remove_blocks, remove_neurons
-    from lib.surgery import shape_shell
-
-    settings, shape = comp.Settings(**p["comp_settings"]), comp.shape_of(model)
-    drop = list(range(comp.blocks_to_drop(ratio, len(shape.params), settings.rho)))
-    owed = comp.neurons_to_cut(shape, drop, ratio, settings)
-    small = remove_blocks(shape_shell(model), drop, inplace=True)
-    widths = ffn_widths(small)
-    cuts = [owed // len(widths) + (i < owed % len(widths)) for i in range(len(widths))]
-    return count(remove_neurons(small, [torch.arange(n - cut) for n, cut in zip(widths, cuts, strict=True)], inplace=True))
+    return after
 
 
 AFTER = {  # the levels of a notebook, and the model at one of them
     "slicegpt": (lambda p: p["levels"], _sliced),
-    "svd_llm": (lambda p: p["ratios"], _low_rank),
-    "structured_afr": (lambda p: p["ratios"], _without_neurons),
-    "on_device_pruning": (lambda p: sorted([p["ratio"], *p["sweep"]]), _without_blocks_and_neurons),
+    "svd_llm": (lambda p: p["ratios"], _method("svd-llm")),
+    "structured_afr": (lambda p: p["ratios"], _method("afr")),
+    "on_device_pruning": (lambda p: sorted([p["ratio"], *p["sweep"]]), _method("comp")),
 }
 
 

@@ -1,0 +1,59 @@
+"""Equal real size: a ratio of a method's own that removes what was wanted, told from shapes, is what the method really does."""
+
+import contextlib
+import copy
+
+import pytest
+
+from lib.compress import METHODS
+from lib.cost import count
+from lib.equal_size import ASKED, SHAPES, own_ratio
+from tests.conftest import tiny, token_ids
+
+SETTINGS = {"slicegpt": {"round_interval": 1}}
+
+
+def removed(small, model):
+    return count(small).against(count(model))["removed_decoder"]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("method", SHAPES)
+def test_shapes_tell_what_the_method_leaves(method, family):
+    model = tiny(family, num_hidden_layers=6)
+    share = own_ratio(method, model, 0.3)
+    made = METHODS[method](copy.deepcopy(model), token_ids(), share, lambda text: None, **SETTINGS.get(method, {}))
+    neuron = (3 * model.config.hidden_size + 1) / count(model).decoder
+    slack = 6 * neuron if method == "cfsp" else 1e-12  # its blocks round on their own
+    assert removed(made, model) == pytest.approx(removed(SHAPES[method](model, share), model), abs=slack)
+
+
+def every_ratio(method, model):
+    for i in range(512):
+        with contextlib.suppress(ValueError):  # nothing would be left
+            yield removed(SHAPES[method](model, i / 512), model)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
+@pytest.mark.parametrize("method", ["svd-llm", "afr"])
+def test_no_other_ratio_comes_nearer(method, family):
+    model = tiny(family)
+    reached = list(every_ratio(method, model))
+    for wanted in (0.1, 0.25, 0.4):
+        found = removed(SHAPES[method](model, own_ratio(method, model, wanted)), model)
+        assert abs(found - wanted) == min(abs(other - wanted) for other in reached)
+
+
+def test_methods_that_ask_for_that_very_share():
+    model = tiny("llama")
+    assert {own_ratio(method, model, 0.25) for method in ASKED} == {0.25}
+
+
+def test_mistakes():
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="'sparsegpt' depends on more than shapes: choose one of slicegpt"):
+        own_ratio("sparsegpt", model, 0.2)
+    with pytest.raises(ValueError, match=r"in \[0, 1\), not 1"):
+        own_ratio("afr", model, 1)
+    with pytest.raises(ValueError, match=r"afr cannot remove 95% of this model's blocks: \d\d% is the nearest"):
+        own_ratio("afr", model, 0.95)
