@@ -291,14 +291,16 @@ def notebooks(c, paper=""):
 @task(help={"fast": "only pytest, without re-running the notebooks"})
 def test(c, fast=False):
     """Run the tests: pytest on the library, then nbval on every stored notebook."""
-    python = shlex.quote(sys.executable)
-    c.run(f"{python} -m pytest", pty=False)
+    # One process per core, each on one thread and with whole files: small matrices gain little from a second thread.
+    run = f"{shlex.quote(sys.executable)} -m pytest -n {os.cpu_count()} --dist loadfile"
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    c.run(run, env=one_thread, pty=False)
     if not fast:
         c.run(
-            f"{python} -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg "
-            "--nbval-cell-timeout 1200 -p no:cacheprovider notebooks",
-            pty=False,
-        )
+            f"{run} --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg "
+            "--nbval-cell-timeout 1800 -p no:cacheprovider notebooks",
+            env=one_thread, pty=False,
+        )  # fmt: skip
 
 
 @task(help={"model": "only this model (default: both)", "seed": "seed of weights and batches", "steps": "training steps"})
