@@ -64,7 +64,7 @@ def _slicegpt(
     """SliceGPT. layout: empty for `tied` where the model's head shares its embedding table and stays whole, else `low-rank`.
 
     schedule: `constant`, `variance` (as many parameters as `constant` would leave), or the folder of a sliced model whose
-    widths are taken over. output_norms: `exact` or `metric` for Gemma 3, which is refused otherwise.
+    widths are taken over. output_norms: `exact`, `metric` or `fitted` for Gemma 3, which is refused otherwise.
     """
     tied = model.config.tie_word_embeddings and not slice_head
     layout = layout or ("tied" if tied else "low-rank")

@@ -5,8 +5,8 @@ become W A, writers Bᵀ W, and between two junctions with bases A and B a *shor
 their stock forward: a writer adds whatever turns the block's own `residual + output` into `residual · shortcut + output`.
 
 Where a sandwich norm stands between writer and stream (Gemma 3: x + g * y / rms(y), y = z W), rms(y) is that of the vector
-before gain and rotation, which the rotated one no longer shows. Such models are refused unless one of two extensions, both
-ours, is asked for: `exact` and `metric`, see `OUTPUT_NORMS`.
+before gain and rotation, which the rotated one no longer shows. Such models are refused unless one of three extensions of
+ours is asked for, see `OUTPUT_NORMS`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from lib.surgery import embedding, linear, parameter, record_edit, shape_shell, 
 LAYOUTS = ("low-rank", "dense", "tied", "global")
 
 # What to do about sandwich norms. exact: the writer stays whole for its norm, diag(g) B follows; a reference, saves little.
-# metric: the writer is folded, y' = z W diag(g) B, and rms(y) is estimated from y' by `MetricNorm`.
-OUTPUT_NORMS = ("refuse", "exact", "metric")
+# metric: the writer is folded, y' = z W diag(g) B, and rms(y) is estimated from y' by `MetricNorm`: that of y' Bᵀ diag(1/g).
+# fitted: the same network, but y is estimated from y' by least squares on the calibration data. Also where gains are zero.
+OUTPUT_NORMS = ("refuse", "exact", "metric", "fitted")
 SMALLEST_GAIN = 1e-4  # of the largest; `metric` divides by the gain, and float32 has no more digits to lose
 
 
@@ -37,12 +38,14 @@ SMALLEST_GAIN = 1e-4  # of the largest; `metric` divides by the gain, and float3
 class NormFit:
     """How rms(y)² of what a writer wrote follows from q, the energy that the cut leaves of it: slope · q + intercept.
 
-    error: root mean square, over the calibration tokens, of the relative error of rms(y)² + epsilon.
+    error: root mean square, over the calibration tokens, of the relative error of rms(y)² + epsilon. undo: [d, d], so that q
+    is the energy of (g * y) B Bᵀ undo; None for diag(1/g).
     """
 
     slope: float
     intercept: float = 0.0
     error: float = 0.0
+    undo: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -150,15 +153,17 @@ class ShortcutWriter(nn.Module):
 class MetricNorm(nn.Module):
     """A sandwich norm behind a folded writer: y' / √(‖y' Rᵀ‖² + floor² + epsilon), where the root estimates rms(y).
 
-    y' = (g * y) B [..., k] is what the writer wrote after gain g [d] and basis B [d, k]. With R from a QR factorisation of
-    diag(1/g) B, ‖y' Rᵀ‖² = y' Bᵀ diag(g)⁻² B y'ᵀ, which at k = d is ‖y‖². Below it lacks what was deleted: `fit` corrects it,
-    slope and intercept. epsilon is the norm's own: it is added to rms(y)², which no gain or basis has touched.
+    y' = (g * y) B [..., k] is what the writer wrote after gain g [d] and basis B [d, k]. R comes from a QR factorisation of
+    Pᵀ, where y' P estimates y. With P = Bᵀ diag(1/g), ‖y' Rᵀ‖² = y' Bᵀ diag(g)⁻² B y'ᵀ, which at k = d is ‖y‖². Below it
+    lacks what was deleted: `fit` corrects it, slope and intercept. epsilon is the norm's own: it is added to rms(y)², which no
+    gain or basis has touched.
     """
 
-    def __init__(self, basis: torch.Tensor, gain: torch.Tensor, epsilon: float, fit: NormFit, like: torch.Tensor):
+    def __init__(self, b: torch.Tensor, gain: torch.Tensor, epsilon: float, fit: NormFit, like: torch.Tensor):
         super().__init__()
         self.epsilon = epsilon
-        self.root = parameter(fit.slope**0.5 * torch.linalg.qr(basis / gain[:, None]).R, like=like)
+        estimate = b / gain[:, None] if fit.undo is None else fit.undo.T @ b
+        self.root = parameter(fit.slope**0.5 * torch.linalg.qr(estimate).R, like=like)
         self.floor = parameter(torch.tensor([fit.intercept**0.5], dtype=torch.float64), like=like)
         self.register_parameter("bias", None)
 
@@ -253,12 +258,13 @@ def slice_sandwich(
 ) -> tuple[nn.Linear, nn.Module]:
     """What takes the place of a writer y = z W and of the sandwich norm behind it: (writer, norm), whose result is [..., k].
 
-    exact: the writer as it is, and y / rms(y) times diag(g) B. metric: z W diag(g) B and a `MetricNorm`; without a `fit` that
-    of an uncut stream. shift [d]: added to the stream behind the norm.
+    exact: the writer as it is, and y / rms(y) times diag(g) B. metric, fitted: z W diag(g) B and a `MetricNorm`; without a
+    `fit` that of an uncut stream, where the exact form has the same size, which fitted prefers. shift [d]: added to the stream
+    behind the norm.
     """
     gained = norm_gain(norm, family)[:, None] * b
     added = None if shift is None else b.T @ shift
-    if output_norms == "exact":
+    if output_norms == "exact" or (output_norms == "fitted" and b.shape[1] == len(b)):
         last = linear(gained.T, added, like=writer.weight)
         return writer, nn.Sequential(JunctionNorm(len(b), norm_epsilon(norm)), last)
     fit = fit or NormFit(1 / len(b))
@@ -457,9 +463,9 @@ def check_sliceable(model: nn.Module, output_norms: str = "refuse") -> None:
         raise ValueError(
             f"SliceGPT cannot rotate {model.config.model_type}: it normalises what attention and MLP write before "
             "adding it (sandwich norms), and that norm's scale is not invariant under a rotation that follows its gain. "
-            "Use a method that leaves the residual stream alone, or one of two extensions of ours, with slice_model or "
-            "method slicegpt: output_norms=exact (keeps writers whole, a reference that saves little) or output_norms=metric "
-            "(folds the gain and estimates the scale, an approximation once something is deleted)"
+            "Use a method that leaves the residual stream alone, or an extension of ours, with slice_model or method slicegpt: "
+            "output_norms=exact (keeps writers whole, a reference that saves little), or output_norms=metric or fitted (folds "
+            "the gain and estimates the scale, an approximation once something is deleted)"
         )
     for i, block in enumerate(anatomy.blocks if output_norms == "metric" else ()):
         for name in norms:
@@ -470,7 +476,8 @@ def _check_gain(name: str, gain: torch.Tensor) -> None:
     if not gain.is_meta and (small := gain < SMALLEST_GAIN * gain.max()).any():
         raise ValueError(
             f"{int(small.sum())} entries of the gain of {name} are (almost) zero, at most {SMALLEST_GAIN:g} of its largest: "
-            "output_norms=metric divides by the gain, so it cannot know the size of those channels. Use output_norms=exact"
+            "output_norms=metric divides by the gain, so it cannot know the size of those channels. Use output_norms=exact, or "
+            "output_norms=fitted, which does not divide"
         )
 
 

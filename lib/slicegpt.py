@@ -24,7 +24,7 @@ from torch import nn
 from lib.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
 from lib.calibration import ResidualStream
 from lib.cost import count
-from lib.linalg import coordinate_axes, principal_axes, random_rotation, remove_mean
+from lib.linalg import add_gram, coordinate_axes, principal_axes, random_rotation, remove_mean, root_of
 from lib.sliced_network import (
     LAYOUTS,
     Junction,
@@ -41,6 +41,7 @@ from lib.surgery import parameter
 SIGNALS = ("raw", "normalised")
 ORIENTATIONS = ("pca", "random")
 STATISTICS = ("sliced", "dense")
+ESTIMATES = ("metric", "fitted")  # of OUTPUT_NORMS, those that estimate a norm from what a cut leaves of its input
 
 
 def kept_width(d: int, level: float, round_interval: int = 8) -> int:
@@ -146,11 +147,12 @@ def junctions(
 
     `first` is the decomposition of junction 0, where the stream must stand. One evaluation of each half block: measure,
     project, go on (the published code runs every block twice). At widths d this is the dense model. `compensate` also
-    measures the mean of what is deleted and gives it back, as the finished network will. With output_norms `metric` the stream
-    goes on behind each sandwich norm as that network estimates it (the axes are those of the exact norm: they come first).
+    measures the mean of what is deleted and gives it back, as the finished network will. With output_norms `metric` or
+    `fitted` the stream goes on behind each sandwich norm as that network estimates it (the axes are those of the exact norm:
+    they come first).
     """
     anatomy, found, fit = stream.anatomy, first, None
-    estimates = output_norms == "metric" and bool(sandwich_norms(anatomy.family))
+    estimates = output_norms in ESTIMATES and bool(sandwich_norms(anatomy.family))
     steps = [(run, halves, block) for block in range(len(anatomy.blocks)) for run, halves in anatomy.steps]
     for (k, next_k), (run, halves, block) in zip(itertools.pairwise(widths), steps, strict=True):
         values, axes = found
@@ -163,7 +165,7 @@ def junctions(
             stream.advance(run, block, before=project, after=shifts[0])
         found = decompose(stream, signal, precision)
         if output_norm is not None:
-            fit = _estimate_norm(stream, output_norm, written, _projection(found[1], next_k, anatomy))
+            fit = _estimate_norm(stream, output_norm, written, found[1][:, :next_k], output_norms == "fitted")
     values, axes = found
     shifts = (None, None)
     if compensate:
@@ -234,26 +236,49 @@ def fit_norm(energy: torch.Tensor, left: torch.Tensor, epsilon: float) -> NormFi
     return min(solved([0]), solved([1]), key=lambda fit: fit.error)
 
 
+def undo_by_regression(gram: torch.Tensor, gain: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The matrix [d, d] that takes what a cut leaves of g * y, (g * y) B Bᵀ, to the best linear estimate of y.
+
+    gram: Σ yᵀy [d, d]; gain: g [d]; kept: B [d, k]. Least squares, so no gain is divided by: where one is zero its channel is
+    told from the others. With k = d and no gain at zero it is diag(1/g).
+    """
+    seen = gain[:, None] * kept
+    across = seen.T @ gram
+    root, _ = root_of(across @ seen)
+    return kept @ torch.cholesky_solve(across, root)
+
+
 @torch.no_grad()
-def _estimate_norm(stream: ResidualStream, norm: nn.Module, written: list[torch.Tensor], project: Callable) -> NormFit:
+def _estimate_norm(
+    stream: ResidualStream, norm: nn.Module, written: list[torch.Tensor], kept: torch.Tensor, regress: bool
+) -> NormFit:
     """Fit a sandwich norm to what a cut leaves of its inputs, and correct the stream behind it to what that estimate gives.
 
-    written: y [b, tokens, d], batch by batch. Of y the cut leaves (g * y) B Bᵀ / g, whose energy is y' Bᵀ diag(g)⁻² B y'ᵀ.
+    written: y [b, tokens, d], batch by batch; kept: B [d, k]. Of y the cut leaves (g * y) B Bᵀ, whose energy is taken after
+    division by g, y' Bᵀ diag(g)⁻² B y'ᵀ, or with `regress` after the best linear map.
     """
     gain, epsilon = norm_gain(norm, stream.anatomy.family), norm_epsilon(norm)
+    batches = list(zip(stream.batches(), written, strict=True))
+    tokens = [y[real].double() for (_, real), y in batches]
+    undo = None
+    if regress:
+        gram = torch.zeros(len(gain), len(gain), dtype=torch.float64, device=gain.device)
+        for y in tokens:  # each token weighs the same, as in the fit of its energy
+            add_gram(gram, rms_normalise(y, epsilon))
+        undo = undo_by_regression(gram, gain, kept)
+    to_estimate = gain[:, None] * kept @ (kept.T / gain if undo is None else kept.T @ undo)  # of y from y
 
     def energies(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = y.double()
-        return y.square().mean(-1), (project(gain * y) / gain).square().sum(-1)
+        return y.square().mean(-1), (y @ to_estimate).square().sum(-1)
 
-    batches = list(zip(stream.batches(), written, strict=True))
-    measured = [energies(y[real]) for (_, real), y in batches]
+    measured = [energies(y) for y in tokens]
     fit = fit_norm(*(torch.cat(values) for values in zip(*measured, strict=True)), epsilon)
     for (rows, _), y in batches:
         energy, left = energies(y)
         ratio = ((energy + epsilon) / (fit.slope * left + fit.intercept + epsilon)).sqrt()
         stream.hidden[rows] += ((ratio - 1)[..., None] * norm(y)).to(stream.hidden.dtype)
-    return fit
+    return replace(fit, undo=undo)
 
 
 def spectra(model: nn.Module, ids: torch.Tensor, signal: str = "raw", batch: int = 8) -> torch.Tensor:
@@ -338,9 +363,9 @@ def sweep(
     statistics `dense` measures every junction on the dense model instead of the network sliced so far: one calibration for
     all cuts, a preview that holds all axes in memory (8 d² bytes a junction). compensate: give the mean of what is deleted
     back as biases (our extra; off, as in the paper). drop_below: leave out shortcut columns whose principal angle has
-    1 - cos below this. output_norms: for models with sandwich norms (Gemma 3), which the paper does not cover, one of two
-    extensions of ours in `lib.sliced_network`, `exact` or `metric`; the record of the result holds the error of every estimated
-    norm.
+    1 - cos below this. output_norms: for models with sandwich norms (Gemma 3), which the paper does not cover, one of the
+    extensions of ours in `lib.sliced_network`, `exact`, `metric` or `fitted`; the record of the result holds the error of every
+    estimated norm.
 
     Raises ValueError for bad cuts, ids, weights or architectures before any work starts.
     """
@@ -356,7 +381,7 @@ def sweep(
         raise ValueError("orientation 'random' needs a torch.Generator, so that the run can be repeated")
     if compensate and statistics == "dense":
         raise ValueError("compensation is measured on the sliced stream: use statistics 'sliced'")
-    if output_norms == "metric" and statistics == "dense":
+    if output_norms in ESTIMATES and statistics == "dense":
         raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics 'sliced'")
     if inplace and len(cuts) != 1:
         raise ValueError("slicing in place consumes the dense model: give exactly one level")

@@ -1,10 +1,9 @@
-"""SliceGPT on sandwich norms (Gemma 3): two extensions, what each is exactly, and what a plain folding gets wrong."""
+"""SliceGPT on sandwich norms (Gemma 3): three extensions, what each is exactly, and what a plain folding gets wrong."""
 
 import json
 
 import pytest
 import torch
-from torch import nn
 
 import tasks
 from lib.anatomy import Anatomy
@@ -14,7 +13,7 @@ from lib.cost import count
 from lib.linalg import random_rotation
 from lib.models import load
 from lib.sliced_network import OUTPUT_NORMS, Junction, MetricNorm, NormFit, rotate_and_slice, shapes_only
-from lib.slicegpt import constant_widths, decompose, fit_norm, junctions, slice_globally, slice_model, sweep
+from lib.slicegpt import constant_widths, decompose, fit_norm, junctions, slice_globally, slice_model, sweep, undo_by_regression
 from tests.conftest import LAYERS, WIDTH, relative, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
@@ -175,10 +174,11 @@ def test_padding_has_no_effect():
 # --- the estimate ---------------------------------------------------------------------------------------------------------
 
 
-def test_reported_errors_against_brute_force():
+@pytest.mark.parametrize("output_norms", ["metric", "fitted"])
+def test_reported_errors_against_brute_force(output_norms):
     """Inputs and outputs of the finished network's own modules, against the dense weights that they were cut from."""
     model, ids = gemma(), token_ids()
-    sliced = slice_model(model, ids, 0.25, output_norms="metric", slice_head=True)
+    sliced = slice_model(model, ids, 0.25, output_norms=output_norms, slice_head=True)
     seen = {}
     for i, layer in enumerate(sliced.model.layers):
         for name in ("self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm", "post_feedforward_layernorm"):
@@ -199,7 +199,7 @@ def test_reported_errors_against_brute_force():
             errors.append(relative_errors.square().mean().sqrt().item())
     assert sliced.edits[0]["norm_errors"] == pytest.approx(errors, rel=1e-8)
     assert min(errors) > 1e-3
-    whole_head = slice_model(model, ids, 0.25, output_norms="metric")
+    whole_head = slice_model(model, ids, 0.25, output_norms=output_norms)
     assert whole_head.edits[0]["norm_errors"] == pytest.approx([*errors[:-1], 0.0], rel=1e-8)  # nothing deleted at the last
 
 
@@ -235,6 +235,25 @@ def test_fit_is_the_best_of_all_that_are_not_negative():
     assert fit_norm(torch.zeros(5), torch.zeros(5), 1e-6).error == 0
 
 
+def test_regression_is_least_squares_and_undoes_the_gain():
+    generator = torch.Generator().manual_seed(4)
+    y = torch.randn(90, WIDTH, generator=generator, dtype=torch.float64) @ torch.randn(WIDTH, WIDTH, generator=generator).double()
+    gain = 0.5 + torch.rand(WIDTH, generator=generator, dtype=torch.float64)
+    axes = random_rotation(WIDTH, generator)
+    assert relative(undo_by_regression(y.T @ y, gain, axes), torch.diag(1 / gain)) < 1e-8
+    gain[5] = 0
+    seen = gain * y @ axes[:, :20]
+    expected = seen @ torch.linalg.lstsq(seen, y).solution
+    undo = undo_by_regression(y.T @ y, gain, axes[:, :20])
+    assert relative(seen @ axes[:, :20].T @ undo, expected) < 1e-8
+
+
+def test_fitted_errors_are_smaller():
+    model, ids = gemma(), token_ids(20)
+    metric, fitted = (slice_model(model, ids, 0.25, output_norms=way).edits[0]["norm_errors"] for way in ("metric", "fitted"))
+    assert all(a < b for a, b in zip(fitted[:-1], metric[:-1], strict=True))  # the last deletes nothing
+
+
 def test_fit_is_better_than_no_fit():
     model, ids = gemma(), token_ids()
     fitted = slice_model(model, ids, 0.5, output_norms="metric", slice_head=True)
@@ -258,9 +277,9 @@ def test_the_default_refuses_and_names_both_ways_out():
         lambda: rotate_and_slice(model, rotations(), full(model)),
         lambda: shapes_only(model, full(model)),
     ):
-        with pytest.raises(ValueError, match=r"sandwich norms.*output_norms=exact.*output_norms=metric"):
+        with pytest.raises(ValueError, match=r"sandwich norms.*output_norms=exact.*output_norms=metric or fitted"):
             refused()
-    with pytest.raises(ValueError, match="refuse, exact, metric"):
+    with pytest.raises(ValueError, match="refuse, exact, metric, fitted"):
         sweep(model, token_ids(), [0.25], output_norms="fold")
     with pytest.raises(ValueError, match="statistics 'sliced'"):
         sweep(model, token_ids(), [0.25], output_norms="metric", statistics="dense")
@@ -272,7 +291,10 @@ def test_a_gain_near_zero_needs_the_exact_form(gain):
     model.model.layers[1].post_feedforward_layernorm.weight.data[3] = gain - 1
     with pytest.raises(ValueError, match=r"1 entries of the gain of model\.layers\.1\.post_feedforward_layernorm.*=exact"):
         sweep(model, token_ids(), [0.25], output_norms="metric")
-    assert relative(logits(slice_model(model, token_ids(), 0.0, output_norms="exact")), logits(model)) < EXACT
+    for way in ("exact", "fitted"):
+        assert relative(logits(slice_model(model, token_ids(), 0.0, output_norms=way)), logits(model)) < EXACT
+    fitted = slice_model(model, token_ids(), 0.25, output_norms="fitted")
+    assert max(fitted.edits[0]["norm_errors"]) < 0.5
 
 
 @pytest.mark.parametrize("output_norms", OUTPUT_NORMS)
@@ -315,6 +337,7 @@ def test_parameters_by_hand(layout):
     exact = steps * (d * inner) + (steps - 1) * d * k + d * d  # writers whole, then diag(g) B
     metric = (steps - 1) * (k * inner + k * k + 1) + d * inner + d * d + 1  # writers cut, but for the last; root and floor
     assert sizes["exact"].decoder - sizes["metric"].decoder == exact - metric
+    assert sizes["metric"].decoder - sizes["fitted"].decoder == 1  # the last norm, where nothing is deleted, has no floor
 
 
 @pytest.mark.parametrize("layout", ["low-rank", "tied"])
@@ -364,4 +387,3 @@ def test_compress_command(tmp_path, settings):
     edit = json.loads((tmp_path / "small" / "compression.json").read_text())["edits"][0]
     assert len(edit["norm_errors"]) == 2 * LAYERS
     assert (max(edit["norm_errors"]) > 0) == ("metric" in settings[0])
-    assert isinstance(small.model.layers[0].post_attention_layernorm, nn.Module)
