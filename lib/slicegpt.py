@@ -259,12 +259,11 @@ def _estimate_norm(
     """
     gain, epsilon = norm_gain(norm, stream.anatomy.family), norm_epsilon(norm)
     batches = list(zip(stream.batches(), written, strict=True))
-    tokens = [y[real].double() for (_, real), y in batches]
     undo = None
     if regress:
         gram = torch.zeros(len(gain), len(gain), dtype=torch.float64, device=gain.device)
-        for y in tokens:  # each token weighs the same, as in the fit of its energy
-            add_gram(gram, rms_normalise(y, epsilon))
+        for (_, real), y in batches:  # each token weighs the same, as in the fit of its energy
+            add_gram(gram, rms_normalise(y[real].double(), epsilon))
         undo = undo_by_regression(gram, gain, kept)
     to_estimate = gain[:, None] * kept @ (kept.T / gain if undo is None else kept.T @ undo)  # of y from y
 
@@ -272,7 +271,7 @@ def _estimate_norm(
         y = y.double()
         return y.square().mean(-1), (y @ to_estimate).square().sum(-1)
 
-    measured = [energies(y) for y in tokens]
+    measured = [energies(y[real]) for (_, real), y in batches]
     fit = fit_norm(*(torch.cat(values) for values in zip(*measured, strict=True)), epsilon)
     for (rows, _), y in batches:
         energy, left = energies(y)
