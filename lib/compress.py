@@ -59,23 +59,25 @@ def _slicegpt(
     schedule: str = "constant",
     slice_head: bool = False,
     compensate: bool = False,
+    output_norms: str = "refuse",
 ) -> nn.Module:
     """SliceGPT. layout: empty for `tied` where the model's head shares its embedding table and stays whole, else `low-rank`.
 
     schedule: `constant`, `variance` (as many parameters as `constant` would leave), or the folder of a sliced model whose
-    widths are taken over.
+    widths are taken over. output_norms: `exact`, `metric` or `fitted` for Gemma 3, which is refused otherwise.
     """
     tied = model.config.tie_word_embeddings and not slice_head
     layout = layout or ("tied" if tied else "low-rank")
     cut: float | list[int] = ratio
     if schedule == "variance":
-        size = count(shapes_only(model, constant_widths(model, ratio, round_interval, slice_head), layout)).params
-        cut = widths_for_size(model, spectra(model, ids), size, round_interval, layout, slice_head)
+        widths = constant_widths(model, ratio, round_interval, slice_head)
+        size = count(shapes_only(model, widths, layout, output_norms)).params
+        cut = widths_for_size(model, spectra(model, ids), size, round_interval, layout, slice_head, output_norms)
     elif schedule != "constant":
         cut = saved_widths(schedule)
     return slice_model(
         model, ids, cut, round_interval=round_interval, layout=layout, slice_head=slice_head, compensate=compensate,
-        inplace=True, progress=progress,
+        inplace=True, progress=progress, output_norms=output_norms,
     )  # fmt: skip
 
 

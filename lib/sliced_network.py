@@ -3,6 +3,10 @@
 The stream x at junction j is replaced by u = x A_j, where A_j holds the first k_j columns of an orthogonal matrix. Readers
 become W A, writers Bᵀ W, and between two junctions with bases A and B a *shortcut* AᵀB carries the residual. Blocks keep
 their stock forward: a writer adds whatever turns the block's own `residual + output` into `residual · shortcut + output`.
+
+Where a sandwich norm stands between writer and stream (Gemma 3: x + g * y / rms(y), y = z W), rms(y) is that of the vector
+before gain and rotation, which the rotated one no longer shows. Such models are refused unless one of three extensions of
+ours is asked for, see `OUTPUT_NORMS`.
 """
 
 from __future__ import annotations
@@ -23,19 +27,41 @@ from lib.surgery import embedding, linear, parameter, record_edit, shape_shell, 
 # and shared with the head. global: the same basis everywhere, no shortcuts.
 LAYOUTS = ("low-rank", "dense", "tied", "global")
 
+# What to do about sandwich norms. exact: the writer stays whole for its norm, diag(g) B follows; a reference, saves little.
+# metric: the writer is folded, y' = z W diag(g) B, and rms(y) is estimated from y' by `MetricNorm`: that of y' Bᵀ diag(1/g).
+# fitted: the same network, but y is estimated from y' by least squares on the calibration data. Also where gains are zero.
+OUTPUT_NORMS = ("refuse", "exact", "metric", "fitted")
+SMALLEST_GAIN = 1e-4  # of the largest; `metric` divides by the gain, and float32 has no more digits to lose
+
+
+@dataclass(frozen=True)
+class NormFit:
+    """How rms(y)² of what a writer wrote follows from q, the energy that the cut leaves of it: slope · q + intercept.
+
+    error: root mean square, over the calibration tokens, of the relative error of rms(y)² + epsilon. undo: [d, d], so that q
+    is the energy of (g * y) B Bᵀ undo; None for diag(1/g).
+    """
+
+    slope: float
+    intercept: float = 0.0
+    error: float = 0.0
+    undo: torch.Tensor | None = None
+
 
 @dataclass(frozen=True)
 class Junction:
     """One point of the residual stream before a norm: the orthogonal axes [d, d] that it is turned to, and what they cost.
 
     values: energy [d] along each axis. stream_shift, norm_shift: mean [d] of what the cut deletes from the stream and from
-    the norm's output; given where bias compensation is wanted (our extra, not in the paper).
+    the norm's output; given where bias compensation is wanted (our extra, not in the paper). fit: of the sandwich norm that
+    leads here, where it is estimated from a cut stream.
     """
 
     axes: torch.Tensor
     values: torch.Tensor | None = None
     stream_shift: torch.Tensor | None = None
     norm_shift: torch.Tensor | None = None
+    fit: NormFit | None = None
 
 
 # --- modules ------------------------------------------------------------------------------------------------------------
@@ -85,13 +111,14 @@ class ShortcutWriter(nn.Module):
     with zeros to the width of the stream, which is that of the widest junction. In the last step before an unsliced head
     the coordinates beyond the stream go to the final norm instead.
 
-    norm: of the same half, where this writer carries the residual; None in the other half of a parallel block.
+    writer: a linear layer, or the sandwich norm behind one. norm: of the same half, where this writer carries the residual;
+    None in the other half of a parallel block.
     """
 
-    def __init__(self, writer: nn.Linear, stream: int, norm: JunctionNorm | None, shortcut: torch.Tensor | None, form: str):
+    def __init__(self, writer: nn.Module, stream: int, norm: JunctionNorm | None, shortcut: torch.Tensor | None, form: str):
         super().__init__()
         self.linear, self.stream, self.form = writer, stream, form
-        self.shortcut = None if shortcut is None else parameter(shortcut, like=writer.weight)
+        self.shortcut = None if shortcut is None else parameter(shortcut, like=next(writer.parameters()))
         self._norm = [norm]  # in lists: these modules belong to the block and to the model
         self._final: list[JunctionNorm] = []
         self._adds = False
@@ -123,13 +150,48 @@ class ShortcutWriter(nn.Module):
         return out - u if u is not None and self.form == "dense" else out
 
 
+class MetricNorm(nn.Module):
+    """A sandwich norm behind a folded writer: y' / √(‖y' Rᵀ‖² + floor² + epsilon), where the root estimates rms(y).
+
+    y' = (g * y) B [..., k] is what the writer wrote after gain g [d] and basis B [d, k]. R comes from a QR factorisation of
+    Pᵀ, where y' P estimates y. With P = Bᵀ diag(1/g), ‖y' Rᵀ‖² = y' Bᵀ diag(g)⁻² B y'ᵀ, which at k = d is ‖y‖². Below it
+    lacks what was deleted: `fit` corrects it, slope and intercept. epsilon is the norm's own: it is added to rms(y)², which no
+    gain or basis has touched.
+    """
+
+    def __init__(self, b: torch.Tensor, gain: torch.Tensor, epsilon: float, fit: NormFit, like: torch.Tensor):
+        super().__init__()
+        self.epsilon = epsilon
+        estimate = b / gain[:, None] if fit.undo is None else fit.undo.T @ b
+        self.root = parameter(fit.slope**0.5 * torch.linalg.qr(estimate).R, like=like)
+        self.floor = parameter(torch.tensor([fit.intercept**0.5], dtype=torch.float64), like=like)
+        self.register_parameter("bias", None)
+
+    @property
+    def macs_per_token(self) -> int:
+        return self.root.numel()
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        wide = y if y.dtype == torch.float64 else y.float()
+        energy = F.linear(wide, self.root.to(wide)).square().sum(-1, keepdim=True) + self.floor.to(wide).square()
+        out = (wide * torch.rsqrt(energy + self.epsilon)).to(y.dtype)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        return f"width={len(self.root)}, epsilon={self.epsilon}"
+
+
 class ProjectedEmbedding(nn.Embedding):
-    """A whole embedding table [V, d], still shared with the head, whose rows are projected [d, k] when they are looked up."""
+    """A whole embedding table [V, d], still shared with the head, whose rows are projected [d, k] when they are looked up.
+
+    The projection takes over what the table's own forward multiplies rows by.
+    """
 
     def __init__(self, table: nn.Embedding, projection: torch.Tensor):
         super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, device="meta")
         self.weight = table.weight
-        self.projection = parameter(projection, like=table.weight)
+        scale = getattr(table, "embed_scale", None)  # Gemma's √d, a tensor, rounded to the dtype of the table
+        self.projection = parameter(projection if scale is None else projection * scale.to(table.weight.dtype), table.weight)
 
     @property
     def macs_per_token(self) -> int:
@@ -185,6 +247,32 @@ def slice_writer(layer: nn.Linear, b: torch.Tensor, family: Family, shift: torch
     return linear(weight, bias, like=layer.weight)
 
 
+def slice_sandwich(
+    writer: nn.Linear,
+    norm: nn.Module,
+    b: torch.Tensor,
+    family: Family,
+    output_norms: str,
+    fit: NormFit | None = None,
+    shift: torch.Tensor | None = None,
+) -> tuple[nn.Linear, nn.Module]:
+    """What takes the place of a writer y = z W and of the sandwich norm behind it: (writer, norm), whose result is [..., k].
+
+    exact: the writer as it is, and y / rms(y) times diag(g) B. metric, fitted: z W diag(g) B and a `MetricNorm`; without a
+    `fit` that of an uncut stream, where the exact form has the same size, which fitted prefers. shift [d]: added to the stream
+    behind the norm.
+    """
+    gained = norm_gain(norm, family)[:, None] * b
+    added = None if shift is None else b.T @ shift
+    if output_norms == "exact" or (output_norms == "fitted" and b.shape[1] == len(b)):
+        last = linear(gained.T, added, like=writer.weight)
+        return writer, nn.Sequential(JunctionNorm(len(b), norm_epsilon(norm)), last)
+    fit = fit or NormFit(1 / len(b))
+    estimate = MetricNorm(b, norm_gain(norm, family), norm_epsilon(norm), fit, like=writer.weight)
+    estimate.bias = None if added is None else parameter(added, like=writer.weight)
+    return slice_writer(writer, gained, family), estimate
+
+
 def slice_embedding(table: nn.Embedding, a: torch.Tensor, family: Family) -> nn.Embedding:
     """E M A: centred only where the norms subtract the mean (the published code centres always, which is wrong)."""
     weight = table.weight.detach().double()
@@ -229,15 +317,17 @@ def rotate_and_slice(
     ranks: Sequence[int | None] | None = None,
     inplace: bool = False,
     progress: Callable[[str], None] | None = None,
+    output_norms: str = "refuse",
 ) -> nn.Module:
     """Build the sliced network from one junction at a time, taken from `junctions` as it is needed.
 
     widths: columns kept at each junction, the last of which is the width of the head. Any orthogonal axes leave the
     function unchanged at widths d (the paper's Theorem 1); principal axes lose least below. The result is a model of the
     same class with narrower modules; the dense one stays intact, or is consumed block by block with `inplace` so that both
-    are never in memory. ranks: columns of each low-rank shortcut, None
-    for dense ones, to repeat a recorded edit.
+    are never in memory. ranks: columns of each low-rank shortcut, None for dense ones, to repeat a recorded edit.
+    output_norms: one of `OUTPUT_NORMS`, of no effect without sandwich norms.
     """
+    check_sliceable(model, output_norms)
     dense = Anatomy(model)
     check_widths(dense, widths, layout)
     family, d, stream = dense.family, dense.width, max(widths[:-1])
@@ -250,7 +340,7 @@ def rotate_and_slice(
     a = here.axes[:, : widths[0]].to(device)
     tables = _embeddings(dense, a, stream, layout)
     last_norm = JunctionNorm(d, norm_epsilon(final_norm), widths[-1])
-    step, found = 0, []
+    step, found, errors = 0, [], []
     for i, block in enumerate(sliced.blocks):
         new: dict[str, nn.Module] = {}
         for _, halves in dense.steps:
@@ -265,7 +355,9 @@ def rotate_and_slice(
             rank = None if ranks is None else ranks[step - 1]
             b, shortcut, form = connect(a, there.axes.to(device), k, form, rank, drop_below)
             final = last_norm if last and k > stream else None
-            new |= _sliced_step(block, halves, family, here, a, b, shortcut, form, stream, final)
+            fit = there.fit if k < d else None  # nothing is deleted, nothing to be estimated
+            new |= _sliced_step(block, halves, family, here, a, b, shortcut, form, stream, final, output_norms, fit)
+            errors.append(fit.error if fit else 0.0)
             found.append(None if form == "dense" else 0 if shortcut is None else shortcut.shape[1])
             here, a = there, b
         for name, module in new.items():  # only now: finding the axes ran the dense block
@@ -273,15 +365,20 @@ def rotate_and_slice(
         if progress:
             progress(f"sliced layer {i + 1} of {len(sliced.blocks)} to width {a.shape[1]}")
     if layout == "tied":
-        last_norm.weight = _copied(getattr(final_norm, "weight", None))
-        last_norm.bias = _copied(getattr(final_norm, "bias", None))
+        if (gain := getattr(final_norm, "weight", None)) is not None:
+            last_norm.weight = parameter(norm_gain(final_norm, family), like=gain)
+        if (offset := norm_offset(final_norm)) is not None:
+            last_norm.bias = parameter(offset, like=final_norm.bias)
     else:
         sliced.put(family.head, slice_reader(head, final_norm, a, family, _on(here.norm_shift, device)))
         untie_head(sliced.model)
     sliced.put(family.final_norm, last_norm)
     for name, table in tables.items():
         sliced.put(name, table)
-    record_edit(sliced.model, edit="slicegpt", widths=list(widths), layout=layout, ranks=found, compensated=compensated)
+    edit = dict(edit="slicegpt", widths=list(widths), layout=layout, ranks=found, compensated=compensated)
+    if sandwich_norms(family):
+        edit |= dict(output_norms=output_norms, norm_errors=errors)
+    record_edit(sliced.model, **edit)
     return sliced.model
 
 
@@ -296,6 +393,8 @@ def _sliced_step(
     form: str,
     stream: int,
     final: JunctionNorm | None,
+    output_norms: str,
+    fit: NormFit | None,
 ) -> dict[str, nn.Module]:
     """The modules, by name, that replace norms, readers and writers between two junctions with bases a and b.
 
@@ -310,13 +409,19 @@ def _sliced_step(
         junction = new.setdefault(half.norm, JunctionNorm(a.shape[0], norm_epsilon(norm), a.shape[1]))
         for name in half.readers:
             new[name] = slice_reader(block.get_submodule(name), norm, a, family, norm_shift)
-        writer = slice_writer(block.get_submodule(half.writer), b, family, stream_shift if carries else None)
+        shift = stream_shift if carries else None
+        writer, last = block.get_submodule(half.writer), half.output_norm or half.writer
+        if half.output_norm is None:
+            writer = slice_writer(writer, b, family, shift)
+        else:
+            norm = block.get_submodule(half.output_norm)
+            new[half.writer], writer = slice_sandwich(writer, norm, b, family, output_norms, fit, shift)
         residual = junction if carries and shortcut is not None else None
         if residual is not None or b.shape[1] != stream:
             writer = ShortcutWriter(writer, stream, residual, shortcut if carries else None, form)
         if final is not None:
             writer.feed(final, adds=half is not halves[0])
-        new[half.writer] = writer
+        new[last] = writer
     return new
 
 
@@ -338,23 +443,41 @@ def _on(shift: torch.Tensor | None, device: torch.device) -> torch.Tensor | None
     return None if shift is None else shift.to(device)
 
 
-def _copied(value: nn.Parameter | None) -> nn.Parameter | None:
-    return None if value is None else parameter(value, like=value)
-
-
 # --- shapes -------------------------------------------------------------------------------------------------------------
 
 
-def check_sliceable(model: nn.Module) -> None:
+def sandwich_norms(family: Family) -> list[str]:
+    """Names within a block of the norms between a writer and the stream."""
+    return [half.output_norm for half in (family.attention, family.mlp) if half.output_norm]
+
+
+def check_sliceable(model: nn.Module, output_norms: str = "refuse") -> None:
     """Raise ValueError, with the reason, for architectures whose residual stream cannot be rotated freely."""
-    family = Anatomy(model).family
+    anatomy = Anatomy(model)
+    if output_norms not in OUTPUT_NORMS:
+        raise ValueError(f"unknown output_norms {output_norms!r}: choose one of {', '.join(OUTPUT_NORMS)}")
     if any(isinstance(module, JunctionNorm) for module in model.modules()):
         raise ValueError("this model is already sliced: slice the dense model at a higher level instead")
-    if any(half.output_norm for half in (family.attention, family.mlp)):
+    norms = sandwich_norms(anatomy.family)
+    if norms and output_norms == "refuse":
         raise ValueError(
             f"SliceGPT cannot rotate {model.config.model_type}: it normalises what attention and MLP write before "
             "adding it (sandwich norms), and that norm's scale is not invariant under a rotation that follows its gain. "
-            "Use a method that leaves the residual stream alone"
+            "Use a method that leaves the residual stream alone, or an extension of ours, with slice_model or method slicegpt: "
+            "output_norms=exact (keeps writers whole, a reference that saves little), or output_norms=metric or fitted (folds "
+            "the gain and estimates the scale, an approximation once something is deleted)"
+        )
+    for i, block in enumerate(anatomy.blocks if output_norms == "metric" else ()):
+        for name in norms:
+            _check_gain(f"{anatomy.family.blocks}.{i}.{name}", norm_gain(block.get_submodule(name), anatomy.family).abs())
+
+
+def _check_gain(name: str, gain: torch.Tensor) -> None:
+    if not gain.is_meta and (small := gain < SMALLEST_GAIN * gain.max()).any():
+        raise ValueError(
+            f"{int(small.sum())} entries of the gain of {name} are (almost) zero, at most {SMALLEST_GAIN:g} of its largest: "
+            "output_norms=metric divides by the gain, so it cannot know the size of those channels. Use output_norms=exact, or "
+            "output_norms=fitted, which does not divide"
         )
 
 
@@ -372,9 +495,16 @@ def check_widths(dense: Anatomy, widths: Sequence[int], layout: str) -> None:
         raise ValueError("layout 'global' has one basis: give every junction the same width (the head may keep its own)")
 
 
-def replay(model: nn.Module, widths: list[int], layout: str, ranks: list[int | None], compensated: bool) -> nn.Module:
+def replay(
+    model: nn.Module,
+    widths: list[int],
+    layout: str,
+    ranks: list[int | None],
+    compensated: bool,
+    output_norms: str = "refuse",
+    norm_errors: list[float] | None = None,
+) -> nn.Module:
     """Repeat the edit of `rotate_and_slice` on a model without values (parameters on the meta device), in place."""
-    check_sliceable(model)
     anatomy = Anatomy(model)
     if not isinstance(widths, list) or not isinstance(ranks, list) or not isinstance(compensated, bool):
         raise ValueError("widths and ranks are lists, compensated is true or false")
@@ -382,17 +512,18 @@ def replay(model: nn.Module, widths: list[int], layout: str, ranks: list[int | N
         raise ValueError(f"{len(widths)} widths need {len(widths) - 1} ranks, whole numbers or null")
     check_widths(anatomy, widths, layout)
     junctions = itertools.repeat(_empty_junction(anatomy.width, compensated))
-    sliced = rotate_and_slice(model, junctions, widths, layout, ranks=ranks, inplace=True)
+    sliced = rotate_and_slice(model, junctions, widths, layout, ranks=ranks, inplace=True, output_norms=output_norms)
     if sliced.edits[-1]["ranks"] != ranks:
         raise ValueError(f"shortcuts of ranks {ranks} do not fit between widths {widths}")
+    if norm_errors is not None:  # measured once, on the calibration set
+        sliced.edits[-1]["norm_errors"] = norm_errors
     return sliced
 
 
-def shapes_only(model: nn.Module, widths: Sequence[int], layout: str = "low-rank") -> nn.Module:
+def shapes_only(model: nn.Module, widths: Sequence[int], layout: str = "low-rank", output_norms: str = "refuse") -> nn.Module:
     """The sliced network as shapes on the meta device, from a model of any size and on any device: for counting."""
-    check_sliceable(model)
     junctions = itertools.repeat(_empty_junction(model.config.hidden_size, False))
-    return rotate_and_slice(shape_shell(model), junctions, widths, layout, inplace=True)
+    return rotate_and_slice(shape_shell(model), junctions, widths, layout, inplace=True, output_norms=output_norms)
 
 
 def _empty_junction(d: int, compensated: bool) -> Junction:

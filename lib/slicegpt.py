@@ -24,14 +24,16 @@ from torch import nn
 from lib.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
 from lib.calibration import ResidualStream
 from lib.cost import count
-from lib.linalg import coordinate_axes, principal_axes, random_rotation, remove_mean
+from lib.linalg import add_gram, coordinate_axes, principal_axes, random_rotation, remove_mean, root_of
 from lib.sliced_network import (
     LAYOUTS,
     Junction,
     JunctionNorm,
+    NormFit,
     check_sliceable,
     check_widths,
     rotate_and_slice,
+    sandwich_norms,
     shapes_only,
 )
 from lib.surgery import parameter
@@ -39,6 +41,7 @@ from lib.surgery import parameter
 SIGNALS = ("raw", "normalised")
 ORIENTATIONS = ("pca", "random")
 STATISTICS = ("sliced", "dense")
+ESTIMATES = ("metric", "fitted")  # of OUTPUT_NORMS, those that estimate a norm from what a cut leaves of its input
 
 
 def kept_width(d: int, level: float, round_interval: int = 8) -> int:
@@ -90,6 +93,7 @@ def widths_for_size(
     round_interval: int = 8,
     layout: str = "low-rank",
     slice_head: bool = False,
+    output_norms: str = "refuse",
 ) -> list[int]:
     """A variance schedule that comes close to `params` parameters from below, counted on the real modules.
 
@@ -99,7 +103,8 @@ def widths_for_size(
     low, high = 0.0, 1 - 1e-9  # too large a model, small enough a model
 
     def size(discarded: float) -> int:
-        return count(shapes_only(model, variance_widths(energies, discarded, round_interval, slice_head), layout)).params
+        widths = variance_widths(energies, discarded, round_interval, slice_head)
+        return count(shapes_only(model, widths, layout, output_norms)).params
 
     if size(high) > params:
         raise ValueError(f"no variance schedule of this model has at most {params:,} parameters: ask for more")
@@ -136,30 +141,37 @@ def junctions(
     signal: str = "raw",
     precision: torch.dtype = torch.float64,
     compensate: bool = False,
+    output_norms: str = "refuse",
 ) -> Iterator[Junction]:
     """Every junction in order, each measured on the stream already sliced to `widths` before it.
 
     `first` is the decomposition of junction 0, where the stream must stand. One evaluation of each half block: measure,
     project, go on (the published code runs every block twice). At widths d this is the dense model. `compensate` also
-    measures the mean of what is deleted and gives it back, as the finished network will.
+    measures the mean of what is deleted and gives it back, as the finished network will. With output_norms `metric` or
+    `fitted` the stream goes on behind each sandwich norm as that network estimates it (the axes are those of the exact norm:
+    they come first).
     """
-    anatomy, found = stream.anatomy, first
+    anatomy, found, fit = stream.anatomy, first, None
+    estimates = output_norms in ESTIMATES and bool(sandwich_norms(anatomy.family))
     steps = [(run, halves, block) for block in range(len(anatomy.blocks)) for run, halves in anatomy.steps]
-    for k, (run, halves, block) in zip(widths[:-1], steps, strict=True):
+    for (k, next_k), (run, halves, block) in zip(itertools.pairwise(widths), steps, strict=True):
         values, axes = found
         project = _projection(axes, k, anatomy)
         norms = [anatomy.blocks[block].get_submodule(half.norm) for half in halves]
         shifts = _deleted_means(stream, project, norm_epsilon(norms[0])) if compensate else (None, None)
-        yield Junction(axes, values, *shifts)
-        with _shifted(norms, shifts[1], anatomy):
+        yield Junction(axes, values, *shifts, fit)
+        output_norm = anatomy.blocks[block].get_submodule(halves[0].output_norm) if estimates and next_k < anatomy.width else None
+        with _shifted(norms, shifts[1], anatomy), _inputs_of(output_norm) as written:
             stream.advance(run, block, before=project, after=shifts[0])
         found = decompose(stream, signal, precision)
+        if output_norm is not None:
+            fit = _estimate_norm(stream, output_norm, written, found[1][:, :next_k], output_norms == "fitted")
     values, axes = found
     shifts = (None, None)
     if compensate:
         final_norm = anatomy.get(anatomy.family.final_norm)
         shifts = _deleted_means(stream, _projection(axes, widths[-1], anatomy), norm_epsilon(final_norm))
-    yield Junction(axes, values, *shifts)
+    yield Junction(axes, values, *shifts, fit)
 
 
 def _deleted_means(stream: ResidualStream, project: Callable, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +198,86 @@ def _shifted(norms: list[nn.Module], shift: torch.Tensor | None, anatomy: Anatom
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _inputs_of(norm: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """What a norm is given within the `with`, batch by batch; nothing without one."""
+    seen: list[torch.Tensor] = []
+    hook = contextlib.nullcontext()
+    if norm is not None:
+        hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with hook:  # torch's handles remove themselves
+        yield seen
+
+
+def fit_norm(energy: torch.Tensor, left: torch.Tensor, epsilon: float) -> NormFit:
+    """Least squares for rms(y)² from the energy that a cut leaves of y: slope · left + intercept, neither of them negative.
+
+    energy: rms(y)² [tokens]; left: Σ of the squares of what is left [tokens]. The error minimised is that of rms(y)² + epsilon
+    relative to itself: tokens then weigh the same, however large (a few are a thousand times larger), as they do behind the
+    norm. Not negative, or the estimate could be: with one of the two at zero the fit is that of the other alone.
+    """
+    true, left = energy.double() + epsilon, left.double()
+    columns = torch.stack([left / true, 1 / true], dim=1)
+    wanted = energy.double() / true  # = 1 but for epsilon, which the norm adds itself
+
+    def solved(used: list[int]) -> NormFit:
+        weights = torch.zeros(2, dtype=columns.dtype, device=columns.device)
+        size = columns[:, used].norm(dim=0).clamp(min=1e-30)  # brought to length 1: the two differ by the scale of y
+        x = columns[:, used] / size
+        weights[used] = torch.linalg.pinv(x.T @ x, hermitian=True) @ (x.T @ wanted) / size
+        error = (columns @ weights - wanted).square().mean().sqrt()
+        return NormFit(*weights.tolist(), float(error))
+
+    both = solved([0, 1])
+    if both.slope >= 0 and both.intercept >= 0:
+        return both
+    return min(solved([0]), solved([1]), key=lambda fit: fit.error)
+
+
+def undo_by_regression(gram: torch.Tensor, gain: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The matrix [d, d] that takes what a cut leaves of g * y, (g * y) B Bᵀ, to the best linear estimate of y.
+
+    gram: Σ yᵀy [d, d]; gain: g [d]; kept: B [d, k]. Least squares, so no gain is divided by: where one is zero its channel is
+    told from the others. With k = d and no gain at zero it is diag(1/g).
+    """
+    seen = gain[:, None] * kept
+    across = seen.T @ gram
+    root, _ = root_of(across @ seen)
+    return kept @ torch.cholesky_solve(across, root)
+
+
+@torch.no_grad()
+def _estimate_norm(
+    stream: ResidualStream, norm: nn.Module, written: list[torch.Tensor], kept: torch.Tensor, regress: bool
+) -> NormFit:
+    """Fit a sandwich norm to what a cut leaves of its inputs, and correct the stream behind it to what that estimate gives.
+
+    written: y [b, tokens, d], batch by batch; kept: B [d, k]. Of y the cut leaves (g * y) B Bᵀ, whose energy is taken after
+    division by g, y' Bᵀ diag(g)⁻² B y'ᵀ, or with `regress` after the best linear map.
+    """
+    gain, epsilon = norm_gain(norm, stream.anatomy.family), norm_epsilon(norm)
+    batches = list(zip(stream.batches(), written, strict=True))
+    undo = None
+    if regress:
+        gram = torch.zeros(len(gain), len(gain), dtype=torch.float64, device=gain.device)
+        for (_, real), y in batches:  # each token weighs the same, as in the fit of its energy
+            add_gram(gram, rms_normalise(y[real].double(), epsilon))
+        undo = undo_by_regression(gram, gain, kept)
+    to_estimate = gain[:, None] * kept @ (kept.T / gain if undo is None else kept.T @ undo)  # of y from y
+
+    def energies(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = y.double()
+        return y.square().mean(-1), (y @ to_estimate).square().sum(-1)
+
+    measured = [energies(y[real]) for (_, real), y in batches]
+    fit = fit_norm(*(torch.cat(values) for values in zip(*measured, strict=True)), epsilon)
+    for (rows, _), y in batches:
+        energy, left = energies(y)
+        ratio = ((energy + epsilon) / (fit.slope * left + fit.intercept + epsilon)).sqrt()
+        stream.hidden[rows] += ((ratio - 1)[..., None] * norm(y)).to(stream.hidden.dtype)
+    return replace(fit, undo=undo)
 
 
 def spectra(model: nn.Module, ids: torch.Tensor, signal: str = "raw", batch: int = 8) -> torch.Tensor:
@@ -259,6 +351,7 @@ def sweep(
     batch: int = 8,
     inplace: bool = False,
     progress: Callable[[str], None] | None = None,
+    output_norms: str = "refuse",
 ) -> Iterator[tuple[float | Sequence[int], nn.Module]]:
     """Slice a model at several levels; yields (cut, sliced model), each the same function as a run of its own.
 
@@ -269,7 +362,9 @@ def sweep(
     statistics `dense` measures every junction on the dense model instead of the network sliced so far: one calibration for
     all cuts, a preview that holds all axes in memory (8 d² bytes a junction). compensate: give the mean of what is deleted
     back as biases (our extra; off, as in the paper). drop_below: leave out shortcut columns whose principal angle has
-    1 - cos below this.
+    1 - cos below this. output_norms: for models with sandwich norms (Gemma 3), which the paper does not cover, one of the
+    extensions of ours in `lib.sliced_network`, `exact`, `metric` or `fitted`; the record of the result holds the error of every
+    estimated norm.
 
     Raises ValueError for bad cuts, ids, weights or architectures before any work starts.
     """
@@ -285,9 +380,11 @@ def sweep(
         raise ValueError("orientation 'random' needs a torch.Generator, so that the run can be repeated")
     if compensate and statistics == "dense":
         raise ValueError("compensation is measured on the sliced stream: use statistics 'sliced'")
+    if output_norms in ESTIMATES and statistics == "dense":
+        raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics 'sliced'")
     if inplace and len(cuts) != 1:
         raise ValueError("slicing in place consumes the dense model: give exactly one level")
-    check_sliceable(model)
+    check_sliceable(model, output_norms)
     schedules = []
     for cut in cuts:
         level = isinstance(cut, int | float)
@@ -305,10 +402,11 @@ def sweep(
             else:
                 if i:
                     stream.restart()
-                found = junctions(stream, first, widths, signal, precision, compensate)
+                found = junctions(stream, first, widths, signal, precision, compensate, output_norms)
             if orientation == "random":
                 found = randomly_oriented(found, widths, generator)
-            yield cut, rotate_and_slice(model, found, widths, layout, drop_below, inplace=inplace, progress=progress)
+            settings = dict(inplace=inplace, progress=progress, output_norms=output_norms)
+            yield cut, rotate_and_slice(model, found, widths, layout, drop_below, **settings)
 
     return run()
 
