@@ -86,7 +86,7 @@ def test_parameters_before_and_after_are_those_of_real_modules():
 
 def test_parameters_after_pruning_by_hand():
     whole, neuron = PUBLISHED["gemma-3-270m"], 3 * 640
-    parameters = tasks.full_parameters("structured_afr", "gemma-3-270m")
+    parameters = tasks.full_parameters("structured_afr", "gemma-3-270m") | {"ratios": [0.2, 0.5]}
     found = params_after("structured_afr", parameters, "Gemma-3-270M")
     assert found == {0.2: whole - 18 * 410 * neuron, 0.5: whole - 18 * 1024 * neuron}  # 1,638 of 2,048 stay at 20 %
     parameters = tasks.full_parameters("on_device_pruning", "llama-2-7b")
