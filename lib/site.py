@@ -171,8 +171,8 @@ def page(title: str, body: str, up: str = "../../") -> str:
     )
 
 
-def facts(run: Run) -> str:
-    """What the manifest says of how a run was made; its date is that of its commit, if git knows it."""
+def facts(run: Run, packages: bool = True) -> str:
+    """What the manifest says of how a run was made; the date is that of its commit, if git knows it."""
     manifest, machine = run.manifest, run.manifest["machine"]
     words = ["git", "show", "-s", "--format=%cs", run.commit.split()[0]]
     date = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
@@ -180,12 +180,14 @@ def facts(run: Run) -> str:
     rows = {
         "profile": manifest["profile"],
         "command": f"<code>{escape(run.command)}</code>",
-        "commit": f"<code>{escape(run.commit)}</code>" + (f" of {date}" if date else ""),
+        "commit": f"<code>{escape(run.commit)}</code>" + (f' of <span class="date">{date}</span>' if date else ""),
         "code version": f"<code>{escape(manifest['code_version'])}</code>",
         "machine": f"{machine['system']}, {machine['cores']} cores, {machine['accelerator'] or 'no accelerator'}",
         "packages": ", ".join(f"{name} {version}" for name, version in manifest.get("packages", {}).items()),
         "seconds": f"{manifest['seconds']:,.0f} ({computed} results computed, {remembered} kept from an earlier start)",
     }
+    if not packages:
+        del rows["packages"]
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
 
 
@@ -284,14 +286,17 @@ def code_page(path: str) -> str:
 
 def index_page(runs: list[Run], out: Path) -> str:
     """One card for every run, by profile."""
-    parts = ["<h1>Four papers on compressing language models</h1>"]
+    parts = [
+        "<h1>Four papers on compressing language models</h1>\n<p>Executed notebooks, and every table and figure that they wrote, "
+        "each with the command and the commit that made it.</p>"
+    ]
     for profile in sorted({run.manifest["profile"] for run in runs}, key=lambda name: (name != "workshop", name)):
         parts.append(f"<h2>Profile {escape(profile)}</h2>\n<div class=cards>")
         for run in (run for run in runs if run.manifest["profile"] == profile):
             slides = f"slides/{slides_name(run)}"
             links = f'<a href="{run.name}/notebook.html">Notebook</a><a href="{run.name}/index.html">Tables and figures</a>'
             links += f'<a href="{slides}">Slides</a>' if (out / slides).is_file() else ""
-            parts.append(f'<section class="card"><h3>{escape(run.title)}</h3>\n<nav>{links}</nav>\n{facts(run)}</section>')
+            parts.append(f'<section class="card"><h3>{escape(run.title)}</h3>\n<nav>{links}</nav>\n{facts(run, packages=False)}</section>')
         parts.append("</div>")
     return page("Four papers on compressing language models", "\n".join(parts), "")
 
