@@ -1,4 +1,4 @@
-"""The teaching outputs: a static site and slides, made of executed notebooks and of the tables and figures beside them.
+"""A static site, made of executed notebooks and of the tables and figures beside them.
 
 Nothing is computed here and nothing is loaded from a network by the site: formulas are converted to MathML, which browsers
 draw themselves. Every table and figure carries the command and the commit that made it, as its manifest records them.
@@ -20,7 +20,7 @@ from pathlib import Path
 import nbformat
 import yaml
 from jinja2 import pass_context
-from nbconvert import HTMLExporter, SlidesExporter
+from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -35,7 +35,6 @@ except ModuleNotFoundError as error:
 
 ASSETS = Path(__file__).parent / "assets" / "site"
 LINKED = re.compile(r"\]\(\.\./([^)#\s]+)\)")  # how notebooks link to the code beside them
-LOGGED = re.compile(r" at \d+%: perplexity | s since the start|files written")  # lines that report progress
 
 
 @dataclass
@@ -63,6 +62,10 @@ class Run:
             for name, value in self.manifest["parameters"].items():
                 words += ["--set", f"{name}={one_line(value)}"]
         return shlex.join(words)
+
+    @property
+    def slides(self) -> str:
+        return f"slides/{self.manifest['profile']}-{self.manifest['paper']}.html"
 
     @property
     def commit(self) -> str:
@@ -142,25 +145,6 @@ class NotebookPage(Words, HTMLExporter):
     code = "../../code"
 
 
-class Slides(Words, SlidesExporter):
-    raw_template = """
-{%- extends 'reveal/index.html.j2' -%}
-{% block html_head_js %}{% endblock %}
-{% block html_head_js_mathjax %}{% endblock %}
-{% block html_head_css %}<style>
-  .reveal { font-size: 24px; }
-  .reveal h1 { font-size: 1.7em; } .reveal h2 { font-size: 1.4em; } .reveal h3 { font-size: 1.1em; }
-  .reveal .slides section section { max-height: 100%; overflow: auto; text-align: left; }
-  .reveal .jp-Cell { padding: 0; } .reveal .jp-RenderedImage img { margin: 0 auto; max-height: 640px; }
-  .formula { display: block; text-align: center; margin: 0.6em 0; } .formula.inline { display: inline; margin: 0; }
-</style>{% endblock %}
-{% block footer_js %}
-<script src="{{ resources.reveal.url_prefix }}/dist/reveal.js"></script>
-<script>Reveal.initialize({ hash: true, width: 1100, height: 700, center: false, slideNumber: "h.v", transition: "none" });</script>
-{% endblock %}
-"""
-
-
 def page(title: str, body: str, up: str = "../../") -> str:
     """A whole HTML page; `up` is the way from its folder to the root of the site."""
     return (
@@ -235,7 +219,7 @@ def spoken(path: Path) -> str:
 def results_page(run: Run) -> str:
     """Every table and every figure of one run."""
     tables, figures = sorted((run.folder / "tables").glob("*.csv")), {}
-    for path in sorted((run.folder / "figures").glob("*.*"), reverse=True):  # svg before png
+    for path in sorted((run.folder / "figures").glob("*.*")):  # png before svg
         figures.setdefault(path.stem, []).append(path)
     parts = []
     for path in tables:
@@ -244,18 +228,19 @@ def results_page(run: Run) -> str:
             f'<h2 id="table-{path.stem}">{spoken(path)}</h2>\n{sortable(path)}\n{words}\n{made_by(run, path)}'
             f'<p class="made"><a href="tables/{path.name}">{path.name}</a>, at full precision</p>'
         )
-    for files in reversed(figures.values()):
+    for files in figures.values():
         links = ", ".join(f'<a href="figures/{path.name}">{path.name}</a>' for path in files)
-        name = spoken(files[-1])
-        image = f'<img src="figures/{files[-1].name}" alt="{name}: its numbers are in the tables of this page">'
+        name = spoken(files[0])
+        image = f'<img src="figures/{files[0].name}" alt="Plot: {name}">'
         parts.append(
-            f'<h2 id="figure-{files[-1].stem}">Figure: {name}</h2>\n<figure>{image}</figure>\n'
-            f'{"".join(made_by(run, path) for path in files[-1:])}<p class="made">{links}</p>'
+            f'<h2 id="figure-{files[0].stem}">Figure: {name}</h2>\n<figure>{image}</figure>\n'
+            f'{made_by(run, files[0])}<p class="made">{links}</p>'
         )
     contents = "".join(f'<li><a href="#table-{path.stem}">{spoken(path)}</a></li>' for path in tables)
-    contents += "".join(f'<li><a href="#figure-{name}">Figure: {spoken(Path(name))}</a></li>' for name in sorted(figures))
+    contents += "".join(f'<li><a href="#figure-{name}">Figure: {spoken(Path(name))}</a></li>' for name in figures)
     top = '<nav><a href="../../index.html">All papers</a><a href="notebook.html">Notebook</a></nav>'
-    head = f"<h1>Tables and figures: {escape(run.title)}</h1>{facts(run)}<details open><summary>Contents</summary><ul>{contents}</ul></details>"
+    head = f"<h1>Tables and figures: {escape(run.title)}</h1>{facts(run)}"
+    head += f"<details open><summary>Contents</summary><ul>{contents}</ul></details>"
     return page(f"Tables and figures: {run.title}", f"{top}\n{head}\n" + "\n".join(parts))
 
 
@@ -263,9 +248,10 @@ def notebook_page(run: Run) -> str:
     """The executed notebook, with its code, its outputs and a list of its sections."""
     exporter = NotebookPage(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(run.notebook)
-    body = body.replace('alt="No description has been provided for this image"', 'alt="Figure: what it shows is said in the text"')
+    body = body.replace('alt="No description has been provided for this image"', 'alt="A figure that the text explains"')
     sections = "".join(
-        f'<li><a href="#{anchor}">{words}</a></li>' for anchor, words in re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor', body)
+        f'<li><a href="#{anchor}">{words}</a></li>'
+        for anchor, words in re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor', body)
     )
     top = '<nav><a href="../../index.html">All papers</a><a href="index.html">Tables and figures</a></nav>'
     contents = f"<details><summary>Sections</summary><ul>{sections}</ul></details>"
@@ -293,10 +279,10 @@ def index_page(runs: list[Run], out: Path) -> str:
     for profile in sorted({run.manifest["profile"] for run in runs}, key=lambda name: (name != "workshop", name)):
         parts.append(f"<h2>Profile {escape(profile)}</h2>\n<div class=cards>")
         for run in (run for run in runs if run.manifest["profile"] == profile):
-            slides = f"slides/{slides_name(run)}"
             links = f'<a href="{run.name}/notebook.html">Notebook</a><a href="{run.name}/index.html">Tables and figures</a>'
-            links += f'<a href="{slides}">Slides</a>' if (out / slides).is_file() else ""
-            parts.append(f'<section class="card"><h3>{escape(run.title)}</h3>\n<nav>{links}</nav>\n{facts(run, packages=False)}</section>')
+            links += f'<a href="{run.slides}">Slides</a>' if (out / run.slides).is_file() else ""
+            made = facts(run, packages=False)
+            parts.append(f'<section class="card"><h3>{escape(run.title)}</h3>\n<nav>{links}</nav>\n{made}</section>')
         parts.append("</div>")
     return page("Four papers on compressing language models", "\n".join(parts), "")
 
@@ -334,60 +320,3 @@ def build_site(results: str | Path, out: str | Path) -> Path:
     shutil.copy(ASSETS / "sort.js", out)
     (out / "index.html").write_text(index_page(runs, out))
     return out / "index.html"
-
-
-def slides_name(run: Run) -> str:
-    return f"{run.manifest['profile']}-{run.manifest['paper']}.html"
-
-
-def slide_cells(run: Run) -> list[nbformat.NotebookNode]:
-    """The cells of a notebook as slides: each `##` heading starts one, and what follows it is stacked below it.
-
-    Stacked are the text below a `###` heading, every other text cell, and every code cell that shows something: its outputs,
-    without the code and without the lines that only report progress.
-    """
-    cells = []
-    for cell in run.notebook.cells:
-        if cell.cell_type == "markdown":
-            parts = [part for part in re.split(r"(?m)^(?=##+ )", cell.source) if part.strip()]
-            cells += [nbformat.v4.new_markdown_cell(part) for part in parts]
-        elif cell.cell_type == "code":
-            streams = [output for output in cell.outputs if output.output_type == "stream"]
-            for output in streams:
-                output.text = "".join(line for line in output.text.splitlines(True) if not LOGGED.search(line))
-            cell.outputs = [output for output in cell.outputs if output not in streams or output.text.strip()]
-            cells += [cell] if cell.outputs else []
-    made = f"`{run.command}`, commit `{run.commit}`"
-    cells.append(nbformat.v4.new_markdown_cell(f"## How the numbers were made\n\n{made}"))
-    for cell in cells:
-        cell.metadata["slideshow"] = {"slide_type": "slide" if re.match("##? ", cell.source) else "subslide"}
-    return cells
-
-
-def build_slides(folder: str | Path, out: str | Path, reveal: str | Path = "") -> Path:
-    """Write the run in `folder`, `results/<profile>/<paper>`, as reveal.js slides into the folder `out`. Returns the page.
-
-    reveal: an unpacked reveal.js 4 or 5, which is copied beside the slides; without it the page loads nbconvert's version of
-    reveal.js from a content network when it is opened.
-
-    Raises ValueError where there is no run, or where `reveal` is not reveal.js.
-    """
-    run, out = read_run(Path(folder)), Path(out)
-    if reveal and not (Path(reveal) / "dist" / "reveal.js").is_file():
-        raise ValueError(f"{reveal} is not an unpacked reveal.js: it holds no dist/reveal.js")
-    out.mkdir(parents=True, exist_ok=True)
-    if reveal:
-        for kind in ("dist", "LICENSE"):
-            source = Path(reveal) / kind
-            if source.is_dir():
-                shutil.copytree(source, out / "reveal.js" / kind, dirs_exist_ok=True)
-            elif source.is_file():
-                shutil.copy(source, out / "reveal.js")
-    run.notebook.cells = slide_cells(run)
-    exporter = Slides(exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    if reveal:
-        exporter.reveal_url_prefix = "reveal.js"
-    body, _ = exporter.from_notebook_node(run.notebook, {"metadata": {"name": run.title}})
-    target = out / slides_name(run)
-    target.write_text(body)
-    return target
