@@ -223,7 +223,8 @@ def results_page(run: Run) -> str:
         figures.setdefault(path.stem, []).append(path)
     parts = []
     for path in tables:
-        words = f'<p class="note">{escape(note(path.with_suffix(".md")))}</p>'
+        words = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(note(path.with_suffix(".md"))))
+        words = f'<p class="note">{words}</p>'
         parts.append(
             f'<h2 id="table-{path.stem}">{spoken(path)}</h2>\n{sortable(path)}\n{words}\n{made_by(run, path)}'
             f'<p class="made"><a href="tables/{path.name}">{path.name}</a>, at full precision</p>'
