@@ -13,7 +13,7 @@ from pathlib import Path
 from invoke import Exit, task
 
 ROOT = Path(__file__).resolve().parent
-NOTEBOOKS, RESULTS = ROOT / "notebooks", ROOT / "results"
+NOTEBOOKS, RESULTS, SITE = ROOT / "notebooks", ROOT / "results", ROOT / "site"
 PROFILES = NOTEBOOKS / "params"
 
 
@@ -444,6 +444,48 @@ def export_gguf(c, folder, out, dtype="float16"):
 
 
 @task
+def site(c):
+    """Build the static site of all results into site/ (needs the extra `site`): notebooks, every table, every figure."""
+
+    def work():
+        from lib.site import build_site
+
+        shutil.rmtree(partial, ignore_errors=True)
+        if (SITE / "slides").is_dir():
+            shutil.copytree(SITE / "slides", partial / "slides")
+        build_site(RESULTS, partial)
+
+    partial = SITE.with_name(f"{SITE.name}.partial")  # swapped in at the end: an earlier site stays whole until then
+    checked(work)
+    replace_folder(partial, SITE)
+    print(f"{shown(SITE)}/index.html: open it in a browser; it needs no network")
+
+
+@task(
+    help={
+        "paper": "the notebook",
+        "profile": "folder of results it is taken from (default: workshop)",
+        "reveal": "unpacked reveal.js 4 or 5 (for one: `npm pack reveal.js@5`, then unpack it), copied beside the slides; "
+        "without it the browser loads reveal.js from unpkg.com, so the room needs a network",
+    }
+)
+def slides(c, paper, profile="workshop", reveal=""):
+    """Make reveal.js slides of an executed notebook into site/slides/ (needs the extra `site`).
+
+    Each heading of a section starts a slide. Its texts, tables and figures are stacked below it; code is not shown.
+    """
+    choose("paper", paper, papers())
+
+    def work():
+        from lib.slides import build_slides
+
+        return build_slides(RESULTS / profile / paper, SITE, reveal)
+
+    network = "needs no network" if reveal else "the browser loads reveal.js from unpkg.com; --reveal FOLDER avoids that"
+    print(f"{shown(checked(work))}: {network}; `invoke site` links to it")
+
+
+@task
 def lint(c):
     """Check style and formatting with ruff."""
     python = shlex.quote(sys.executable)
@@ -453,7 +495,7 @@ def lint(c):
 @task
 def clean(c):
     """Remove caches, ledgers and unfinished runs; committed results stay."""
-    for pattern in ("**/__pycache__", ".pytest_cache", ".ruff_cache", "results/**/*.partial", "results/interactive"):
+    for pattern in ("**/__pycache__", ".pytest_cache", ".ruff_cache", "*.partial", "results/**/*.partial", "results/interactive"):
         for path in ROOT.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
     for path in RESULTS.rglob("*.ledger.jsonl"):

@@ -198,17 +198,22 @@ class Results:
         self.files.append(name)
 
 
+def rounded(value: object) -> str:
+    """One value as a table shows it: four significant digits, counts with thousands separators, nothing for a missing one."""
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
 def markdown(frame: pd.DataFrame) -> str:
-    """A table in Markdown: fractions and measurements to four significant digits, counts with thousands separators."""
+    """A table in Markdown, its values `rounded`."""
 
     def show(value: object) -> str:
-        if value is None or (isinstance(value, float) and value != value):
-            return ""
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return str(value).replace("|", "\\|")
-        if isinstance(value, int) or float(value).is_integer():
-            return f"{int(value):,}"
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return rounded(value).replace("|", "\\|")
 
     lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
     lines += ["| " + " | ".join(show(v) for v in row) + " |" for row in frame.itertuples(index=False)]
