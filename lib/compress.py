@@ -33,7 +33,7 @@ from lib.experiment import Calibration
 from lib.linalg import Sparsity
 from lib.models import DTYPES, fingerprint, load, locate
 from lib.results import Progress, package_versions
-from lib.sliced_network import shapes_only
+from lib.sliced_network import shapes_only, usual_layout
 from lib.slicegpt import (
     constant_widths,
     global_axes,
@@ -66,8 +66,7 @@ def _slicegpt(
     schedule: `constant`, `variance` (as many parameters as `constant` would leave), or the folder of a sliced model whose
     widths are taken over. output_norms: `exact`, `metric` or `fitted` for Gemma 3, which is refused otherwise.
     """
-    tied = model.config.tie_word_embeddings and not slice_head
-    layout = layout or ("tied" if tied else "low-rank")
+    layout = layout or usual_layout(model, slice_head)
     cut: float | list[int] = ratio
     if schedule == "variance":
         widths = constant_widths(model, ratio, round_interval, slice_head)

@@ -17,7 +17,7 @@ from lib import comp
 from lib.baselines import llm_pruner, shortgpt
 from lib.cost import count
 from lib.low_rank import replay, uniform_ranks
-from lib.sliced_network import shapes_only
+from lib.sliced_network import shapes_only, usual_layout
 from lib.slicegpt import constant_widths
 from lib.structured import ffn_widths, kv_groups, remove_blocks, remove_groups, remove_neurons, uniform
 from lib.surgery import shape_shell
@@ -27,8 +27,7 @@ ASKED = ("comp", "fpt", "shortgpt")  # their own ratio is that very share; Short
 
 
 def _sliced(model: nn.Module, ratio: float) -> nn.Module:
-    layout = "tied" if model.config.tie_word_embeddings else "low-rank"
-    return shapes_only(model, constant_widths(model, ratio, round_interval=1), layout)
+    return shapes_only(model, constant_widths(model, ratio, round_interval=1), usual_layout(model))
 
 
 def _low_rank(model: nn.Module, ratio: float) -> nn.Module:

@@ -481,6 +481,11 @@ def _check_gain(name: str, gain: torch.Tensor) -> None:
         )
 
 
+def usual_layout(model: nn.Module, slice_head: bool = False) -> str:
+    """`tied` where the head shares the embedding table and stays whole, else `low-rank`."""
+    return "tied" if model.config.tie_word_embeddings and not slice_head else "low-rank"
+
+
 def check_widths(dense: Anatomy, widths: Sequence[int], layout: str) -> None:
     """Raise ValueError for widths or a layout that this model cannot be given."""
     d, wanted = dense.width, dense.junctions
