@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-import time
 from pathlib import Path
 
 from invoke import Exit, task
@@ -88,13 +87,17 @@ def full_parameters(paper: str, profile: str) -> dict:
         "profile": "parameter file in notebooks/params (default: workshop)",
         "force": "compute again even what is up to date",
         "data-dir": "folder with benchmark and calibration files, instead of the hub",
+        "cluster": "run on Dask workers: the address of a scheduler, local, local:N, or a .yaml file for a queueing system "
+        "(needs the extra `cluster`)",
         "set": "override one notebook parameter, NAME=VALUE; may be repeated; results go to results/<profile>-custom",
     },
     iterable=["set"],
 )
-def reproduce(c, paper="", profile="workshop", force=False, data_dir="", set=None):
+def reproduce(c, paper="", profile="workshop", force=False, data_dir="", cluster="", set=None):
     """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
     from lib.profiles import check_machine, read_profile
+    from lib.runs import Run
+    from lib.runs import reproduce as bring_up_to_date
 
     choose("profile", profile, profiles())
     names = papers_of(profile, paper)
@@ -104,95 +107,36 @@ def reproduce(c, paper="", profile="workshop", force=False, data_dir="", set=Non
         os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
     chosen = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
     about = read_profile(PROFILES / f"{profile}.yaml")
-    checked(lambda: check_machine(about, chosen))
     for name, reason in about.about.get("refused", {}).items():
         print(f"{name} ({profile}): not run. {reason}", flush=True)
-    for name, parameters in chosen.items():
-        run_notebook(name, f"{profile}-custom" if set else profile, parameters, force)
+    label = f"{profile}-custom" if set else profile
+    runs = [Run(NOTEBOOKS / f"{name}.ipynb", parameters, RESULTS, label) for name, parameters in chosen.items()]
+    if cluster:
+        checked(lambda: on_cluster(cluster, runs, force))
+    else:
+        checked(lambda: check_machine(about, chosen))
+        for run in runs:
+            checked(lambda run=run: bring_up_to_date(run, force))
 
 
-def run_notebook(paper: str, profile: str, parameters: dict, force: bool) -> None:
-    """Execute one notebook into results/<profile>/<paper>, unless the ledger says that this very run is complete."""
-    import nbformat
-    import papermill
+def on_cluster(where: str, runs: list, force: bool) -> None:
+    from lib.cluster import connect, reproduce_on
 
-    from lib.results import Ledger
-
-    source = NOTEBOOKS / f"{paper}.ipynb"
-    target = RESULTS / profile / paper
-    ledger_file = target.with_name(f"{paper}.ledger.jsonl")
-    cells = nbformat.read(source, as_version=4).cells
-    # Settings identify a ledger cell, but a notebook's own code decides what they mean: other code, another ledger.
-    opened = {"opened": paper, "code": [cell.source for cell in cells if cell.cell_type == "code"]}
-    if force or (ledger_file.is_file() and opened not in Ledger(ledger_file)):
-        ledger_file.unlink(missing_ok=True)
-    run = {"run": paper, "parameters": parameters, "files": local_state(parameters), "text": [cell.source for cell in cells]}
-    ledger = Ledger(ledger_file)
-    if run in ledger and (target / "manifest.json").is_file():
-        print(f"{paper} ({profile}): up to date in {shown(target)}, nothing to do; --force computes it again")
-        return
-    if opened not in ledger:
-        ledger.append(opened, "opened", 0)
-    # Work in a folder of its own and swap at the end: earlier results stay whole until the new ones are.
-    partial = target.with_name(f"{paper}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    print(f"{paper} ({profile}): running, progress below; a second start continues where a killed one stopped", flush=True)
-    start = time.time()
-    try:
-        papermill.execute_notebook(
-            str(source), str(partial / f"{paper}.ipynb"), parameters | {"folder": str(partial), "profile": profile},
-            log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, cwd=str(NOTEBOOKS),
-        )  # fmt: skip
-    except papermill.PapermillExecutionError as error:
-        raise Exit(
-            f"{paper} ({profile}) failed in cell {error.exec_count}: {error.ename}: {error.evalue}\n"
-            f"The notebook up to there is {shown(partial)}/{paper}.ipynb; finished cells are kept for the next start",
-            code=1,
-        ) from error
-    tidy(partial / f"{paper}.ipynb")
-    replace_folder(partial, target)
-    Ledger(ledger_file).append(run, "complete", time.time() - start)
-    print(f"{paper} ({profile}): done in {time.time() - start:.0f} s, see {shown(target)}")
+    with connect(where) as client:
+        reproduce_on(client, runs, force)
 
 
-def local_state(parameters: dict) -> list[tuple[str, int, int]]:
-    """Name, size and time of every local file that a run would read: models and texts by path, the data directory."""
-    named = [os.environ.get("PARED_DATA_DIR", "")]
-    for value in parameters.values():
-        named += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
-    files = []
-    for path in (Path(name).expanduser() for name in named if os.sep in name or name.endswith(".txt")):
-        files += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+@task(help={"cluster": "a .yaml file for a queueing system, such as notebooks/params/clusters/slurm.yaml"})
+def job_script(c, cluster):
+    """Print the script that `invoke reproduce --cluster FILE.yaml` would submit for each worker, without submitting it."""
+    from lib.cluster import queue_cluster
 
+    def work():
+        found, jobs = queue_cluster(cluster)
+        with found:
+            print(f"# {jobs} jobs of this script:\n{found.job_script()}")
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`."""
-    retired = old.with_name(f"{old.name}.retired")
-    shutil.rmtree(retired, ignore_errors=True)
-    if old.exists():
-        old.rename(retired)
-    new.rename(old)
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-def tidy(path: Path) -> None:
-    """Take out of an executed notebook what says where and when it ran rather than what it found."""
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata.pop("widgets", None)
-    for cell in notebook.cells:
-        for key in ("papermill", "execution", "ExecuteTime"):
-            cell.metadata.pop(key, None)
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            lines = cell.source.splitlines()
-            cell.source = "\n".join(line for line in lines if not line.startswith("folder = "))
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata["language_info"] = {"name": "python"}
-    nbformat.write(notebook, path)
+    checked(work)
 
 
 def shown(path: Path) -> str:
@@ -274,6 +218,8 @@ def notebooks(c, paper=""):
     """Re-execute the stored notebooks in place with their default parameters, so that their outputs are current."""
     import papermill
 
+    from lib.runs import tidy
+
     for name in [choose("paper", paper, papers())] if paper else papers():
         path = NOTEBOOKS / f"{name}.ipynb"
         staged = path.with_suffix(".partial.ipynb")
@@ -318,10 +264,14 @@ def train_workshop_models(c, model="", seed=0, steps=0):
 
 def checked(run):
     """Call `run`; an error that the user can mend becomes one line and exit status 2, anything else stays a traceback."""
+    from lib.runs import RunError
+
     try:
         return run()
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ModuleNotFoundError) as error:
         raise Exit(str(error), code=2) from error
+    except RunError as error:
+        raise Exit(str(error), code=1) from error
     except OSError as error:
         raise Exit(f"{error}: nothing was written", code=1) from error
 
@@ -446,6 +396,8 @@ def export_gguf(c, folder, out, dtype="float16"):
 @task
 def site(c):
     """Build the static site of all results into site/ (needs the extra `site`): notebooks, every table, every figure."""
+
+    from lib.runs import replace_folder
 
     def work():
         from lib.site import build_site

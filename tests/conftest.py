@@ -1,6 +1,7 @@
 """Tiny random models of every family, made so that mistakes show: big gains, biases, embeddings with large row means."""
 
 import os
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests never need a network
 
@@ -78,3 +79,14 @@ def exact_norms(monkeypatch):
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the largest entry of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -14,6 +14,7 @@ from invoke import Exit
 
 import tasks
 from lib.profiles import read_profile
+from lib.runs import local_state
 
 TOY = [
     ("parameters", 'steps = 3\nfolder = ""\nprofile = "workshop"'),
@@ -103,7 +104,7 @@ def test_changed_local_files_are_seen(tmp_path):
     for text in ("one", "two!"):
         (tmp_path / "t.txt").write_text(text)
         (tmp_path / "model" / "weights").write_text(text)
-        states.append(tasks.local_state(parameters))
+        states.append(local_state(parameters))
     assert states[0] != states[1]
     assert [size for _, size, _ in states[1]] == [4, 4]
 
@@ -147,6 +148,66 @@ def test_a_killed_run_continues(project):
     manifest = json.loads((project / "results/workshop/toy/manifest.json").read_text())
     assert manifest["cells_from_ledger"] >= 1
     assert (project / "results/workshop/toy/tables/t.csv").read_text() == "i\n0\n1\n2\n3\n"
+
+
+def test_a_second_run_on_the_same_results_refuses(project):
+    path = project / "notebooks" / "toy.ipynb"
+    path.write_text(path.read_text().replace("time.sleep(0.3)", "time.sleep(2)"))
+    command = [sys.executable, "-c", RUNNER, str(project)]
+    settings = dict(cwd=Path(tasks.__file__).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = subprocess.Popen(command, **settings)
+    for line in first.stdout:
+        if "worked 0" in line:
+            break
+    with pytest.raises(Exit, match="another run is at work on .*toy"):
+        tasks.reproduce.body(None, force=True)
+    rest = first.communicate(timeout=120)[0]
+    assert first.returncode == 0
+    assert "worked 3" in rest
+    assert (project / "results/workshop/toy/tables/t.csv").read_text() == "i\n0\n1\n2\n3\n"
+    assert json.loads((project / "results/workshop/toy/manifest.json").read_text())["cells_computed"] == 4
+
+
+def test_a_full_disk_leaves_earlier_results(project, small_disk, monkeypatch):
+    monkeypatch.setattr(tasks, "RESULTS", small_disk)
+    tasks.reproduce.body(None)
+    target = small_disk / "workshop" / "toy"
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    path = project / "notebooks" / "toy.ipynb"
+    source = path.read_text()
+    path.write_text(source.replace("run.table('t', rows)", "run.table('t', [{'i': 'x' * 100_000}])"))
+    with pytest.raises(Exit, match="No space left on device") as stop:
+        tasks.reproduce.body(None)
+    assert stop.value.code == 1
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    path.write_text(source)
+    tasks.reproduce.body(None)  # what the failed run left behind does not stand in the way
+    assert {path.name for path in target.rglob("*") if path.is_file()} == {path.name for path in before}
+
+
+def test_a_ledger_on_a_full_disk_is_an_error_and_continues(project, small_disk, monkeypatch):
+    monkeypatch.setattr(tasks, "RESULTS", small_disk)
+    path = project / "notebooks" / "toy.ipynb"
+    path.write_text(
+        path.read_text()
+        .replace("    return i\\n", "    return i if i < 2 else 'x' * size\\n")
+        .replace("steps = 3", "steps = 3\\nsize = 3")
+    )
+    with pytest.raises(Exit, match="No space left on device"):
+        tasks.reproduce.body(None, set=["size=100_000"])
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)  # someone made room
+    with pytest.warns(UserWarning, match="is damaged"):
+        tasks.reproduce.body(None, set=["size=2"])
+    manifest = json.loads((small_disk / "workshop-custom/toy/manifest.json").read_text())
+    assert manifest["cells_from_ledger"] >= 2
+
+
+def test_read_only_results_are_an_error_before_any_work(project, small_disk, monkeypatch, capfd):
+    monkeypatch.setattr(tasks, "RESULTS", small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(Exit, match="cannot be written .*Read-only file system"):
+        tasks.reproduce.body(None)
+    assert "worked" not in capfd.readouterr().out
 
 
 def test_task_list_is_readable():

@@ -1,0 +1,205 @@
+"""Runs on several machines, through a Dask scheduler: notebooks, one model each, and the cells that they finish.
+
+A worker executes a notebook for one of its models in a folder of its own, and reports every finished cell through the
+scheduler. The process that started the run owns the ledger and is the only one that writes it. If a worker is lost, Dask gives
+its notebook to another one, which finds the reported cells among its records and goes on from there. When a notebook's models
+are all done, one more run of it, on all models, puts tables and figures together from the ledger.
+
+Workers need this very code and these package versions (a shared environment, or the same commit installed) and, for local
+models and data, the same paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+from lib.results import Ledger, code_version, package_versions
+from lib.runs import Run, RunError, execute, reproduce
+
+ENGINES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
+
+
+def distributed():
+    """The package, or an error that says how to get it."""
+    try:
+        import dask.distributed as package
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--cluster needs the extra `cluster`: pip install -e '.[cluster]'") from error
+    return package
+
+
+@contextlib.contextmanager
+def connect(where: str) -> Iterator:
+    """A client of the scheduler at `where`, closed afterwards, as are clusters that this starts.
+
+    where: the address of a running scheduler (`tcp://host:8786`); `local` or `local:N` for N worker processes of this machine
+    (default: one per core), one thread each; or a .yaml file for a queueing system (`queue_cluster`).
+    Raises ValueError if nothing answers at the address within ten seconds.
+    """
+    package = distributed()
+    with contextlib.ExitStack() as stack:
+        if where == "local" or where.startswith("local:"):
+            count = where.partition(":")[2] or str(os.cpu_count())
+            if not count.isdigit() or not int(count):
+                raise ValueError(f"--cluster local:N takes a number of worker processes, not {where!r}")
+            options = dict(n_workers=int(count), threads_per_worker=1, dashboard_address=":0", memory_limit=None)
+            where = stack.enter_context(package.LocalCluster(**options))
+        elif where.endswith((".yaml", ".yml")):
+            cluster, jobs = queue_cluster(where)
+            where = stack.enter_context(cluster)
+            cluster.scale(jobs=jobs)
+        try:
+            client = stack.enter_context(package.Client(where, timeout=10, set_as_default=False))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no scheduler answers at {where!r}: start one with `dask scheduler`, or use local") from error
+        yield client
+
+
+def queue_cluster(path: str | Path):
+    """The dask-jobqueue cluster that a .yaml file describes, and how many jobs to ask for.
+
+    The file has `engine` (slurm, pbs, lsf or sge), `jobs`, and `options`: arguments of that class of dask-jobqueue. One job is
+    one worker and runs one notebook at a time. Raises ValueError for another engine or options that the class refuses.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no cluster file {path}: see notebooks/params/clusters/slurm.yaml for one")
+    found = yaml.safe_load(Path(path).read_text())
+    if not isinstance(found, dict) or set(found) != {"engine", "jobs", "options"} or found["engine"] not in ENGINES:
+        raise ValueError(f"{path} must have engine (one of {', '.join(ENGINES)}), jobs and options, and nothing else")
+    distributed()
+    import dask_jobqueue
+
+    try:
+        # One thread: a notebook uses all the cores of its job itself.
+        options = {"cores": 1, "processes": 1} | found["options"]
+        return getattr(dask_jobqueue, ENGINES[found["engine"]])(**options), int(found["jobs"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {found['engine']} refuses these options: {error}") from error
+
+
+def reproduce_on(client, runs: Sequence[Run], force: bool = False) -> None:
+    """`lib.runs.reproduce` for all runs at once, on the workers of `client`. Raises the first RunError when all have ended."""
+    with ThreadPoolExecutor(len(runs)) as pool:
+        waiting = [pool.submit(reproduce, run, force, functools.partial(spread, client)) for run in runs]
+    for done in waiting:
+        done.result()
+
+
+def shards(parameters: dict) -> list[dict]:
+    """Parameters of the runs that can go on side by side: one per model. Empty if there is nothing to share out."""
+    models = parameters.get("models", [])
+    return [parameters | {"models": [model]} for model in models] if len(models) > 1 else []
+
+
+def spread(client, run: Run, partial: Path, ledger: Ledger) -> None:
+    """The engine of a cluster: one notebook run per model side by side, then one on all of them, from the cells they found."""
+    topic, writing = f"cells-{uuid.uuid4().hex}", threading.Lock()
+
+    def keep(record: dict) -> None:
+        with writing:
+            if record["settings"] not in ledger:
+                ledger.append(record["settings"], record["result"], record["seconds"])
+
+    def submit(parameters: dict):
+        job = {"name": run.notebook.name, "notebook": run.notebook.read_text(), "parameters": parameters, "profile": run.profile}
+        job |= {"topic": topic, "versions": versions(), "data_dir": os.environ.get("PARED_DATA_DIR", "")}
+        return client.submit(work, job, list(ledger.records.values()), pure=False, key=f"{run.paper}-{uuid.uuid4().hex}")
+
+    client.subscribe_topic(topic, lambda event: keep(json.loads(event[1])))
+    try:
+        files = {}
+        for stage in (shards(run.parameters), [run.parameters]):
+            for future in [submit(parameters) for parameters in stage]:
+                files, records = result_of(future, run)
+                for record in records:
+                    keep(record)
+                print(f"{run}: {len(ledger.records)} records in the ledger", flush=True)
+    finally:
+        client.unsubscribe_topic(topic)
+    for name, data in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(data)
+
+
+def result_of(future, run: Run) -> tuple[dict[str, bytes], list[dict]]:
+    """What `work` returned. Raises RunError where it failed or where Dask gave it up after losing worker after worker."""
+    try:
+        return future.result()
+    except distributed().KilledWorker as error:
+        raise RunError(f"{run}: worker after worker was lost while running it, out of memory perhaps: {error}") from error
+
+
+def versions() -> dict:
+    return {"code": code_version()} | package_versions()
+
+
+def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
+    """On a worker: execute a notebook with `records` in its ledger; its files, and the records that were added.
+
+    New records are also sent to `job["topic"]` as they appear, and those that a lost worker sent there are read first.
+    """
+    package = distributed()
+    worker = package.get_worker()
+    if differing := [f"{name} {value}, not {job['versions'].get(name)}" for name, value in versions().items()
+                     if value != job["versions"].get(name)]:  # fmt: skip
+        raise RunError(f"the worker {worker.address} has other versions: {'; '.join(differing)}. Install the same commit there")
+    if job["data_dir"] and not Path(job["data_dir"]).is_dir():
+        raise RunError(f"the worker {worker.address} has no folder {job['data_dir']}: put the data directory on a shared disk")
+    os.environ["PARED_DATA_DIR"] = job["data_dir"]
+    sent = [json.loads(event[1]) for event in package.get_client().get_events(job["topic"])]
+    with tempfile.TemporaryDirectory() as place:
+        # Named so that the notebook finds its ledger where `lib.results.Results` looks for it.
+        notebook = Path(place) / job["name"]
+        folder, ledger_file = notebook.with_suffix(".partial"), notebook.with_suffix(".ledger.jsonl")
+        folder.mkdir()
+        notebook.write_text(job["notebook"])
+        ledger_file.write_text("".join(json.dumps(record) + "\n" for record in [*records, *sent]))
+        added: list[dict] = []
+
+        def report(line: str) -> None:
+            added.append(json.loads(line))
+            worker.log_event(job["topic"], line)
+
+        with followed(ledger_file, report):
+            execute(notebook, job["parameters"], job["profile"], folder)
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return files, sent + added
+
+
+@contextlib.contextmanager
+def followed(path: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Calls `report` with every whole line that is added to a file while the block runs, within half a second."""
+    over = threading.Event()
+
+    def follow() -> None:
+        rest = ""
+        while True:
+            last = over.wait(0.5)
+            for line in file:
+                rest += line
+                if rest.endswith("\n"):
+                    report(rest.rstrip("\n"))
+                    rest = ""
+            if last:
+                return
+
+    with path.open() as file:
+        file.seek(0, os.SEEK_END)
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()

@@ -1,0 +1,155 @@
+"""Running a paper's notebook into `results/`: resumable, one run at a time, the new results whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import nbformat
+
+from lib.results import Ledger
+
+
+class RunError(Exception):
+    """A run that ended without results; the message says why and what is left of it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A notebook with its parameters, and where its results go: `<results>/<profile>/<paper>`, the ledger beside it."""
+
+    notebook: Path
+    parameters: dict
+    results: Path
+    profile: str
+
+    @property
+    def paper(self) -> str:
+        return self.notebook.stem
+
+    @property
+    def target(self) -> Path:
+        return self.results / self.profile / self.paper
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.target.with_name(f"{self.paper}.ledger.jsonl")
+
+    def __str__(self) -> str:
+        return f"{self.paper} ({self.profile})"
+
+
+# Executes a run into a folder; finished cells go to the ledger, which the engine may read and, if the kernel does not, write.
+Engine = Callable[[Run, Path, Ledger], None]
+
+
+def reproduce(run: Run, force: bool = False, engine: Engine | None = None) -> None:
+    """Bring `run.target` up to date: nothing to do if the ledger says that this very run is complete, else run and swap.
+
+    engine: `here` unless a cluster does it. Raises RunError if the notebook fails, if another process is at work on the same
+    results, or if they cannot be written; earlier results stay whole in every case.
+    """
+    lock = filelock.FileLock(run.target.with_name(f".{run.paper}.lock"), timeout=0)
+    try:
+        run.target.parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            _reproduce(run, force, engine or here)
+    except filelock.Timeout as error:
+        raise RunError(f"{run}: another run is at work on {run.target}; wait until it ends, or stop it") from error
+    except OSError as error:
+        raise RunError(f"{run}: {run.target} cannot be written ({error}); earlier results are as they were") from error
+
+
+def _reproduce(run: Run, force: bool, engine: Engine) -> None:
+    cells = nbformat.read(run.notebook, as_version=4).cells
+    # Settings identify a ledger cell, but a notebook's own code decides what they mean: other code, another ledger.
+    opened = {"opened": run.paper, "code": [cell.source for cell in cells if cell.cell_type == "code"]}
+    if force or (run.ledger_file.is_file() and opened not in Ledger(run.ledger_file)):
+        run.ledger_file.unlink(missing_ok=True)
+    complete = {"run": run.paper, "parameters": run.parameters, "files": local_state(run.parameters)}
+    complete["text"] = [cell.source for cell in cells]
+    ledger = Ledger(run.ledger_file)
+    if complete in ledger and (run.target / "manifest.json").is_file():
+        print(f"{run}: up to date in {run.target}, nothing to do; --force computes it again", flush=True)
+        return
+    if opened not in ledger:
+        ledger.append(opened, "opened", 0)
+    # Work in a folder of its own and swap at the end: earlier results stay whole until the new ones are.
+    partial = run.target.with_name(f"{run.paper}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    print(f"{run}: running, progress below; a second start continues where a killed one stopped", flush=True)
+    start = time.time()
+    engine(run, partial, ledger)
+    replace_folder(partial, run.target)
+    Ledger(run.ledger_file).append(complete, "complete", time.time() - start)
+    print(f"{run}: done in {time.time() - start:.0f} s, see {run.target}", flush=True)
+
+
+def here(run: Run, partial: Path, ledger: Ledger) -> None:
+    """The engine of one machine: the notebook's kernel reads and writes the ledger itself."""
+    try:
+        execute(run.notebook, run.parameters, run.profile, partial)
+    except RunError as error:
+        raise RunError(f"{error}\nThe notebook up to there is {partial / run.notebook.name}") from error
+
+
+def execute(notebook: Path, parameters: dict, profile: str, folder: Path) -> None:
+    """Execute a notebook into `folder` with papermill. Raises RunError with the failing cell; the notebook up to it is there."""
+    import papermill
+
+    output = folder / notebook.name
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(output), parameters | {"folder": str(folder), "profile": profile},
+            log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, cwd=str(notebook.parent),
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise RunError(
+            f"{notebook.stem} ({profile}) failed in cell {error.exec_count}: {error.ename}: {error.evalue}. "
+            "Finished cells are kept for the next start"
+        ) from error
+    tidy(output)
+
+
+def tidy(path: Path) -> None:
+    """Take out of an executed notebook what says where and when it ran rather than what it found."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution", "ExecuteTime"):
+            cell.metadata.pop(key, None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            lines = cell.source.splitlines()
+            cell.source = "\n".join(line for line in lines if not line.startswith("folder = "))
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.write(notebook, path)
+
+
+def local_state(parameters: dict) -> list[tuple[str, int, int]]:
+    """Name, size and time of every local file that a run would read: models and texts by path, the data directory."""
+    named = [os.environ.get("PARED_DATA_DIR", "")]
+    for value in parameters.values():
+        named += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+    files = []
+    for path in (Path(name).expanduser() for name in named if os.sep in name or name.endswith(".txt")):
+        files += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`."""
+    retired = old.with_name(f"{old.name}.retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    if old.exists():
+        old.rename(retired)
+    new.rename(old)
+    shutil.rmtree(retired, ignore_errors=True)

@@ -1,0 +1,178 @@
+"""Runs on a real Dask scheduler with real worker processes give what one machine gives, a killed worker included."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from invoke import Exit
+
+import tasks
+from lib import cluster
+from lib.results import Ledger
+from lib.runs import Run, RunError, reproduce
+
+package = pytest.importorskip("dask.distributed")
+SLURM = Path(tasks.PROFILES) / "clusters" / "slurm.yaml"
+PARAMETERS = 'models = ["a", "b"]\nsteps = 4\npause = 0.0\nlog = []\nfolder = ""\nprofile = "p"'
+CODE = """
+import os, time
+from pathlib import Path
+from lib.results import Results
+run = Results("toy", folder, profile)
+def work(model, i):
+    time.sleep(pause)
+    for path in log:
+        with (Path(path[0]) / "log").open("a") as file:
+            print(model, i, os.getppid(), file=file, flush=True)
+    return {"value": i**2, "of": model}
+rows = [run.cell(lambda m=m, i=i: work(m, i), model=m, i=i) for m in models for i in range(steps)]
+run.table("t", rows)
+manifest = run.finish({"models": models})
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """(results, parameters) -> the run of a toy notebook of two models with `steps` cells each."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells.append(nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}))
+    notebook.cells.append(nbformat.v4.new_code_cell(CODE))
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    path = tmp_path / "notebooks" / "toy.ipynb"
+    path.parent.mkdir()
+    nbformat.write(notebook, path)
+    return lambda results, **parameters: Run(path, {"models": ["a", "b"]} | parameters, tmp_path / results, "p")
+
+
+@pytest.fixture(scope="module")
+def client():
+    with cluster.connect("local:2") as found:
+        yield found
+
+
+def log_of(path: Path) -> list[list[str]]:
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_the_cluster_gives_what_one_machine_gives(toy, tmp_path, client, capfd):
+    alone, shared = toy("alone"), toy("shared", log=[[str(tmp_path)]])
+    reproduce(alone)
+    cluster.reproduce_on(client, [shared])
+    files = [sorted(p.relative_to(r.target).as_posix() for p in r.target.rglob("*") if p.is_file()) for r in (alone, shared)]
+    assert files[0] == files[1]
+    assert "tables/t.csv" in files[0]
+    assert (alone.target / "tables/t.csv").read_bytes() == (shared.target / "tables/t.csv").read_bytes()
+    # Each cell was computed once, the two models by two kernels; the run that made the table computed nothing.
+    computed = log_of(tmp_path / "log")
+    assert sorted(tuple(line[:2]) for line in computed) == [(m, str(i)) for m in "ab" for i in range(4)]
+    manifest = json.loads((shared.target / "manifest.json").read_text())
+    assert (manifest["cells_computed"], manifest["cells_from_ledger"]) == (0, 8)
+    capfd.readouterr()
+    cluster.reproduce_on(client, [shared])
+    assert "nothing to do" in capfd.readouterr().out
+
+
+def test_a_lost_worker_is_replaced_and_its_cells_are_kept(toy, tmp_path):
+    log = tmp_path / "log"
+    run = toy("killed", steps=6, pause=1.0, log=[[str(tmp_path)]])
+    reference = toy("alone", steps=6)
+    reproduce(reference)
+    with cluster.connect("local:2") as client:
+        pids = set(client.run(os.getpid).values())
+        done = threading.Thread(target=cluster.reproduce_on, args=(client, [run]))
+        done.start()
+        while not (seen := [line for line in log_of(log) if line[0] == "b" and int(line[1]) >= 2]):
+            time.sleep(0.1)
+        time.sleep(0.7)  # longer than a report takes
+        victim = int(seen[0][2])
+        assert victim in pids  # the parent of the kernel is the worker itself
+        os.kill(victim, signal.SIGKILL)
+        done.join(120)
+        assert not done.is_alive()
+    assert (run.target / "tables/t.csv").read_bytes() == (reference.target / "tables/t.csv").read_bytes()
+    computed = [tuple(line[:2]) for line in log_of(log)]
+    again = [cell for cell in set(computed) if computed.count(cell) > 1]
+    assert len(set(computed)) == 12
+    # Only the cell that was in work when the worker died is computed twice (two, if the orphaned kernel ended one more).
+    assert len(again) <= 2
+    assert all(model == "b" and int(i) >= 3 for model, i in again)
+
+
+def test_a_killed_driver_starts_again_from_its_ledger(toy, tmp_path, client):
+    run = toy("again", log=[[str(tmp_path)]])
+    ledger = Ledger(run.ledger_file)
+    cluster.spread(client, run, tmp_path / "elsewhere", ledger)  # the cells are in the ledger, the results were never swapped in
+    assert len(log_of(tmp_path / "log")) == 8
+    assert len(Ledger(run.ledger_file).records) == 8  # each once, though reported and returned
+    cluster.spread(client, run, tmp_path / "elsewhere", Ledger(run.ledger_file))
+    assert len(log_of(tmp_path / "log")) == 8
+
+
+def test_a_failing_cell_ends_the_run_with_its_reason(toy, client):
+    run = toy("failing", steps="many")
+    with pytest.raises(RunError, match=r"toy \(p\) failed in cell 3: TypeError"):
+        cluster.reproduce_on(client, [run])
+    assert not run.target.exists()
+
+
+def test_workers_with_another_library_are_refused(toy, client, monkeypatch):
+    monkeypatch.setattr(cluster, "code_version", lambda: "other")
+    with pytest.raises(RunError, match="has other versions: code .*, not other"):
+        cluster.reproduce_on(client, [toy("other")])
+
+
+def test_a_missing_data_directory_is_named(toy, client, monkeypatch):
+    monkeypatch.setenv("PARED_DATA_DIR", "/no/such/folder")
+    with pytest.raises(RunError, match="has no folder /no/such/folder"):
+        cluster.reproduce_on(client, [toy("data")])
+
+
+def test_only_models_are_shared_out():
+    assert cluster.shards({"models": ["a", "b"], "n": 1}) == [{"models": ["a"], "n": 1}, {"models": ["b"], "n": 1}]
+    assert cluster.shards({"models": ["a"]}) == cluster.shards({"n": 1}) == []
+
+
+def test_the_slurm_script_says_what_the_file_says():
+    found, jobs = cluster.queue_cluster(SLURM)
+    with found:
+        script = found.job_script()
+    assert jobs == 4
+    for line in ("#SBATCH -p gpu", "#SBATCH --cpus-per-task=8", "#SBATCH -t 12:00:00", "#SBATCH --gres=gpu:1"):
+        assert line in script.splitlines()
+    prologue, command = script.split("export OMP_NUM_THREADS=8\n")
+    assert "source .venv/bin/activate" in prologue
+    assert "--nthreads 1 " in command
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("engine: condor\njobs: 1\noptions: {}", "engine .one of slurm, pbs, lsf, sge"),
+        ("engine: slurm\njobs: 1", "must have engine"),
+        ("engine: slurm\njobs: 1\noptions: {memory: 1GB, no_such_option: 1}", "slurm refuses these options: .*no_such_option"),
+        ("engine: slurm\njobs: 1\noptions: {cores: 1}", "slurm refuses these options: .*memory"),
+    ],
+)
+def test_mistakes_in_a_cluster_file_are_explained(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        cluster.queue_cluster(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("local:none", "number of worker processes"),
+        ("tcp://127.0.0.1:9", "no scheduler answers"),
+        ("nowhere", "no scheduler answers"),
+        ("no.yaml", "no cluster file no.yaml"),
+    ],
+)
+def test_a_cluster_that_is_not_there_ends_at_once(where, message):
+    with pytest.raises(Exit, match=message):
+        tasks.reproduce.body(None, paper="slicegpt", cluster=where)
