@@ -1,0 +1,106 @@
+"""Kill `invoke reproduce` at random moments, start it again each time, and compare with a run that nobody killed.
+
+    python -m benchmarks.kills [--kills 50] [--profile workshop] [--paper slicegpt] [--set NAME=VALUE ...]
+
+Both runs work in copies of the project, so results here are not touched. Half of the kills take the whole process group, the
+other half only the task, whose kernel lives on for about a second and may still write. In the end every table must be equal but
+for measured times and memory, and no unfinished folder may be left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = re.compile(
+    "seconds|tokens_per_s|speed|scoring_ms|share_of_ideal|peak_mb|^saved"
+)  # columns that a clock or the system fills
+
+
+def copy_of_project(place: Path) -> Path:
+    """The code without results or history, importable before the installed one."""
+    place.mkdir()
+    for name in ("lib", "notebooks"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tasks.py", "pyproject.toml"):
+        shutil.copy2(ROOT / name, place / name)
+    return place
+
+
+def start(project: Path, words: list[str]) -> subprocess.Popen:
+    log = (project / "log.txt").open("a")
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    command = [sys.executable, "-m", "invoke", "reproduce", *words]
+    return subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(project: Path, words: list[str]) -> None:
+    if status := start(project, words).wait():
+        sys.exit(f"invoke reproduce ended with {status}; the end of its output:\n{(project / 'log.txt').read_text()[-2000:]}")
+
+
+def kill_at_random(project: Path, words: list[str], kills: int, longest: float, chance: random.Random) -> int:
+    """Kills as many runs as wanted, each after 0 to `longest` seconds; returns how many were still running then."""
+    hit = 0
+    for i in range(kills):
+        process, group = start(project, words), i % 2 == 0
+        try:
+            if status := process.wait(chance.uniform(0, longest)):
+                sys.exit(f"kill {i}: the run had failed by itself with {status}\n{(project / 'log.txt').read_text()[-2000:]}")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL) if group else process.kill()
+            process.wait()
+            hit += 1
+        records = sum(path.read_text().count("\n") for path in (project / "results").rglob("*.ledger.jsonl"))
+        print(f"kill {i + 1}, {'task and kernel' if group else 'task alone'}: {records} records in the ledgers", flush=True)
+    return hit
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """What differs between the results in two folders, measured columns aside."""
+    tables = [{p.relative_to(place).as_posix() for p in place.rglob("tables/*.csv")} for place in (one, two)]
+    found = [f"only in one of them: {name}" for name in tables[0] ^ tables[1]]
+    for name in sorted(tables[0] & tables[1]):
+        frames = [pd.read_csv(place / name, float_precision="round_trip") for place in (one, two)]
+        for column in frames[0].columns if list(frames[0]) == list(frames[1]) else ["other columns"]:
+            if MEASURED.search(column):
+                continue
+            if column not in frames[0] or not frames[0][column].equals(frames[1][column]):
+                found.append(f"{name}: {column}")
+    left = [p.name for place in (one, two) for p in place.rglob("*") if p.name.endswith((".partial", ".retired"))]
+    return found + [f"left over: {name}" for name in left]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--longest", type=float, default=40.0, help="seconds until a kill, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    found, words = parser.parse_known_args()  # the rest is for `invoke reproduce`
+    with tempfile.TemporaryDirectory() as place:
+        calm, killed = copy_of_project(Path(place) / "calm"), copy_of_project(Path(place) / "killed")
+        begun = time.time()
+        finish(calm, words)
+        print(f"undisturbed: {time.time() - begun:.0f} s", flush=True)
+        hit = kill_at_random(killed, words, found.kills, found.longest, random.Random(found.seed))
+        finish(killed, words)
+        wrong = differences(calm / "results", killed / "results")
+        tables = len(list((calm / "results").rglob("tables/*.csv")))
+        print(f"{hit} of {found.kills} runs were killed while at work; {tables} tables compared: {wrong or 'all equal'}")
+        sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
