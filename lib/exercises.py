@@ -187,19 +187,19 @@ def score_the_neurons(function: Callable) -> None:
 
 def clip_the_tails(function: Callable) -> None:
     """The clip of section 4 for one neuron: scores x [m] -> [m]. Expected: written down by hand."""
-    x = matrix([0.1, -0.2, 4.1, 9, 0.3, 2, 3.8, 7, -3, 4.3, 0, 3.9])[0]
-    weights, means, stds = matrix([0.6, 0.4], [0, 4], [0.5, 0.5])
-    right = x.clone()
-    right[3] = 7  # by density, lowest first: 9, 7, -3 and 2; at the ends are the runs (-3) and (7, 9), and 2 is in the middle
-    inside, ordered = x.clamp(-0.2, 4.3), x.sort().values
+    x = matrix([0.1, -0.2, 5.8, 13, 0.3, 2.5, 8.5, 11, -4, 6.2, 0, -1.55])[0]
+    weights, means, stds = matrix([0.8, 0.2], [0, 6], [0.5, 1])
+    right = x.clamp(max=8.5)  # the five least dense: 13, 11, -4, 2.5, 8.5; the runs are (-4) and (8.5, 11, 13), 2.5 is inside
+    ordered = x.sort().values
     mistakes = {
         "nothing was clipped; a run starts at the end and goes on while scores are marked": x,
-        "clip to the innermost marked score, not to the first one that is not marked": inside,
+        "clip to the innermost marked score, not to the first one that is not marked": x.clamp(-1.55, 6.2),
+        "these are the marks of another density: Σ weight/std · exp(-z²/2), and a factor is missing": x.clamp(-1.55, 11),
         "every score stays in its place; this one is sorted": right.sort().values,
         "this clips equally many at both ends; the density decides": x.clamp(ordered[2], ordered[-3]),
-        "only unbroken runs from an end are clipped; 2 is marked too, but lies in the middle": x.clamp(2, 7),
+        "only unbroken runs from an end are clipped; 2.5 is marked too, but lies in the middle": x.clamp(2.5, 8.5),
     }
-    match("scores", answer(function, x, weights, means, stds, 0.34), right, mistakes)
+    match("scores", answer(function, x, weights, means, stds, 0.42), right, mistakes)
 
 
 # --- COMP ----------------------------------------------------------------------------------------------------------------
