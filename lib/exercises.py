@@ -81,7 +81,7 @@ def projection(axes: torch.Tensor) -> torch.Tensor:
 
 
 def fold_the_norm(function: Callable) -> None:
-    """Section 3.3: W' [n, d] and b' [n] with W'x + b' = W(gain · x + shift) + b. Expected: the layer on unit vectors."""
+    """Section 3.2: W' [n, d] and b' [n] with W'x + b' = W(gain · x + shift) + b. Expected: the layer on unit vectors."""
     gain, shift, bias = matrix([2, 1, 0.5], [1, 0, -1], [1, 2, 3])
     weight = matrix([1, 2, 0], [0, 1, 3], [1, 0, 1])
     zero, *images = [weight @ (gain * x + shift) + bias for x in (torch.zeros(3), *torch.eye(3))]
@@ -99,7 +99,7 @@ def fold_the_norm(function: Callable) -> None:
 
 
 def slice_a_junction(function: Callable) -> None:
-    """Section 3.4: writer [k, n], reader [m, k] and the lost share of energy. Expected: from the SVD of X, not of XᵀX."""
+    """Sections 3.3, 3.4: writer [k, n], reader [m, k] and the lost share of energy. Expected: from the SVD of X, not of XᵀX."""
     x, k = matrix([3, 1, 0], [2, -1, 1], [4, 0, -1], [1, 2, 1]), 2
     writer, reader = matrix([1, 0], [2, 1], [0, 3]), matrix([1, 1, 0], [0, 2, 1])
     _, sigma, axes = torch.linalg.svd(x)
