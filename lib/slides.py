@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from nbconvert import SlidesExporter
 
 from lib.site import Run, Words, read_run
 
+EXERCISES = re.compile(r"## \d+ · Exercises")
 LOGGED = re.compile(r" at \d+%: perplexity | s since the start|files written")  # lines that report progress
 
 
@@ -44,10 +46,10 @@ def slide_cells(run: Run) -> list[nbformat.NotebookNode]:
 
     A `#` or `##` heading starts a slide. Stacked below it: the text under a `###` heading, every other text cell, and every
     code cell that shows a table or a figure. Printed lines stay on the slide before them, those that only report progress are
-    left out. Code is not shown.
+    left out. Code is not shown, and the exercises at the end, which are made of it, are left out.
     """
     cells = []
-    for cell in run.notebook.cells:
+    for cell in itertools.takewhile(lambda cell: not EXERCISES.match(cell.source), run.notebook.cells):
         if cell.cell_type == "markdown":
             cells += [text_slide(part) for part in re.split(r"(?m)^(?=##+ )", cell.source) if part.strip()]
         elif cell.cell_type == "code" and (outputs := [o for o in map(without_log, cell.outputs) if o]):

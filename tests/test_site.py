@@ -225,7 +225,7 @@ def test_every_section_starts_a_slide(run):
     notebook = read_run(run).notebook
     slides = slide_cells(read_run(run))
     sources = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    headings = re.findall(r"^##? .+", sources, re.MULTILINE)
+    headings = [line for line in re.findall(r"^##? .+", sources, re.MULTILINE) if not line.endswith("Exercises")]
     starts = [cell.source.splitlines()[0] for cell in slides if cell.metadata.slideshow.slide_type == "slide"]
     assert starts == [*headings, "## How the numbers were made"]
     assert len(headings) > 10
@@ -301,3 +301,13 @@ def test_no_page_is_wider_than_a_phone_and_tables_sort(site, tmp_path):
             assert len(set(column)) > 3
             sorted_tables += 1
     assert sorted_tables == 4 * len(PAPERS)
+
+
+def test_slides_end_before_the_exercises(tmp_path):
+    run = read_run(RUNS[0])
+    before = [cell.source for cell in slide_cells(run)]
+    run.notebook.cells += [
+        nbformat.v4.new_markdown_cell("## 99 · Exercises\n\nTwo."),
+        nbformat.v4.new_markdown_cell("### Exercise 1"),
+    ]
+    assert [cell.source for cell in slide_cells(run)] == before
