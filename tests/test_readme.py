@@ -153,14 +153,13 @@ def test_the_saved_model_is_the_one_that_was_made(method):
 
 def test_the_perplexities_of_the_readme(method):
     text = " ".join(section("Add a method").split())
-    energy, dense, chance = map(
-        float, re.search(r"perplexity ([\d.]+); the dense one ([\d.]+), random neurons (\d+\.\d+)\.", text).groups()
-    )
+    printed = re.search(r"perplexity ([\d.]+) \(dense ([\d.]+), CFSP ([\d.]+), random neurons ([\d.]+)\)", text).groups()
     model, tokenizer = load("wiki-a-llama")
+    ids = sample_blocks(train_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
     stream = token_stream(load_corpus("wiki-a", "test"), tokenizer)
-    random = METHODS["random-neurons"](model, None, 0.2, None)
-    for network, printed in ((method[0]["model"], energy), (model, dense), (random, chance)):
-        assert perplexity(network, stream, 256, 60).perplexity == pytest.approx(printed, abs=0.02)
+    rivals = [METHODS[name](model, ids, 0.2, None) for name in ("cfsp", "random-neurons")]
+    found = [perplexity(network, stream, 256, 60).perplexity for network in (method[0]["model"], model, *rivals)]
+    assert found == pytest.approx([float(number) for number in printed], abs=0.02)
 
 
 def test_the_command_knows_the_method_and_makes_a_stock_model(method, tmp_path, capsys):
@@ -263,9 +262,8 @@ def test_a_wrong_record_is_found(family, monkeypatch):
 def test_granite_passes_without_shortcuts_and_fails_with_them(family, monkeypatch):
     """Why the README asks with dense shortcuts: what a half adds is scaled, and with it the shortcut that its writer applies."""
     monkeypatch.setitem(FAMILIES, "granite", FAMILIES["llama"])
-    config = transformers.GraniteConfig(
-        **family["small"], pad_token_id=0, bos_token_id=0, eos_token_id=0, residual_multiplier=0.5
-    )
+    special = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    config = transformers.GraniteConfig(**family["tiny"], **special, vocab_size=80, residual_multiplier=0.5)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
@@ -273,3 +271,55 @@ def test_granite_passes_without_shortcuts_and_fails_with_them(family, monkeypatc
             parameter.normal_(0.5, 0.3)
     assert error_at_full_width(model, family["ids"], "low-rank") < 1e-6  # RMSNorm computes in float32
     assert error_at_full_width(model, family["ids"], "dense") > 1e-3
+
+
+# --- references -----------------------------------------------------------------------------------------------------------
+
+CITED = "How to cite, and what is ours"
+ARXIV = r"\b\d{4}\.\d{5}\b"
+
+
+def test_every_paper_that_the_code_names_is_cited():
+    cited = set(re.findall(ARXIV, section(CITED)))
+    named = {
+        number: path.name
+        for path in [*(ROOT / "lib").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+        for number in re.findall(rf"arXiv:? ({ARXIV})", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) >= 14
+    assert not {number: file for number, file in named.items() if number not in cited}
+
+
+def test_the_top_of_the_readme_cites_the_same_papers():
+    assert set(re.findall(ARXIV, README[: README.index("## Two commands")])) <= set(re.findall(ARXIV, section(CITED)))
+
+
+def test_every_rival_has_its_source():
+    ours = {"__init__.py", "moments.py", "random_neurons.py", "magnitude.py", "svd.py"}  # controls, and what rivals share
+    files = {path.name for path in (ROOT / "lib" / "baselines").glob("*.py")} - ours
+    listed = re.search(r"^Rivals in.*?\n\n", section(CITED), re.M | re.S)[0]
+    assert set(re.findall(r"`(\w+\.py)`", listed)) == files
+    for name in files:
+        numbers = re.findall(ARXIV, (ROOT / "lib" / "baselines" / name).read_text(encoding="utf-8").split('"""')[1])
+        for number in numbers:
+            assert re.search(rf"`{name}` \([^`]*{number}", listed), name
+
+
+def test_what_is_ours_is_where_it_says():
+    rows = [line for line in section(CITED).splitlines() if line.startswith("|") and re.search(r"`(lib|notebooks)/", line)]
+    assert len(rows) == 9
+    for row in rows:
+        for part in row.split("|")[2].split(";"):
+            names = re.findall(r"`([^`]+)`", part)
+            files = [name for name in names if "/" in name]
+            texts = [(ROOT / file).read_text(encoding="utf-8") for file in files]
+            assert texts
+            for name in names[len(files) :]:
+                assert re.search(rf"\b(def {name}\(|class {name}\b)|^{name} = ", texts[0], re.M), name
+
+
+def test_paths_of_the_readme_exist():
+    paths = re.findall(r"`((?:lib|tests|notebooks|benchmarks)/[\w./]*)`", README)
+    assert len(paths) > 40
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    assert missing == {"lib/baselines/energy.py"}  # the one that the reader writes
