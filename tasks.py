@@ -326,20 +326,22 @@ def compress(
         "windows": "score only the first windows (default: all)",
         "tasks": "zero-shot tasks of lm-eval, with commas (wiki_a_continuation needs no network)",
         "limit": "score only the first documents of each task (default: all)",
+        "device": "cpu, cuda, or auto: blocks over all GPUs and main memory, for a model that one GPU cannot hold",
         "data-dir": "folder with benchmark and calibration files, instead of the hub",
     }
 )
 def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="float32", data_dir=""):
     """Perplexity and, if asked for, zero-shot accuracy of a model, compressed or not."""
     from lib.evaluate import perplexity, zero_shot
-    from lib.models import load
+    from lib.models import load, spread
     from lib.text import load_corpus, token_stream
 
     if data_dir:
         os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
 
     def work():
-        network, tokenizer = load(model, device, dtype)
+        network, tokenizer = load(model, "cpu" if device == "auto" else device, dtype)
+        network = spread(network) if device == "auto" else network
         window = length or min(2048, network.config.max_position_embeddings)
         found = perplexity(network, token_stream(load_corpus(corpus, "test"), tokenizer), window, windows or None)
         print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")

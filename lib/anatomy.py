@@ -41,6 +41,10 @@ class Family:
     gain_offset: float = 0.0  # Gemma stores gain - 1
     parallel: bool = False  # attention and MLP read the same stream and are added together (Phi-2, GPT-NeoX)
 
+    def __post_init__(self):
+        if self.attention.norm == self.mlp.norm and not self.parallel:
+            raise ValueError(f"both halves name the norm {self.mlp.norm!r}: only those of a parallel block can share one")
+
 
 _LLAMA = Family(
     blocks="model.layers",

@@ -79,14 +79,15 @@ def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
         last = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-    if len(seen) != 1 or not torch.equal(last, head(seen[0][:, -1:])):
+    # A model spread over devices returns its logits on the first of them, and has them on the last.
+    if len(seen) != 1 or not torch.equal(last, head(seen[0][:, -1:]).to(last.device)):
         return _loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids)
     hidden, targets = seen[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     pieces, rows = (max(1, numbers // last.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))
     total = 0.0
     for x, target in zip(hidden.split(pieces), targets.split(pieces), strict=True):
         for logits, y in zip(head(x).split(rows), target.split(rows), strict=True):
-            total += F.cross_entropy(logits.float(), y, reduction="sum").item()
+            total += F.cross_entropy(logits.float(), y.to(logits.device), reduction="sum").item()
     return total
 
 

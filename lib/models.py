@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lib.anatomy import Anatomy
 from lib.checkpoint import is_checkpoint, load_checkpoint
 from lib.gguf_import import GEMMA, gemma_folder, gguf_folder
 
@@ -54,6 +55,20 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
     if compressed:
         return load_checkpoint(source, device, dtype), tokenizer
     return model.to(device).eval(), tokenizer
+
+
+def spread(model: nn.Module, max_memory: dict | None = None, offload_folder: str | Path | None = None) -> nn.Module:
+    """The model with its blocks over all GPUs, then main memory, then `offload_folder`: to evaluate what one GPU cannot hold.
+
+    max_memory: bytes or strings like "20GB" for GPU numbers and "cpu"; None for what is free. Weights are moved where they
+    run, by accelerate. The result can be run, not compressed: `invoke compress --streamed` is for models of that size.
+    """
+    import accelerate
+
+    whole = [type(block).__name__ for block in Anatomy(model).blocks[:1]]  # a residual connection stays on one device
+    places = accelerate.infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=whole)
+    main = next((place for place in places.values() if isinstance(place, int)), "cpu")
+    return accelerate.dispatch_model(model, places, main_device=main, offload_dir=offload_folder)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,19 @@
 """Loading by name: embedded, folder, and what is said when there is no such model."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 
+import tasks
 from lib import models
-from lib.models import load
+from lib.anatomy import FAMILIES
+from lib.evaluate import perplexity
+from lib.models import load, spread
+from lib.slicegpt import slice_model
+from lib.text import load_corpus, sample_blocks, token_stream
 from tests.conftest import tiny
 
 
@@ -86,3 +93,31 @@ def test_fingerprint_sees_one_changed_weight():
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 4] += 1
     assert models.fingerprint(model) != before
+
+
+def test_a_spread_model_scores_the_same(tmp_path):
+    """Blocks and head on disk, fetched where they run; the same perplexity to the last bit, for a compressed model too."""
+    dense, tokenizer = load("wiki-a-llama")
+    ids = sample_blocks(load_corpus("wiki-a"), tokenizer, 4, 64, torch.Generator().manual_seed(0))
+    stream = token_stream(load_corpus("wiki-a", "test"), tokenizer)
+    for name, model in (("dense", dense), ("sliced", slice_model(dense, ids, 0.25))):
+        expected = perplexity(model, stream, 64, 4)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        moved = spread(copy.deepcopy(model), {"cpu": int(0.7 * weights)}, tmp_path / name)
+        assert {"cpu", "disk"} <= {str(place) for place in moved.hf_device_map.values()}
+        assert list((tmp_path / name).glob("*.dat"))
+        assert perplexity(moved, stream, 64, 4) == expected
+
+
+def test_evaluate_on_all_devices_there_are(capsys):
+    for device in ("cpu", "auto"):
+        tasks.evaluate.body(None, "wiki-a-llama", length=64, windows=2, device=device)
+    one, two = capsys.readouterr().out.splitlines()
+    assert one == two
+    assert "perplexity" in one
+
+
+def test_a_record_with_one_norm_for_two_serial_halves_is_refused():
+    family = FAMILIES["llama"]
+    with pytest.raises(ValueError, match="both halves name the norm 'input_layernorm'"):
+        dataclasses.replace(family, mlp=dataclasses.replace(family.mlp, norm=family.attention.norm))
