@@ -448,10 +448,10 @@ def lint(c):
 
 @task
 def clean(c):
-    """Remove caches, ledgers and unfinished runs; committed results stay."""
+    """Remove caches, ledgers, locks and unfinished runs; committed results stay. Not while something runs."""
     for pattern in ("**/__pycache__", ".pytest_cache", ".ruff_cache", "*.partial", "results/**/*.partial", "results/interactive"):
         for path in ROOT.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for path in RESULTS.rglob("*.ledger.jsonl"):
+    for path in [*RESULTS.rglob("*.ledger.jsonl"), *RESULTS.rglob(".*.lock")]:
         path.unlink()
     print("removed caches, ledgers and unfinished runs")

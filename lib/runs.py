@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -14,6 +15,8 @@ import filelock
 import nbformat
 
 from lib.results import Ledger
+
+PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # where a warning's file lies on this machine
 
 
 class RunError(Exception):
@@ -126,6 +129,9 @@ def tidy(path: Path) -> None:
     for cell in notebook.cells:
         for key in ("papermill", "execution", "ExecuteTime"):
             cell.metadata.pop(key, None)
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = PLACE.sub("", output.text)
         if "injected-parameters" in cell.metadata.get("tags", []):
             lines = cell.source.splitlines()
             cell.source = "\n".join(line for line in lines if not line.startswith("folder = "))

@@ -14,7 +14,7 @@ from invoke import Exit
 
 import tasks
 from lib.profiles import read_profile
-from lib.runs import local_state
+from lib.runs import local_state, tidy
 
 TOY = [
     ("parameters", 'steps = 3\nfolder = ""\nprofile = "workshop"'),
@@ -95,6 +95,16 @@ def test_a_change_of_the_notebook_is_not_up_to_date(project):
     tasks.reproduce.body(None)
     manifest = json.loads((project / "results/workshop/toy/manifest.json").read_text())
     assert manifest["cells_computed"] == 4  # other code may mean other numbers: nothing is remembered
+
+
+def test_warnings_lose_the_place_of_the_project(tmp_path):
+    cell = nbformat.v4.new_code_cell("1")
+    text = "/home/me/a/lib/comp.py:3: UserWarning: x\n/tmp/ipykernel_12/34.py:1: y\n/v/site-packages/torch/n.py:2: a/b z\n"
+    cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text=text)]
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
+    tidy(tmp_path / "n.ipynb")
+    (found,) = nbformat.read(tmp_path / "n.ipynb", as_version=4).cells[0].outputs
+    assert found.text == "lib/comp.py:3: UserWarning: x\nipykernel_12/34.py:1: y\nsite-packages/torch/n.py:2: a/b z\n"
 
 
 def test_changed_local_files_are_seen(tmp_path):
