@@ -111,10 +111,11 @@ def reproduce(c, paper="", profile="workshop", force=False, data_dir="", cluster
         print(f"{name} ({profile}): not run. {reason}", flush=True)
     label = f"{profile}-custom" if set else profile
     runs = [Run(NOTEBOOKS / f"{name}.ipynb", parameters, RESULTS, label) for name, parameters in chosen.items()]
+    if not cluster or cluster.startswith("local"):
+        checked(lambda: check_machine(about, chosen))
     if cluster:
         checked(lambda: on_cluster(cluster, runs, force))
     else:
-        checked(lambda: check_machine(about, chosen))
         for run in runs:
             checked(lambda run=run: bring_up_to_date(run, force))
 
@@ -326,7 +327,7 @@ def compress(
         "windows": "score only the first windows (default: all)",
         "tasks": "zero-shot tasks of lm-eval, with commas (wiki_a_continuation needs no network)",
         "limit": "score only the first documents of each task (default: all)",
-        "device": "cpu, cuda, or auto: blocks over all GPUs and main memory, for a model that one GPU cannot hold",
+        "device": "cpu, cuda, or auto: blocks over all GPUs and what is left in main memory, for more than one GPU can hold",
         "data-dir": "folder with benchmark and calibration files, instead of the hub",
     }
 )
@@ -448,10 +449,10 @@ def lint(c):
 
 @task
 def clean(c):
-    """Remove caches, ledgers, locks and unfinished runs; committed results stay. Not while something runs."""
+    """Remove caches, ledgers and unfinished runs; committed results stay."""
     for pattern in ("**/__pycache__", ".pytest_cache", ".ruff_cache", "*.partial", "results/**/*.partial", "results/interactive"):
         for path in ROOT.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for path in [*RESULTS.rglob("*.ledger.jsonl"), *RESULTS.rglob(".*.lock")]:
+    for path in RESULTS.rglob("*.ledger.jsonl"):
         path.unlink()
     print("removed caches, ledgers and unfinished runs")

@@ -3,10 +3,11 @@
 A worker executes a notebook for one of its models in a folder of its own, and reports every finished cell through the
 scheduler. The process that started the run owns the ledger and is the only one that writes it. If a worker is lost, Dask gives
 its notebook to another one, which finds the reported cells among its records and goes on from there. When a notebook's models
-are all done, one more run of it, on all models, puts tables and figures together from the ledger.
+are all done, one more run of it, on all models, puts tables and figures together from the ledger. Sections that do not belong
+to one model are computed in each of these runs, and the first to report counts.
 
-Workers need this very code and these package versions (a shared environment, or the same commit installed) and, for local
-models and data, the same paths.
+Workers have one thread of Dask, for notebooks use the cores themselves. They and the scheduler need this very code and these
+package versions (a shared environment, or the same commit installed) and, for local models and data, the same paths.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from lib.results import Ledger, code_version, package_versions
+from lib.results import Ledger, code_version, content_key, package_versions
 from lib.runs import Run, RunError, execute, reproduce
 
 ENGINES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
@@ -54,15 +56,17 @@ def connect(where: str) -> Iterator:
             if not count.isdigit() or not int(count):
                 raise ValueError(f"--cluster local:N takes a number of worker processes, not {where!r}")
             options = dict(n_workers=int(count), threads_per_worker=1, dashboard_address=":0", memory_limit=None)
+            options["silence_logs"] = logging.CRITICAL  # an error is shown once, by the task
             where = stack.enter_context(package.LocalCluster(**options))
         elif where.endswith((".yaml", ".yml")):
             cluster, jobs = queue_cluster(where)
             where = stack.enter_context(cluster)
-            cluster.scale(jobs=jobs)
+            cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # a job that reached its time limit is asked for again
         try:
             client = stack.enter_context(package.Client(where, timeout=10, set_as_default=False))
         except (OSError, ValueError) as error:
             raise ValueError(f"no scheduler answers at {where!r}: start one with `dask scheduler`, or use local") from error
+        print(f"{len(client.scheduler_info()['workers'])} workers at {client.scheduler.address}; more may join", flush=True)
         yield client
 
 
@@ -89,11 +93,23 @@ def queue_cluster(path: str | Path):
 
 
 def reproduce_on(client, runs: Sequence[Run], force: bool = False) -> None:
-    """`lib.runs.reproduce` for all runs at once, on the workers of `client`. Raises the first RunError when all have ended."""
+    """`lib.runs.reproduce` for all runs at once, on the workers of `client`.
+
+    A run that fails says so and does not stop the others; RunError when all have ended, if any failed.
+    """
+    failed = []
+
+    def one(run: Run) -> None:
+        try:
+            reproduce(run, force, functools.partial(spread, client))
+        except RunError as error:
+            print(error, flush=True)
+            failed.append(error)
+
     with ThreadPoolExecutor(len(runs)) as pool:
-        waiting = [pool.submit(reproduce, run, force, functools.partial(spread, client)) for run in runs]
-    for done in waiting:
-        done.result()
+        list(pool.map(one, runs))
+    if failed:
+        raise RunError(f"{len(failed)} of {len(runs)} runs failed: {failed[0]}") from failed[0]
 
 
 def shards(parameters: dict) -> list[dict]:
@@ -104,40 +120,48 @@ def shards(parameters: dict) -> list[dict]:
 
 def spread(client, run: Run, partial: Path, ledger: Ledger) -> None:
     """The engine of a cluster: one notebook run per model side by side, then one on all of them, from the cells they found."""
-    topic, writing = f"cells-{uuid.uuid4().hex}", threading.Lock()
+    topic, writing, over = f"cells-{uuid.uuid4().hex}", threading.Lock(), threading.Event()
 
     def keep(record: dict) -> None:
         with writing:
-            if record["settings"] not in ledger:
+            if not over.is_set() and record["settings"] not in ledger:
                 ledger.append(record["settings"], record["result"], record["seconds"])
 
     def submit(parameters: dict):
         job = {"name": run.notebook.name, "notebook": run.notebook.read_text(), "parameters": parameters, "profile": run.profile}
-        job |= {"topic": topic, "versions": versions(), "data_dir": os.environ.get("PARED_DATA_DIR", "")}
+        job |= {"place": str(run.notebook.parent), "data_dir": os.environ.get("PARED_DATA_DIR", "")}
+        job |= {"topic": topic, "versions": versions()}
         return client.submit(work, job, list(ledger.records.values()), pure=False, key=f"{run.paper}-{uuid.uuid4().hex}")
 
     client.subscribe_topic(topic, lambda event: keep(json.loads(event[1])))
     try:
-        files = {}
         for stage in (shards(run.parameters), [run.parameters]):
-            for future in [submit(parameters) for parameters in stage]:
-                files, records = result_of(future, run)
-                for record in records:
+            outcomes = [outcome(future, run) for future in [submit(parameters) for parameters in stage]]
+            for found in outcomes:  # what the others found is kept before the first failure ends the run
+                for record in [] if isinstance(found, RunError) else found[1]:
                     keep(record)
-                print(f"{run}: {len(ledger.records)} records in the ledger", flush=True)
+            for found in outcomes:
+                if isinstance(found, RunError):
+                    raise found
+            print(f"{run}: {len(ledger.records)} records in the ledger", flush=True)
     finally:
-        client.unsubscribe_topic(topic)
-    for name, data in files.items():
+        with writing:
+            over.set()  # Dask keeps the handler, and a late event must not write into a ledger that is given back
+        if client.status == "running":
+            client.unsubscribe_topic(topic)
+    for name, data in outcomes[0][0].items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_bytes(data)
 
 
-def result_of(future, run: Run) -> tuple[dict[str, bytes], list[dict]]:
-    """What `work` returned. Raises RunError where it failed or where Dask gave it up after losing worker after worker."""
+def outcome(future, run: Run) -> tuple[dict[str, bytes], list[dict]] | RunError:
+    """What `work` returned once it has ended, or why it did not: a failed cell, workers lost one after another, no scheduler."""
     try:
         return future.result()
-    except distributed().KilledWorker as error:
-        raise RunError(f"{run}: worker after worker was lost while running it, out of memory perhaps: {error}") from error
+    except RunError as error:
+        return error
+    except Exception as error:  # Dask's own kinds, and those of the network below it
+        return RunError(f"{run}: the cluster gave it up with {type(error).__name__}: {error}. Finished cells are in the ledger")
 
 
 def versions() -> dict:
@@ -147,10 +171,15 @@ def versions() -> dict:
 def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
     """On a worker: execute a notebook with `records` in its ledger; its files, and the records that were added.
 
-    New records are also sent to `job["topic"]` as they appear, and those that a lost worker sent there are read first.
+    New records are also sent to `job["topic"]` as they appear, and those that a lost worker sent there are read first (the
+    scheduler remembers the last 1,000).
     """
     package = distributed()
     worker = package.get_worker()
+    if worker.state.nthreads != 1:
+        raise RunError(
+            f"the worker {worker.address} has {worker.state.nthreads} threads: start it with `dask worker --nthreads 1`"
+        )
     if differing := [f"{name} {value}, not {job['versions'].get(name)}" for name, value in versions().items()
                      if value != job["versions"].get(name)]:  # fmt: skip
         raise RunError(f"the worker {worker.address} has other versions: {'; '.join(differing)}. Install the same commit there")
@@ -166,13 +195,21 @@ def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
         notebook.write_text(job["notebook"])
         ledger_file.write_text("".join(json.dumps(record) + "\n" for record in [*records, *sent]))
         added: list[dict] = []
+        foreign: list[str] = []
 
         def report(line: str) -> None:
-            added.append(json.loads(line))
+            record = json.loads(line)
+            if record["key"] != content_key(record["settings"]):  # the kernel's library is not this process's
+                foreign.append(record["key"])
+                return
+            added.append(record)
             worker.log_event(job["topic"], line)
 
+        place = Path(job["place"])
         with followed(ledger_file, report):
-            execute(notebook, job["parameters"], job["profile"], folder)
+            execute(notebook, job["parameters"], job["profile"], folder, place if place.is_dir() else None)
+        if foreign:
+            raise RunError(f"lib/ changed on the worker {worker.address} while it ran: restart the worker, then the run")
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return files, sent + added
 

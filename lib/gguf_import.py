@@ -84,7 +84,8 @@ def _converted(name: str, digest: str, source: Callable[[Path], Path], licence: 
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)  # the only moment at which the cache changes
     size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"{name}: {size / 1e6:,.0f} MB of float32 weights and tokenizer in {target}", flush=True)
+    place = str(target).replace(str(Path.home()), "~")  # an executed notebook keeps this line
+    print(f"{name}: {size / 1e6:,.0f} MB of float32 weights and tokenizer in {place}", flush=True)
     return target
 
 

@@ -60,11 +60,15 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
 def spread(model: nn.Module, max_memory: dict | None = None, offload_folder: str | Path | None = None) -> nn.Module:
     """The model with its blocks over all GPUs, then main memory, then `offload_folder`: to evaluate what one GPU cannot hold.
 
-    max_memory: bytes or strings like "20GB" for GPU numbers and "cpu"; None for what is free. Weights are moved where they
-    run, by accelerate. The result can be run, not compressed: `invoke compress --streamed` is for models of that size.
+    max_memory: bytes for GPU numbers and "cpu"; None for what is free, the model's own place in main memory included.
+    Weights are moved where they run, by accelerate. The result can be run, not compressed: `invoke compress --streamed` is for
+    models of that size.
     """
     import accelerate
 
+    if max_memory is None:
+        max_memory = accelerate.utils.get_max_memory()
+        max_memory["cpu"] += sum(p.numel() * p.element_size() for p in model.parameters())
     whole = [type(block).__name__ for block in Anatomy(model).blocks[:1]]  # a residual connection stays on one device
     places = accelerate.infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=whole)
     main = next((place for place in places.values() if isinstance(place, int)), "cpu")

@@ -58,15 +58,14 @@ def reproduce(run: Run, force: bool = False, engine: Engine | None = None) -> No
     engine: `here` unless a cluster does it. Raises RunError if the notebook fails, if another process is at work on the same
     results, or if they cannot be written; earlier results stay whole in every case.
     """
-    lock = filelock.FileLock(run.target.with_name(f".{run.paper}.lock"), timeout=0)
     try:
         run.target.parent.mkdir(parents=True, exist_ok=True)
-        with lock:
+        with filelock.FileLock(run.target.with_name(f".{run.paper}.lock"), timeout=0):
             _reproduce(run, force, engine or here)
     except filelock.Timeout as error:
         raise RunError(f"{run}: another run is at work on {run.target}; wait until it ends, or stop it") from error
     except OSError as error:
-        raise RunError(f"{run}: {run.target} cannot be written ({error}); earlier results are as they were") from error
+        raise RunError(f"{run}: {run.target} could not be written ({error}); earlier results are as they were") from error
 
 
 def _reproduce(run: Run, force: bool, engine: Engine) -> None:
@@ -76,7 +75,8 @@ def _reproduce(run: Run, force: bool, engine: Engine) -> None:
     if force or (run.ledger_file.is_file() and opened not in Ledger(run.ledger_file)):
         run.ledger_file.unlink(missing_ok=True)
     complete = {"run": run.paper, "parameters": run.parameters, "files": local_state(run.parameters)}
-    complete["text"] = [cell.source for cell in cells]
+    # Where it ran is part of it: what another engine made is run again here, and cells that depend on threads measured again.
+    complete |= {"text": [cell.source for cell in cells], "engine": getattr(engine, "func", engine).__name__}
     ledger = Ledger(run.ledger_file)
     if complete in ledger and (run.target / "manifest.json").is_file():
         print(f"{run}: up to date in {run.target}, nothing to do; --force computes it again", flush=True)
@@ -103,16 +103,26 @@ def here(run: Run, partial: Path, ledger: Ledger) -> None:
         raise RunError(f"{error}\nThe notebook up to there is {partial / run.notebook.name}") from error
 
 
-def execute(notebook: Path, parameters: dict, profile: str, folder: Path) -> None:
-    """Execute a notebook into `folder` with papermill. Raises RunError with the failing cell; the notebook up to it is there."""
+def execute(notebook: Path, parameters: dict, profile: str, folder: Path, place: Path | None = None) -> None:
+    """Execute a notebook into `folder` with papermill. Raises RunError with the failing cell; the notebook up to it is there.
+
+    place: the folder that relative paths in its parameters start from; None for the notebook's own.
+    """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     output = folder / notebook.name
     try:
         papermill.execute_notebook(
             str(notebook), str(output), parameters | {"folder": str(folder), "profile": profile},
-            log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, cwd=str(notebook.parent),
+            log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False,
+            cwd=str(place or notebook.parent),
         )  # fmt: skip
+    except DeadKernelError as error:
+        raise RunError(
+            f"{notebook.stem} ({profile}): its kernel died, most often because memory ran out. Finished cells are kept for the "
+            "next start; use a smaller model, fewer samples or a machine with more memory"
+        ) from error
     except papermill.PapermillExecutionError as error:
         raise RunError(
             f"{notebook.stem} ({profile}) failed in cell {error.exec_count}: {error.ename}: {error.evalue}. "

@@ -18,14 +18,19 @@ from lib.runs import Run, RunError, reproduce
 
 package = pytest.importorskip("dask.distributed")
 SLURM = Path(tasks.PROFILES) / "clusters" / "slurm.yaml"
-PARAMETERS = 'models = ["a", "b"]\nsteps = 4\npause = 0.0\nlog = []\nfolder = ""\nprofile = "p"'
+PARAMETERS = 'models = ["a", "b"]\nsteps = 4\npause = 0.0\nforeign = False\nlog = []\nfolder = ""\nprofile = "p"'
 CODE = """
 import os, time
 from pathlib import Path
-from lib.results import Results
-run = Results("toy", folder, profile)
+from lib import results
+if foreign:
+    results.code_version = lambda: "another"
+run = results.Results("toy", folder, profile)
 def work(model, i):
     time.sleep(pause)
+    if model == "die":
+        os._exit(1)
+    model + "a name"
     for path in log:
         with (Path(path[0]) / "log").open("a") as file:
             print(model, i, os.getppid(), file=file, flush=True)
@@ -86,10 +91,9 @@ def test_a_lost_worker_is_replaced_and_its_cells_are_kept(toy, tmp_path):
         pids = set(client.run(os.getpid).values())
         done = threading.Thread(target=cluster.reproduce_on, args=(client, [run]))
         done.start()
-        while not (seen := [line for line in log_of(log) if line[0] == "b" and int(line[1]) >= 2]):
+        while done.is_alive() and {"model": "b", "i": 2} not in Ledger(run.ledger_file):
             time.sleep(0.1)
-        time.sleep(0.7)  # longer than a report takes
-        victim = int(seen[0][2])
+        victim = next(int(parent) for model, _, parent in log_of(log) if model == "b")
         assert victim in pids  # the parent of the kernel is the worker itself
         os.kill(victim, signal.SIGKILL)
         done.join(120)
@@ -115,9 +119,74 @@ def test_a_killed_driver_starts_again_from_its_ledger(toy, tmp_path, client):
 
 def test_a_failing_cell_ends_the_run_with_its_reason(toy, client):
     run = toy("failing", steps="many")
-    with pytest.raises(RunError, match=r"toy \(p\) failed in cell 3: TypeError"):
+    with pytest.raises(RunError, match=r"1 of 1 runs failed: toy \(p\) failed in cell 3: TypeError"):
         cluster.reproduce_on(client, [run])
     assert not run.target.exists()
+
+
+def test_a_failing_model_does_not_lose_what_the_others_find(toy, tmp_path, client):
+    run = toy("mixed", models=["a", 0, "b"], pause=0.5)  # 0 has no name: its notebook fails at its first cell
+    with pytest.raises(RunError, match="1 of 1 runs failed: .*failed in cell 3: TypeError"):
+        cluster.reproduce_on(client, [run])
+    found = [record["settings"] for record in Ledger(run.ledger_file).records.values() if "model" in record["settings"]]
+    assert sorted((s["model"], s["i"]) for s in found) == [(m, i) for m in "ab" for i in range(4)]
+    assert not run.target.exists()
+
+
+def test_a_dead_kernel_is_an_error_that_speaks_of_memory(toy, client):
+    run = toy("dead", models=["a", "die"])
+    with pytest.raises(RunError, match="its kernel died, most often because memory ran out"):
+        cluster.reproduce_on(client, [run])
+    with pytest.raises(RunError, match="its kernel died"):
+        reproduce(toy("dead-here", models=["die"]))
+
+
+def test_a_lost_scheduler_ends_the_run(toy, tmp_path):
+    run = toy("orphan", steps=60, pause=1.0, log=[[str(tmp_path)]])
+    with cluster.connect("local:1") as client:
+        failures = []
+
+        def work():
+            try:
+                cluster.reproduce_on(client, [run])
+            except RunError as error:
+                failures.append(str(error))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        while thread.is_alive() and not log_of(tmp_path / "log"):
+            time.sleep(0.1)
+        client.cluster.close()
+        thread.join(90)
+        assert not thread.is_alive()
+    assert "the cluster gave it up with" in failures[0]
+
+
+def test_a_run_here_does_not_take_a_clusters_for_its_own(toy, client, capfd):
+    run = toy("both")
+    cluster.reproduce_on(client, [run])
+    capfd.readouterr()
+    reproduce(run)
+    assert "nothing to do" not in capfd.readouterr().out
+    assert json.loads((run.target / "manifest.json").read_text())["cells_from_ledger"] == 8
+    reproduce(run)
+    assert "nothing to do" in capfd.readouterr().out
+
+
+def test_numbers_of_another_library_are_not_filed_as_this_ones(toy, client):
+    run = toy("foreign", foreign=True)
+    with pytest.raises(RunError, match="changed on the worker"):
+        cluster.reproduce_on(client, [run])
+    assert not [r for r in Ledger(run.ledger_file).records.values() if "model" in r["settings"]]
+
+
+def test_workers_of_several_threads_are_refused(toy):
+    with (
+        package.LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as found,
+        package.Client(found) as many,
+        pytest.raises(RunError, match="has 2 threads: start it with `dask worker --nthreads 1`"),
+    ):
+        cluster.reproduce_on(many, [toy("threads")])
 
 
 def test_workers_with_another_library_are_refused(toy, client, monkeypatch):

@@ -215,7 +215,7 @@ def test_a_ledger_on_a_full_disk_is_an_error_and_continues(project, small_disk, 
 def test_read_only_results_are_an_error_before_any_work(project, small_disk, monkeypatch, capfd):
     monkeypatch.setattr(tasks, "RESULTS", small_disk)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(Exit, match="cannot be written .*Read-only file system"):
+    with pytest.raises(Exit, match="could not be written .*Read-only file system"):
         tasks.reproduce.body(None)
     assert "worked" not in capfd.readouterr().out
 
