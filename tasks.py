@@ -245,7 +245,7 @@ def test(c, fast=False):
     if not fast:
         c.run(
             f"{run} --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg "
-            "--nbval-cell-timeout 1800 -p no:cacheprovider notebooks",
+            "--nbval-cell-timeout 1800 -p no:cacheprovider --durations 20 notebooks",
             env=one_thread, pty=False,
         )  # fmt: skip
 
