@@ -344,7 +344,7 @@ def _finish(system: System, gone: list[int], m: torch.Tensor, settings: Settings
         if sound and system.loss(full) <= system.loss(plain):
             scale = m[stays].clone()
         else:
-            reason = "exceed 10, are not finite" if not sound else "raise the loss"
+            reason = "exceed 10 or are not finite" if not sound else "raise the loss"
             warnings.warn(f"tuned multipliers of an FFN {reason}: its neurons keep the multiplier 1", stacklevel=3)
     keep = stays.nonzero()[:, 0]
     if scale is None:
