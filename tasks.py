@@ -348,7 +348,8 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
         print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")
         for row in zero_shot(network, tokenizer, tuple(tasks.split(",")), limit or None) if tasks else ():
             first = f" (limit {row['limit']})" if row["limit"] else ""
-            print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f} over {row['documents']} documents{first}")
+            normed = "" if row["acc_norm"] is None else f", by length {row['acc_norm']:.3f}"  # lm-eval's acc_norm
+            print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f}{normed}, {row['documents']} documents{first}")
 
     checked(work)
 

@@ -86,7 +86,9 @@ def differences(one: Path, two: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--longest", type=float, default=40.0, help="seconds until a kill, at most")
+    parser.add_argument(
+        "--longest", type=float, default=60.0, help="seconds until a kill, at most: long enough to get on a little"
+    )
     parser.add_argument("--seed", type=int, default=0)
     found, words = parser.parse_known_args()  # the rest is for `invoke reproduce`
     with tempfile.TemporaryDirectory() as place:

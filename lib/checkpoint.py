@@ -22,6 +22,7 @@ from torch import nn
 
 from lib import low_rank, sliced_network, structured
 from lib.anatomy import FAMILIES
+from lib.surgery import cast
 
 SCHEMA = 2
 RECORD, CONFIG, WEIGHTS = "compression.json", "config.json", "compressed{suffix}.safetensors"
@@ -150,7 +151,7 @@ def load_checkpoint(folder: str | Path, device: str = "cpu", dtype: torch.dtype 
     shared = set(model.state_dict()) - set(tensors)
     model.load_state_dict(tensors, strict=not shared, assign=True)
     model.tie_weights()  # what was saved once is used twice again; does nothing where the head has a matrix of its own
-    return model.to(device=device, dtype=dtype).eval()
+    return (cast(model, dtype) if dtype else model).to(device).eval()
 
 
 def read_record(folder: Path) -> dict:

@@ -16,6 +16,7 @@ from lib.cost import Count, count
 from lib.models import DTYPES, fast_bfloat16, fingerprint, load
 from lib.results import Results
 from lib.sliced_network import check_sliceable
+from lib.surgery import cast
 from lib.text import Corpus, load_corpus, sample_blocks, token_stream
 
 # Calibration text is asked for once per draw; a hub corpus is large enough to be kept.
@@ -93,7 +94,7 @@ class Subject:
 
     def in_evaluation_dtype(self, model: nn.Module) -> nn.Module:
         """The model itself, or a copy in the precision that the protocol evaluates in."""
-        return model if model.dtype == self.evaluated_in else copy.deepcopy(model).to(self.evaluated_in)
+        return model if model.dtype == self.evaluated_in else cast(copy.deepcopy(model), self.evaluated_in)
 
     def measure(self, model: nn.Module, zero_shot: bool = True) -> dict:
         """Size, perplexity and, unless told otherwise, zero-shot rows of a model made from this subject."""

@@ -18,6 +18,20 @@ def shell(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another precision, in place, as transformers would load it in that one.
+
+    Buffers that are computed rather than saved keep theirs: rotary frequencies rounded to bfloat16 would turn the positions.
+    """
+    saved = set(model.state_dict())
+    computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    model.to(dtype)
+    for name, buffer in computed.items():
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, buffer)
+    return model
+
+
 def shape_shell(model: nn.Module) -> nn.Module:
     """A copy of a model's structure on the meta device: shapes, ties and dtypes without a single value."""
 

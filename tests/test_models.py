@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import tasks
-from lib import models
+from lib import checkpoint, models
 from lib.anatomy import FAMILIES
 from lib.evaluate import perplexity
 from lib.models import load, spread
 from lib.slicegpt import slice_model
+from lib.surgery import cast
 from lib.text import load_corpus, sample_blocks, token_stream
 from tests.conftest import tiny
 
@@ -121,3 +122,31 @@ def test_a_record_with_one_norm_for_two_serial_halves_is_refused():
     family = FAMILIES["llama"]
     with pytest.raises(ValueError, match="both halves name the norm 'input_layernorm'"):
         dataclasses.replace(family, mlp=dataclasses.replace(family.mlp, norm=family.attention.norm))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_cast_gives_the_model_that_transformers_loads_in_that_precision(family, tmp_path):
+    import transformers
+
+    model = tiny(family, torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    ours, plain = cast(copy.deepcopy(model), torch.bfloat16), copy.deepcopy(model).to(torch.bfloat16)
+    ids = torch.randint(80, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, loaded(ids).logits)
+        assert not torch.equal(plain(ids).logits, loaded(ids).logits)  # its rotary frequencies are rounded
+
+
+def test_a_compressed_model_is_cast_like_a_dense_one(tmp_path):
+    dense, tokenizer = load("wiki-a-llama")
+    ids = sample_blocks(load_corpus("wiki-a"), tokenizer, 4, 64, torch.Generator().manual_seed(0))
+    small = slice_model(dense, ids, 0.25)
+    checkpoint.save(small, tokenizer, tmp_path / "small")
+    loaded, _ = load(str(tmp_path / "small"), dtype="bfloat16")
+    frequencies = {name: buffer for name, buffer in dense.named_buffers() if name.endswith("inv_freq")}
+    assert frequencies
+    for name, buffer in frequencies.items():
+        assert torch.equal(loaded.get_buffer(name), buffer)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, cast(small, torch.bfloat16)(ids).logits)
