@@ -196,9 +196,9 @@ def test_runs_that_could_not_start_are_refused(monkeypatch):
         check_machine(profile("gemma-3-270m"), {})
 
 
-def test_gemma_runs_svd_llm_and_says_why_not_slicegpt():
+def test_gemma_runs_all_but_slicegpt_and_says_why():
     with pytest.raises(Exit, match=r"does not run slicegpt: .*sandwich norms.* It runs svd_llm, structured_afr"):
         tasks.reproduce.body(None, paper="slicegpt", profile="gemma-3-270m")
-    assert tasks.papers_of("gemma-3-270m", "") == ["on_device_pruning", "structured_afr", "svd_llm"]
+    assert tasks.papers_of("gemma-3-270m", "") == ["compare", "on_device_pruning", "structured_afr", "svd_llm"]
     with pytest.raises(Exit, match="unknown parameter of svd_llm 'ratos'"):
         tasks.reproduce.body(None, paper="svd_llm", profile="gemma-3-270m", set=["ratos=[0.1]"])
