@@ -32,8 +32,8 @@ def resident(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-class _EntryReached(Exception):
-    pass
+class _Enough(Exception):
+    """Ends a forward pass that has shown what was asked of it."""
 
 
 @torch.no_grad()
@@ -60,14 +60,14 @@ def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None)
             first.append(hidden_states)
             seen.append(kwargs)
             if len(seen) == len(originals):
-                raise _EntryReached
+                raise _Enough
             return hidden_states
 
     originals = list(blocks)
     try:
         for i in range(len(originals)):
             blocks[i] = Recorder(originals[i])
-        with resident(*tables(anatomy)), contextlib.suppress(_EntryReached):
+        with resident(*tables(anatomy)), contextlib.suppress(_Enough):
             anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for i, block in enumerate(originals):
@@ -163,26 +163,33 @@ class ResidualStream:
         run: the whole block, or the half in front of which the stream stands (`Anatomy.steps`).
 
         see: for names of modules inside the block, what to do with the inputs [n, features] that each of them gets for the
-        real tokens, batch by batch. Modules that share an input (q, k, v) need only one of them to be named.
+        real tokens, batch by batch. Modules that share an input (q, k, v) need only one of them to be named. Without `advance`
+        the pass ends at the last of them.
         """
         module = self.anatomy.blocks[block]
         kept: list[torch.Tensor | None] = [None]  # which rows of the present batch are real
+        unseen: set[str] = set()  # modules that the present batch has not come to
 
-        def hook(use: Callable) -> Callable:
+        def hook(name: str, use: Callable) -> Callable:
             def give(_, inputs):
                 x = inputs[0].flatten(0, -2)
                 use(x if kept[0] is None else x[kept[0]])
+                unseen.discard(name)
+                if not unseen and not advance:
+                    raise _Enough
 
             return give
 
-        handles = [module.get_submodule(name).register_forward_pre_hook(hook(use)) for name, use in see.items()]
+        handles = [module.get_submodule(name).register_forward_pre_hook(hook(name, use)) for name, use in see.items()]
         try:
             with resident(module):
                 for rows in self._slices():
                     kept[0] = None if self.mask is None else self.mask[rows].bool().flatten().to(self.device)
-                    output = run(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
-                    if advance:
-                        self.hidden[rows] = output
+                    unseen.update(see)
+                    with contextlib.suppress(_Enough):
+                        output = run(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
+                        if advance:
+                            self.hidden[rows] = output
         finally:
             for handle in handles:
                 handle.remove()

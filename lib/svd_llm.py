@@ -83,8 +83,9 @@ def original_roots(
 ) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """Roots of every distinct input of the dense model in order, with one block's matrices in memory."""
     stream = stream_of(model)
-    for block in range(len(stream.anatomy.blocks)):
-        yield from roots(block_grams(stream, block, advance=True), report)
+    last = len(stream.anatomy.blocks) - 1
+    for block in range(last + 1):
+        yield from roots(block_grams(stream, block, advance=block < last), report)
 
 
 def spectra(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8) -> dict[str, torch.Tensor]:

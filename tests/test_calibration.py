@@ -102,6 +102,17 @@ def test_observing_can_advance():
     assert len(torch.cat(seen)) == ids.numel()
 
 
+def test_observing_ends_at_the_last_module_that_is_looked_at():
+    model, ids = tiny("llama"), token_ids(5)
+    stream, ran, seen = ResidualStream(model, ids, batch=2), [], {"mlp.down_proj": [], "self_attn.q_proj": []}
+    stream.anatomy.blocks[0].mlp.down_proj.register_forward_hook(lambda *_: ran.append(True))
+    stream.observe(0, {name: found.append for name, found in seen.items()})
+    assert not ran
+    assert [len(torch.cat(found)) for found in seen.values()] == 2 * [ids.numel()]
+    stream.observe(0, {"mlp.down_proj": lambda x: None}, advance=True)
+    assert len(ran) == 3
+
+
 def test_model_is_left_as_it_was():
     model, ids = tiny("llama"), token_ids(2)
     before = [type(m) for m in model.modules()]

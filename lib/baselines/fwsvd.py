@@ -22,13 +22,14 @@ def fisher(
     model: nn.Module,
     ids: torch.Tensor,
     mask: torch.Tensor | None = None,
-    batch: int = 8,
+    batch: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Σ_i mean_s (∂L_s/∂W_ij)², float64 [n inputs], for every matrix; L_s is the mean next-token loss of sequence s.
 
-    ids: [samples, tokens]; mask: 1 for real tokens. One backward pass a batch. The gradient of a sequence is the product of
-    what a matrix sent forward and what came back, so nothing the size of the weights is kept.
+    ids: [samples, tokens]; mask: 1 for real tokens. One backward pass a batch, which needs three times the size of its logits.
+    The gradient of a sequence is the product of what a matrix sent forward and what came back, so nothing the size of the
+    weights is kept.
     """
     check_calibration(Anatomy(model), ids, mask)
     layers = matrices(model)
@@ -51,8 +52,9 @@ def fisher(
 def sequence_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean next-token loss of each sequence, [samples]: token t is predicted from those before it, padding is not."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-    losses = losses.view(len(ids), -1)
+    # One sequence at a time: with a large vocabulary a float32 copy of all logits would be the largest thing in memory.
+    losses = [F.cross_entropy(row[:-1].float(), tokens[1:], reduction="none") for row, tokens in zip(logits, ids, strict=True)]
+    losses = torch.stack(losses)
     if mask is None:
         return losses.mean(1)
     real = (mask[:, 1:] * mask[:, :-1]).to(losses)
@@ -93,7 +95,7 @@ def sweep(
     ratios: Sequence[float],
     *,
     mask: torch.Tensor | None = None,
-    batch: int = 8,
+    batch: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) with every matrix truncated by Fisher-weighted SVD, which minimises Σ_j d_j² ‖(W - W')_j‖²."""
