@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 
 GRAM_CHUNK = 4096  # rows; float32 sums stay short, float64 carries the total
-SPLIT_WIDTH = 768  # columns; below, one product is as fast as three small ones
+SPLIT_WIDTH = 256  # columns; below, one product is as fast as three small ones
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -54,10 +54,15 @@ def principal_axes(gram: torch.Tensor, dtype: torch.dtype = torch.float64) -> tu
     This is uncentred PCA (SliceGPT, section 3.4). `dtype` exists to show what a float32 decomposition costs (paper
     Table 4); the result is float64 either way. Raises ValueError for a Gram matrix that is not finite.
     """
-    if gram.device.type != "meta" and not torch.isfinite(gram).all():
-        raise ValueError("the Gram matrix holds NaN or infinity: the model's weights or activations are broken")
-    values, vectors = torch.linalg.eigh(((gram + gram.T) / 2).to(dtype))
+    check_finite(gram)
+    values, vectors = torch.linalg.eigh(gram.to(dtype))  # reads the lower triangle alone
     return values.flip(0).clamp(min=0).double(), vectors.flip(1).double()
+
+
+def check_finite(gram: torch.Tensor) -> None:
+    """Raise ValueError for a Gram matrix with NaN or infinity, which the sum of its entries carries on."""
+    if gram.device.type != "meta" and not torch.isfinite(gram.sum()):
+        raise ValueError("the Gram matrix holds NaN or infinity: the model's weights or activations are broken")
 
 
 def random_rotation(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -108,6 +113,7 @@ def remove_mean(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
 # W for inputs X keeps the first k left singular vectors of WS, W' = U_k U_kᵀ W: no root is ever inverted.
 
 ORTHONORMAL = 1e-3  # Bv/σ is orthonormal to ε(σ₁/σ)², so to 2e-10, for singular values down to this share of the largest
+COLUMNS = 256  # of a root that are multiplied at once
 RIDGES = (0.0, *(10.0**e for e in range(-10, 1)))  # tried in turn, relative to the mean of the diagonal
 
 
@@ -118,8 +124,7 @@ def root_of(gram: torch.Tensor) -> tuple[torch.Tensor, float]:
     then ranks the directions without data by plain SVD. Lower Cholesky factor, float64. Raises ValueError for a Gram
     matrix that is not finite.
     """
-    if not torch.isfinite(gram).all():
-        raise ValueError("the Gram matrix holds NaN or infinity: the model's weights or activations are broken")
+    check_finite(gram)
     mean = gram.diagonal().mean()
     scale = mean if mean > 0 else torch.ones_like(mean)  # inputs that are always zero: any ridge makes this plain SVD
     for ridge in RIDGES:
@@ -162,7 +167,18 @@ def scale_inputs(w: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
     """WS for a root as `decompose` takes it."""
     if root is None:
         return w
-    return w * root if root.ndim == 1 else w @ root
+    return w * root if root.ndim == 1 else _times_triangular(w, root)
+
+
+def _times_triangular(w: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+    """WS by blocks of columns. Where S is lower triangular, as a Cholesky factor is, the zeros above its diagonal are left out."""
+    m, n = w.shape
+    product = w.new_empty(m, n) if m <= n else w.new_empty(n, m).T  # long rows: the Gram matrix that follows is faster
+    for start in range(0, n, COLUMNS):
+        block = slice(start, start + COLUMNS)
+        first = 0 if root[:start, block].any() else start
+        torch.mm(w[:, first:], root[first:, block], out=product[:, block])
+    return product
 
 
 def singular_values(w: torch.Tensor, root: torch.Tensor | None = None) -> torch.Tensor:
@@ -249,8 +265,7 @@ def inverse_factor(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     Cholesky gives H = RRᵀ with R upper triangular, and U = R⁻¹. An input that is always zero (H_jj = 0) gets H_jj = 1, so
     it takes no part. The damping makes any other rank deficit harmless; without it, one raises ValueError, as does NaN.
     """
-    if not torch.isfinite(gram).all():
-        raise ValueError("the Gram matrix holds NaN or infinity: the model's weights or activations are broken")
+    check_finite(gram)
     h = gram.double().clone()
     diagonal = h.diagonal()
     diagonal += damping * diagonal.mean() + (diagonal == 0)
