@@ -237,17 +237,15 @@ def notebooks(c, paper=""):
 
 @task(help={"fast": "only pytest, without re-running the notebooks"})
 def test(c, fast=False):
-    """Run the tests: pytest on the library, then nbval on every stored notebook."""
-    # One process per core, each on one thread and with whole files: small matrices gain little from a second thread.
-    run = f"{shlex.quote(sys.executable)} -m pytest -n {os.cpu_count()} --dist loadfile"
-    one_thread = {"OMP_NUM_THREADS": "1"}
-    c.run(run, env=one_thread, pty=False)
-    if not fast:
-        c.run(
-            f"{run} --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg "
-            "--nbval-cell-timeout 1800 -p no:cacheprovider --durations 20 notebooks",
-            env=one_thread, pty=False,
-        )  # fmt: skip
+    """Run the tests: pytest on the library, and nbval on every stored notebook."""
+    # One process per core, each on one thread and with whole files: small matrices gain little from a second thread. The
+    # notebooks, the longest of the files, come first, so that the last process does not run alone for long.
+    notebooks = "--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 1800 --durations 20 notebooks"
+    c.run(
+        f"{shlex.quote(sys.executable)} -m pytest -n {os.cpu_count()} --dist loadfile --no-loadscope-reorder "
+        f"-p no:cacheprovider {'' if fast else notebooks} tests",
+        env={"OMP_NUM_THREADS": "1"}, pty=False,
+    )  # fmt: skip
 
 
 @task(help={"model": "only this model (default: both)", "seed": "seed of weights and batches", "steps": "training steps"})

@@ -171,9 +171,9 @@ def scale_inputs(w: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
 
 
 def _times_triangular(w: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """WS by blocks of columns. Where S is lower triangular, as a Cholesky factor is, the zeros above its diagonal are left out."""
+    """WS by blocks of columns. Where S is lower triangular, as a Cholesky factor is, the zeros above are left out."""
     m, n = w.shape
-    product = w.new_empty(m, n) if m <= n else w.new_empty(n, m).T  # long rows: the Gram matrix that follows is faster
+    product = w.new_empty(m, n) if m <= n else w.new_empty(n, m).T  # rows of the longer side: faster in the Gram matrix
     for start in range(0, n, COLUMNS):
         block = slice(start, start + COLUMNS)
         first = 0 if root[:start, block].any() else start
