@@ -17,7 +17,8 @@ PROFILES = NOTEBOOKS / "params"
 
 
 def papers() -> list[str]:
-    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    """The notebooks, without the half of one that a killed `invoke notebooks` left."""
+    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb") if not path.stem.endswith(".partial"))
 
 
 def profiles() -> list[str]:
