@@ -87,6 +87,8 @@ def full_parameters(paper: str, profile: str) -> dict:
         "paper": "only this notebook (default: all that the profile runs)",
         "profile": "parameter file in notebooks/params (default: workshop)",
         "force": "compute again even what is up to date",
+        "jobs": "notebooks side by side, on one thread each (default: one per core for profile workshop as it is, whose models "
+        "gain little from a second thread, otherwise 1); tables of speed are better with 1",
         "data-dir": "folder with benchmark and calibration files, instead of the hub",
         "cluster": "run on Dask workers: the address of a scheduler, local, local:N, or a .yaml file for a queueing system "
         "(needs the extra `cluster`)",
@@ -94,14 +96,15 @@ def full_parameters(paper: str, profile: str) -> dict:
     },
     iterable=["set"],
 )
-def reproduce(c, paper="", profile="workshop", force=False, data_dir="", cluster="", set=None):
+def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="", cluster="", set=None):
     """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
     from lib.profiles import check_machine, read_profile
-    from lib.runs import Run
-    from lib.runs import reproduce as bring_up_to_date
+    from lib.runs import Run, reproduce_all
 
     choose("profile", profile, profiles())
     names = papers_of(profile, paper)
+    if type(jobs) is not int or jobs < 0 or (jobs and cluster):
+        raise Exit(f"--jobs takes a number of notebooks, not {jobs!r}, and a cluster has workers instead of it", code=2)
     if data_dir:
         if not Path(data_dir).is_dir():
             raise Exit(f"--data-dir {data_dir} is not a folder", code=2)
@@ -117,8 +120,7 @@ def reproduce(c, paper="", profile="workshop", force=False, data_dir="", cluster
     if cluster:
         checked(lambda: on_cluster(cluster, runs, force))
     else:
-        for run in runs:
-            checked(lambda run=run: bring_up_to_date(run, force))
+        checked(lambda: reproduce_all(runs, force, jobs or (os.cpu_count() if label == "workshop" else 1)))
 
 
 def on_cluster(where: str, runs: list, force: bool) -> None:

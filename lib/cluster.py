@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from lib.results import Ledger, code_version, content_key, package_versions
-from lib.runs import Run, RunError, execute, reproduce
+from lib.runs import Run, RunError, attempt, execute, raise_failures
 
 ENGINES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
 
@@ -97,19 +97,9 @@ def reproduce_on(client, runs: Sequence[Run], force: bool = False) -> None:
 
     A run that fails says so and does not stop the others; RunError when all have ended, if any failed.
     """
-    failed = []
-
-    def one(run: Run) -> None:
-        try:
-            reproduce(run, force, functools.partial(spread, client))
-        except RunError as error:
-            print(error, flush=True)
-            failed.append(error)
-
+    engine = functools.partial(spread, client)
     with ThreadPoolExecutor(len(runs)) as pool:
-        list(pool.map(one, runs))
-    if failed:
-        raise RunError(f"{len(failed)} of {len(runs)} runs failed: {failed[0]}") from failed[0]
+        raise_failures(pool.map(functools.partial(attempt, force=force, engine=engine), runs))
 
 
 def shards(parameters: dict) -> list[dict]:

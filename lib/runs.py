@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +72,44 @@ def reproduce(run: Run, force: bool = False, engine: Engine | None = None) -> No
         raise RunError(f"{run}: {run.target} could not be written ({error}); earlier results are as they were") from error
 
 
+def reproduce_all(runs: Sequence[Run], force: bool = False, jobs: int = 1) -> None:
+    """`reproduce` for all runs, `jobs` of them side by side: each in a process of its own, on one thread.
+
+    One after another, the first RunError ends it. Side by side, a run that fails says so and does not stop the others; RunError
+    when all have ended, if any failed.
+    """
+    if min(jobs, len(runs)) <= 1:
+        for run in runs:
+            reproduce(run, force)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_one_of_several) as pool:
+        raise_failures(pool.map(functools.partial(attempt, force=force), runs))
+
+
+def _one_of_several() -> None:
+    """Kernels of this process take one thread, and it ends when the process that started it does, whatever ends that."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def attempt(run: Run, force: bool = False, engine: Engine | None = None) -> RunError | None:
+    """`reproduce`, with the error printed and returned."""
+    try:
+        reproduce(run, force, engine)
+    except RunError as error:
+        print(error, flush=True)
+        return error
+
+
+def raise_failures(outcomes: Iterable[RunError | None]) -> None:
+    """Wait for all outcomes of `attempt`; RunError that says how many failed, with the first of them."""
+    outcomes = list(outcomes)
+    if failed := [error for error in outcomes if error]:
+        raise RunError(f"{len(failed)} of {len(outcomes)} runs failed: {failed[0]}") from failed[0]
+
+
 def _reproduce(run: Run, force: bool, engine: Engine) -> None:
     cells = nbformat.read(run.notebook, as_version=4).cells
     # Settings identify a ledger cell, but a notebook's own code decides what they mean: other code, another ledger.
@@ -103,6 +145,20 @@ def here(run: Run, partial: Path, ledger: Ledger) -> None:
         raise RunError(f"{error}\nThe notebook up to there is {partial / run.notebook.name}") from error
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A text stream whose lines start with a label: several notebooks may write to it at once."""
+
+    label: str
+    stream: object
+
+    def write(self, text: str) -> None:
+        self.stream.write("".join(f"{self.label}: {line}" for line in text.splitlines(keepends=True)))
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
 def execute(notebook: Path, parameters: dict, profile: str, folder: Path, place: Path | None = None) -> None:
     """Execute a notebook into `folder` with papermill. Raises RunError with the failing cell; the notebook up to it is there.
 
@@ -115,7 +171,7 @@ def execute(notebook: Path, parameters: dict, profile: str, folder: Path, place:
     try:
         papermill.execute_notebook(
             str(notebook), str(output), parameters | {"folder": str(folder), "profile": profile},
-            log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False,
+            log_output=True, stdout_file=Labelled(notebook.stem, sys.stdout), stderr_file=sys.stderr, progress_bar=False,
             cwd=str(place or notebook.parent),
         )  # fmt: skip
     except DeadKernelError as error:

@@ -45,6 +45,7 @@ def test_a_profile_says_what_it_is(name):
     assert found.about["settings"]
     for paper, parameters in found.papers.items():
         assert parameters["models"] == [found.about["model"]]
+        assert set(profile("workshop").papers[paper]) <= set(parameters)  # what is not named is as short as a notebook's default
         everything = tasks.full_parameters(paper, name)
         assert everything["corpus"] == everything["evaluation"] == "wikitext2"
         assert everything["length"] <= meta_model(found.about["architecture"]).config.max_position_embeddings

@@ -88,6 +88,33 @@ def test_reproduce_then_nothing_to_do_then_force(project, capfd):
     assert json.loads((target / "manifest.json").read_text())["cells_computed"] == 4
 
 
+def test_side_by_side_on_one_thread_each_and_a_failure_stops_only_itself(project, capfd):
+    source = (project / "notebooks" / "toy.ipynb").read_text()
+    for name, old, new in (
+        ("second", "return i", "import torch; return torch.get_num_threads()"),
+        ("third", "return i", "return 1 / 0"),
+    ):
+        assert old in source
+        (project / "notebooks" / f"{name}.ipynb").write_text(source.replace(old, new).replace("'toy'", f"'{name}'"))
+    profile = project / "notebooks" / "params" / "workshop.yaml"
+    profile.write_text("".join(f"{name}:\n  steps: 4\n" for name in ("third", "toy", "second")))
+    with pytest.raises(Exit, match="(?s)1 of 3 runs failed: third.*ZeroDivisionError"):
+        tasks.reproduce.body(None, jobs=2)
+    table = "results/workshop/{0}/tables/t.csv"
+    assert (project / table.format("toy")).read_text() == "i\n0\n1\n2\n3\n"
+    assert (project / table.format("second")).read_text() == "i\n1\n1\n1\n1\n"
+    assert not (project / "results/workshop/third").exists()
+    out = capfd.readouterr().out
+    assert "toy: worked 3" in out
+    assert "second: worked 3" in out
+
+
+@pytest.mark.parametrize("arguments", [dict(jobs=-1), dict(jobs=True), dict(jobs=2, cluster="local")])
+def test_jobs_that_make_no_sense(arguments):
+    with pytest.raises(Exit, match="--jobs takes a number of notebooks"):
+        tasks.reproduce.body(None, **arguments)
+
+
 def test_a_change_of_the_notebook_is_not_up_to_date(project):
     tasks.reproduce.body(None)
     path = project / "notebooks" / "toy.ipynb"
@@ -138,23 +165,27 @@ tasks.reproduce.body(None)
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
-def test_a_killed_run_continues(project):
+@pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["alone", "side by side, the first process only"])
+def test_a_killed_run_continues(project, kill):
     # Slow enough that the orphaned kernel, which notices within a second that its parent died, cannot finish the work.
     path = project / "notebooks" / "toy.ipynb"
     path.write_text(path.read_text().replace("time.sleep(0.3)", "time.sleep(2)"))
+    if kill is os.kill:
+        (project / "notebooks" / "other.ipynb").write_text(path.read_text().replace("'toy'", "'other'"))
+        (project / "notebooks" / "params" / "workshop.yaml").write_text("toy:\n  steps: 4\nother:\n  steps: 2\n")
     command = [sys.executable, "-c", RUNNER, str(project)]
     settings = dict(cwd=Path(tasks.__file__).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = subprocess.Popen(command, start_new_session=True, **settings)
     for line in first.stdout:
-        if "worked 1" in line:
+        if "toy: worked 1" in line:
             break
-    os.killpg(first.pid, signal.SIGKILL)
+    kill(first.pid, signal.SIGKILL)
     first.wait()
     first.stdout.close()
     assert not (project / "results/workshop/toy").exists()  # nothing half-written where results belong
     second = subprocess.run(command, check=True, timeout=120, **settings)
-    assert "worked 0" not in second.stdout
-    assert "worked 3" in second.stdout
+    assert "toy: worked 0" not in second.stdout
+    assert "toy: worked 3" in second.stdout
     manifest = json.loads((project / "results/workshop/toy/manifest.json").read_text())
     assert manifest["cells_from_ledger"] >= 1
     assert (project / "results/workshop/toy/tables/t.csv").read_text() == "i\n0\n1\n2\n3\n"
