@@ -78,7 +78,8 @@ def reproduce_all(runs: Sequence[Run], force: bool = False, jobs: int = 1) -> No
     One after another, the first RunError ends it. Side by side, a run that fails says so and does not stop the others; RunError
     when all have ended, if any failed.
     """
-    if min(jobs, len(runs)) <= 1:
+    jobs = min(jobs, len(runs))
+    if jobs <= 1:
         for run in runs:
             reproduce(run, force)
         return
@@ -90,8 +91,12 @@ def reproduce_all(runs: Sequence[Run], force: bool = False, jobs: int = 1) -> No
 def _one_of_several() -> None:
     """Kernels of this process take one thread, and it ends when the process that started it does, whatever ends that."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def attempt(run: Run, force: bool = False, engine: Engine | None = None) -> RunError | None:

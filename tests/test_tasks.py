@@ -88,7 +88,8 @@ def test_reproduce_then_nothing_to_do_then_force(project, capfd):
     assert json.loads((target / "manifest.json").read_text())["cells_computed"] == 4
 
 
-def test_side_by_side_on_one_thread_each_and_a_failure_stops_only_itself(project, capfd):
+def test_side_by_side_on_one_thread_each_and_a_failure_stops_only_itself(project, capfd, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what a kernel would take if it were not told otherwise
     source = (project / "notebooks" / "toy.ipynb").read_text()
     for name, old, new in (
         ("second", "return i", "import torch; return torch.get_num_threads()"),
