@@ -59,7 +59,7 @@ def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
 
 
 def papers_of(profile: str, paper: str) -> list[str]:
-    """The notebooks that a profile runs, or only `paper`; a paper that it leaves out is an error that says why."""
+    """The notebooks that a profile runs, in its order, or only `paper`; a paper that it leaves out is an error that says why."""
     from lib.profiles import read_profile
 
     found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
@@ -68,7 +68,7 @@ def papers_of(profile: str, paper: str) -> list[str]:
     if paper and choose("paper", paper, papers()) not in found.papers:
         reason = found.about.get("refused", {}).get(paper, "it has no parameters for it")
         raise Exit(f"profile {profile} does not run {paper}: {reason}. It runs {', '.join(found.papers) or 'nothing'}", code=2)
-    return [paper] if paper else sorted(found.papers)
+    return [paper] if paper else list(found.papers)
 
 
 def full_parameters(paper: str, profile: str) -> dict:

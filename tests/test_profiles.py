@@ -200,6 +200,10 @@ def test_runs_that_could_not_start_are_refused(monkeypatch):
 def test_gemma_runs_all_but_slicegpt_and_says_why():
     with pytest.raises(Exit, match=r"does not run slicegpt: .*sandwich norms.* It runs svd_llm, structured_afr"):
         tasks.reproduce.body(None, paper="slicegpt", profile="gemma-3-270m")
-    assert tasks.papers_of("gemma-3-270m", "") == ["compare", "on_device_pruning", "structured_afr", "svd_llm"]
+    assert tasks.papers_of("gemma-3-270m", "") == ["svd_llm", "structured_afr", "on_device_pruning", "compare"]
     with pytest.raises(Exit, match="unknown parameter of svd_llm 'ratos'"):
         tasks.reproduce.body(None, paper="svd_llm", profile="gemma-3-270m", set=["ratos=[0.1]"])
+
+
+def test_notebooks_start_in_the_order_of_the_profile():
+    assert tasks.papers_of("workshop", "") == list(profile("workshop").papers) != sorted(profile("workshop").papers)
