@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.compress import METHODS
 from lib.evaluate import peak_memory
+from lib.runs import end_with_parent
 
 ALL_GRADIENTS = "all gradients"  # LLM-Pruner's memory as its released code has it: one backward pass, every gradient kept
 
@@ -35,7 +36,7 @@ def measure(method: str, ratio: float, shape: dict, samples: int, length: int, s
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         try:
             return pool.submit(prune_here, method, ratio, shape, samples, length, seed, threads).result()
         except BrokenProcessPool as error:

@@ -89,14 +89,19 @@ def reproduce_all(runs: Sequence[Run], force: bool = False, jobs: int = 1) -> No
 
 
 def _one_of_several() -> None:
-    """Kernels of this process take one thread, and it ends when the process that started it does, whatever ends that."""
+    """Kernels of this process take one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    end_with_parent()
 
-    def end_with_parent() -> None:
+
+def end_with_parent() -> None:
+    """This process ends when the one that started it does, whatever ends that: a pool's own process would wait for ever."""
+
+    def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def attempt(run: Run, force: bool = False, engine: Engine | None = None) -> RunError | None:

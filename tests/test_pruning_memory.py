@@ -1,5 +1,10 @@
 """Pruning in a process of its own: sizes counted by hand, gradients that are really there, errors that say what went wrong."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from lib.pruning_memory import ALL_GRADIENTS, measure
@@ -37,6 +42,35 @@ def test_a_second_measurement_finds_the_same_peak():
     if None in peaks:
         pytest.skip("this system has no counter of peak memory")
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
+def test_the_process_ends_with_the_one_that_asked():
+    """Killed in mid-measurement, it must leave nothing behind that waits for ever."""
+    code = f"from lib.pruning_memory import measure\nif __name__ == '__main__':\n    measure('afr', 0.2, {SHAPE}, 32, 64)"
+    asking = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    deadline = time.time() + 60
+    while len(in_session(asking.pid)) < 4 and time.time() < deadline:  # itself, resource tracker, server, worker
+        time.sleep(0.1)
+    assert len(in_session(asking.pid)) >= 4
+    asking.kill()
+    asking.wait()
+    while in_session(asking.pid) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not in_session(asking.pid)
+
+
+def in_session(session: int) -> list[int]:
+    """Processes of a session that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # gone in the meantime
+            continue
+        if int(number) == session and state != "Z":
+            found.append(int(path.parent.name))
+    return found
 
 
 def test_an_unknown_method_fails_before_a_process_starts():
