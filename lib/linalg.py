@@ -113,7 +113,9 @@ def remove_mean(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
 # W for inputs X keeps the first k left singular vectors of WS, W' = U_k U_kᵀ W: no root is ever inverted.
 
 ORTHONORMAL = 1e-3  # Bv/σ is orthonormal to ε(σ₁/σ)², so to 2e-10, for singular values down to this share of the largest
-COLUMNS = 256  # of a root that are multiplied at once
+COLUMNS = 256  # of a root or a Gram matrix that are multiplied at once
+PRECISION = 1e-13  # of an eigenvalue relative to the largest, in float64
+CLEAR = 10  # times the rounding noise: an eigenvalue that the data, and not noise, has made
 RIDGES = (0.0, *(10.0**e for e in range(-10, 1)))  # tried in turn, relative to the mean of the diagonal
 
 
@@ -155,6 +157,35 @@ def decompose(w: torch.Tensor, root: torch.Tensor | None = None, k: int | None =
         return left / kept, sigma
     # Division by a tiny σ would leave columns that are not orthonormal.
     return torch.linalg.qr(left)[0], sigma
+
+
+def decompose_outputs(w: torch.Tensor, gram: torch.Tensor, k: int) -> torch.Tensor | None:
+    """The first k left singular vectors [m, k] of WS, G = SSᵀ, without the root: eigenvectors of WGWᵀ, in float64.
+
+    w: [m, n], for wide matrices, whose Gram matrix G [n, n] is the larger one; the root would cost n³/3 operations and the
+    memory of G once more. None where the data does not determine k directions (fewer tokens, too many dead channels): then
+    `root_of` has to say, by its ridge, how the others rank. Sums in float32 leave eigenvalues of noise in the place of
+    zeros, about as far below zero as above it, so the most negative one says how large the noise is.
+    """
+    check_finite(gram)
+    values, axes = torch.linalg.eigh(_output_gram(w.double(), gram))
+    noise = torch.maximum(-values[0], PRECISION * values[-1])
+    return axes[:, -k:].flip(1) if values[-k] > CLEAR * noise else None
+
+
+def _output_gram(w: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """WGWᵀ [m, m] with half of the work: G = L + Lᵀ, where L is the lower triangle with half of the diagonal.
+
+    WL comes by blocks of columns, each of which is used up at once, so neither L nor WL is ever in memory.
+    """
+    half = w.new_zeros(len(w), len(w))
+    for start in range(0, len(gram), COLUMNS):
+        block, below = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
+        corner = gram[block, block].tril()
+        corner.diagonal().mul_(0.5)
+        product = (w[:, block] @ corner).addmm_(w[:, below], gram[below, block])
+        half.addmm_(product, w[:, block].T)
+    return half + half.T
 
 
 def smaller_gram(b: torch.Tensor) -> torch.Tensor:

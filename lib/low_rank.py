@@ -144,9 +144,14 @@ def largest(plans: Sequence[Ranks]) -> Ranks:
     return {name: max(plan.get(name, 0) for plan in plans) for name in names}
 
 
+def projected(layer: nn.Linear, basis: torch.Tensor) -> LowRankLinear:
+    """A linear layer as two factors whose outputs stay in the span of orthonormal columns [m, k]."""
+    return low_rank(layer, *truncate(layer.weight.detach(), basis))
+
+
 def factored(layer: nn.Linear, root: torch.Tensor | None, k: int) -> LowRankLinear:
     """A linear layer truncated to rank k for inputs with second moment SSᵀ."""
-    return low_rank(layer, *truncate(layer.weight.detach(), decompose(layer.weight.detach(), root, k)[0]))
+    return projected(layer, decompose(layer.weight.detach(), root, k)[0])
 
 
 def factor(
@@ -187,8 +192,15 @@ def sweep_of(
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) for every plan of ranks, from one decomposition of each matrix."""
+    return nested(model, lambda ranks: factor(matrices(model), roots, ranks, progress), ratios, plans)
+
+
+def nested(
+    model: nn.Module, fit: Callable[[Ranks], Mapping[str, LowRankLinear]], ratios: Sequence[float], plans: Sequence[Ranks]
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model) for every plan of ranks, whose layers are narrowed from those that `fit` makes of the largest ranks."""
     ranks = largest(plans)
-    layers = factor(matrices(model), roots, ranks, progress) if ranks else {}
+    layers = fit(ranks) if ranks else {}
     for ratio, plan in zip(ratios, plans, strict=True):
         yield ratio, put(shell(model), {name: narrowed(layers[name], k) for name, k in plan.items()})
 

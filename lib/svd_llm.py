@@ -12,7 +12,7 @@ update, adapters on the factors (`recover_factors`), starts from any of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from lib.anatomy import Anatomy, shared_inputs
 from lib.calibration import ResidualStream, check_calibration
 from lib.finetune import LoRA, Recovered, recover
-from lib.linalg import add_gram, refit, root_of, singular_values
+from lib.linalg import add_gram, decompose_outputs, refit, root_of, singular_values
 from lib.low_rank import (
     Ranks,
     allocate_by_type,
@@ -31,8 +31,9 @@ from lib.low_rank import (
     largest,
     matrices,
     narrowed,
+    nested,
+    projected,
     put,
-    sweep_of,
     uniform_ranks,
 )
 from lib.surgery import LowRankLinear, low_rank, shell
@@ -78,14 +79,20 @@ def roots(grams: Grams, report: Callable[[str], None] | None = None) -> Iterator
         yield names, root
 
 
+def original_grams(stream_of: Callable[[nn.Module], ResidualStream], model: nn.Module) -> Iterator[Grams]:
+    """Gram matrices of every distinct input of the dense model, block by block; whoever takes them empties them."""
+    stream = stream_of(model)
+    last = len(stream.anatomy.blocks) - 1
+    for block in range(last + 1):
+        yield block_grams(stream, block, advance=block < last)
+
+
 def original_roots(
     stream_of: Callable[[nn.Module], ResidualStream], model: nn.Module, report: Callable[[str], None] | None = None
 ) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """Roots of every distinct input of the dense model in order, with one block's matrices in memory."""
-    stream = stream_of(model)
-    last = len(stream.anatomy.blocks) - 1
-    for block in range(last + 1):
-        yield from roots(block_grams(stream, block, advance=block < last), report)
+    for grams in original_grams(stream_of, model):
+        yield from roots(grams, report)
 
 
 def spectra(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8) -> dict[str, torch.Tensor]:
@@ -96,13 +103,20 @@ def spectra(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
 
 
 def working_bytes(model: nn.Module) -> int:
-    """Memory that truncation needs beside model and residual buffer: one block's Gram matrices and the largest root.
+    """Memory that truncation needs beside model and residual buffer: what is alive in a block at the peak, in float64.
 
-    Counted on shapes, so a meta model will do.
+    First the Gram matrices of the whole block, while a wide matrix W [m, n] is decomposed: W itself and two [m, m] on the way
+    to WGWᵀ. Then the Gram matrices of the others, and a root, or W and WS (`truncated_block`). What LAPACK needs inside and
+    the root of a wide matrix's inputs that lack data are not counted. Counted on shapes, so a meta model will do.
     """
     anatomy = Anatomy(model)
-    sizes = [anatomy.blocks[0].get_submodule(group[0]).in_features for group in shared_inputs(anatomy.family)]
-    return 8 * (sum(n * n for n in sizes) + max(sizes) ** 2)
+    layers = [[anatomy.blocks[0].get_submodule(name) for name in group] for group in shared_inputs(anatomy.family)]
+    groups = [[tuple(layer.weight.shape) for layer in group] for group in layers]
+    others = [group for group in groups if any(m >= n for m, n in group)]
+    every, rest = (sum(group[0][1] ** 2 for group in some) for some in (groups, others))
+    peaks = [every + m * n + 2 * m * m for group in groups if group not in others for m, n in group]
+    peaks += [rest + max(n * n, 2 * m * n) for group in others for m, n in group]
+    return 8 * max(peaks)
 
 
 # --- the method --------------------------------------------------------------------------------------------------------
@@ -153,15 +167,17 @@ def sweep(
     if order == "compressed":
         fit = partial(truncated_block, dense, progress)
         return _through_compressed(model, stream_of, fit, ratios, plans, progress)
-    measured = [([name], None) for name in dense] if variant == "U" else original_roots(stream_of, model, progress)
+    if variant == "U":
+        fit = partial(factor, dense, [([name], None) for name in dense], progress=progress)
+    else:
+        fit = partial(truncated, dense, original_grams(stream_of, model), progress)
     if variant == "W":
-        return sweep_of(model, measured, ratios, plans, progress)
-    return _refitted(model, stream_of, measured, ratios, plans, progress)
+        return nested(model, fit, ratios, plans)
+    return _refitted(model, stream_of, fit, ratios, plans, progress)
 
 
-def _refitted(model, stream_of, measured, ratios, plans, progress):
-    dense = matrices(model)
-    factors = factor(dense, measured, largest(plans), progress)
+def _refitted(model, stream_of, fit, ratios, plans, progress):
+    dense, factors = matrices(model), fit(largest(plans))
     yield from _through_compressed(model, stream_of, partial(refitted_block, dense, factors, progress), ratios, plans, progress)
 
 
@@ -193,8 +209,35 @@ def _through_compressed(
 
 
 def truncated_block(dense: dict[str, nn.Linear], report: Callable | None, grams: Grams, ranks: Ranks) -> dict[str, LowRankLinear]:
-    """Layers of a block truncated for the inputs that were measured."""
-    return factor(dense, roots(grams, report), ranks)
+    """Layers of a block truncated for the inputs that were measured; the Gram matrices are given up for them.
+
+    Those of wide matrices come first. They need no root, unless the data leaves directions open, and theirs is the largest
+    Gram matrix (down_proj, fc2): it is gone before any root is made.
+    """
+    found = {}
+    for names in [names for names in grams if all(is_wide(dense[name]) for name in names)]:
+        fitted = [name for name in names if name in ranks]
+        bases = [decompose_outputs(dense[name].weight.detach(), grams[names], ranks[name]) for name in fitted]
+        if all(basis is not None for basis in bases):
+            del grams[names]
+            found |= {name: projected(dense[name], basis) for name, basis in zip(fitted, bases, strict=True)}
+    return found | factor(dense, roots(grams, report), ranks)
+
+
+def is_wide(layer: nn.Linear) -> bool:
+    return layer.out_features < layer.in_features
+
+
+def truncated(
+    dense: dict[str, nn.Linear], measured: Iterable[Grams], progress: Callable[[str], None] | None, ranks: Ranks
+) -> dict[str, LowRankLinear]:
+    """Layers of all blocks truncated for the inputs that were measured, block by block."""
+    found = {}
+    for grams in measured:
+        found |= truncated_block(dense, progress, grams, ranks)
+        if progress:
+            progress(f"factored {len(found)} of {len(ranks)} matrices")
+    return found
 
 
 def refitted_block(
