@@ -1,10 +1,12 @@
 """The block-by-block walk is the model: any family, any attention, with and without padding."""
 
+import math
+
 import pytest
 import torch
 
 from lib.anatomy import Anatomy, attention_half, family_of
-from lib.calibration import ResidualStream, enter
+from lib.calibration import ResidualStream, check_calibration, enter
 from tests.conftest import CONFIGS, LAYERS, WIDTH, relative, tiny, token_ids
 
 
@@ -199,6 +201,20 @@ def test_bad_calibration_is_refused(change, message):
 def test_bad_masks_are_refused(mask):
     with pytest.raises(ValueError, match="shape of the ids"):
         ResidualStream(tiny("llama"), token_ids(), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [(0, 0), (17, 5), (-1, -1)])
+def test_one_bad_weight_is_found_and_large_ones_pass(dtype, place):
+    model = tiny("llama", dtype)
+    weight = model.model.layers[1].mlp.up_proj.weight.detach()
+    weight.fill_(torch.finfo(dtype).max)  # a sum of these would overflow
+    check_calibration(Anatomy(model), token_ids())
+    for bad in (math.nan, math.inf, -math.inf):
+        weight.fill_(1)
+        weight[place] = bad
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+            check_calibration(Anatomy(model), token_ids())
 
 
 def test_nan_weights_are_refused_by_name():
