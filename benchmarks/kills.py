@@ -76,7 +76,7 @@ def differences(one: Path, two: Path) -> list[str]:
     for name in sorted(tables[0] & tables[1]):
         if name.endswith(CLOCKED):
             continue
-        frames = [pd.read_csv(place / name) for place in (one, two)]
+        frames = [pd.read_csv(place / name, dtype=str) for place in (one, two)]  # digit for digit
         for column in frames[0].columns if list(frames[0]) == list(frames[1]) else ["other columns"]:
             if MEASURED.search(column):
                 continue

@@ -37,7 +37,7 @@ def test_whole_blocks_need_less_than_gradients():
 
 
 def test_a_second_measurement_finds_the_same_peak():
-    """A fresh process and warm kernels: what is left is the method's own, equal to a percent and not only in magnitude."""
+    """A fresh process and warm kernels: what is left is the method's own, and not noise as large as itself."""
     peaks = [measure("wanda-sp", 0.25, SHAPE, 8, 64)["peak"] for _ in range(2)]
     if None in peaks:
         pytest.skip("this system has no counter of peak memory")
