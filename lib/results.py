@@ -138,13 +138,13 @@ class Results:
         name = self.folder.name.removesuffix(".partial")
         self.ledger = Ledger(self.folder.with_name(f"{name}.ledger.jsonl") if folder else None)
         self.files: list[str] = []
-        self.started, self.computed, self.remembered = time.time(), 0, 0
+        self.started = time.time()
+        self.asked: dict[str, bool] = {}  # key of each cell -> whether an earlier start has measured it
         self.progress = Progress()
 
     def cell(self, compute: Callable[[], object], **settings) -> object:
         """One expensive result (JSON values), computed once per settings, code version and package versions."""
-        self.remembered += settings in self.ledger
-        self.computed += settings not in self.ledger
+        self.asked.setdefault(content_key(settings), settings in self.ledger)
         return self.ledger.cell(settings, compute)
 
     def missing(self, **settings) -> bool:
@@ -190,8 +190,8 @@ class Results:
                 "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
             "seconds": round(time.time() - self.started, 1),
-            "cells_computed": self.computed,
-            "cells_from_ledger": self.remembered,
+            "cells_computed": len(self.asked) - sum(self.asked.values()),
+            "cells_from_ledger": sum(self.asked.values()),
             "files": {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in sorted(self.files)},
         }
         write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")

@@ -81,7 +81,8 @@ for i in range(5):
         return i * i
     run.cell(compute, i=i)
 run.table("squares", [{"i": i, "square": run.cell(None, i=i)} for i in range(5)])
-print(run.computed, run.remembered)
+manifest = run.finish({})
+print(manifest["cells_computed"], manifest["cells_from_ledger"])
 """
 
 
@@ -93,7 +94,7 @@ def test_a_killed_run_continues_where_it_stopped(tmp_path):
 
     assert run("die").returncode == 9
     assert not (tmp_path / "toy" / "tables").exists()
-    assert run("live").stdout.split() == ["2", "8"]  # three squares were known, then all five
+    assert run("live").stdout.split() == ["2", "3"]  # of five squares three were known, though all are asked for twice
     assert (tmp_path / "toy" / "tables" / "squares.csv").read_text() == "i,square\n0,0\n1,1\n2,4\n3,9\n4,16\n"
 
 
@@ -132,6 +133,20 @@ def test_tables_and_manifest(tmp_path):
     assert json.loads((tmp_path / "toy/manifest.json").read_text()) == manifest
     assert set(manifest["files"]) == {"tables/t.csv", "tables/t.md"}
     assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_a_cell_counts_once_however_many_sections_ask(tmp_path):
+    """And as one of this start if it was measured in it: the manifest says what an earlier start has left."""
+
+    def finished(*levels):
+        run = Results("toy", tmp_path / "toy", "p")
+        for level in levels:
+            run.cell(lambda level=level: level, level=level)
+        manifest = run.finish({})
+        return manifest["cells_computed"], manifest["cells_from_ledger"]
+
+    assert finished(1, 2, 1, 1) == (2, 0)
+    assert finished(1, 3, 1, 3, 3) == (1, 1)
 
 
 def test_figures_are_reproducible_files(tmp_path):
