@@ -1,8 +1,9 @@
-"""How long each section of the notebooks takes with their own parameters, the cells above it having run.
+"""How long each section of the notebooks takes on its own after the set-up, with the notebook's own parameters.
 
     python -m benchmarks.sections [PAPER ...]
 
-One notebook after another, in a kernel of its own with the machine's threads. Nothing is written but to a temporary folder.
+Set-up and section run in a kernel of their own with the machine's threads, one after another, so a section pays for whatever
+it needs of others. Nothing is written but to a temporary folder.
 """
 
 from __future__ import annotations
@@ -12,37 +13,49 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
 import papermill
 import torch
+from nbformat import NotebookNode
 
 from tasks import NOTEBOOKS, papers
 
-HEADING = re.compile(r"^## (\d+ · .+)$", re.MULTILINE)
+HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 
 
-def seconds(paper: str, folder: Path) -> dict[str, float]:
-    """Wall-clock seconds by section; what precedes the first is the set-up."""
-    path = NOTEBOOKS / f"{paper}.ipynb"
-    done = papermill.execute_notebook(
-        str(path), str(folder / path.name), {"folder": str(folder)}, progress_bar=False, cwd=str(NOTEBOOKS)
-    )
+def by_section(notebook: NotebookNode) -> dict[str, list[NotebookNode]]:
+    """Code cells of every section by its title; those above the first section are "set-up"."""
     found, section = {}, "set-up"
-    for cell in done.cells:
+    for cell in notebook.cells:
         if cell.cell_type == "markdown":
             section = next(iter(HEADING.findall(cell.source)), section)
         else:
-            found[section] = found.get(section, 0.0) + cell.metadata.papermill.duration
+            found.setdefault(section, []).append(cell)
     return found
+
+
+def seconds(notebook: NotebookNode, cells: list[NotebookNode]) -> list[float]:
+    """Wall-clock seconds of each of the cells, run as a notebook of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "section.ipynb")
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata), path)
+        done = papermill.execute_notebook(
+            str(path), str(path), {"folder": str(Path(folder, "results"))}, progress_bar=False, cwd=str(NOTEBOOKS)
+        )
+    return [cell.metadata.papermill.duration for cell in done.cells if "injected-parameters" not in cell.metadata.tags]
 
 
 def main() -> None:
     print(f"{torch.get_num_threads()} threads")
     for paper in sys.argv[1:] or papers():
-        with tempfile.TemporaryDirectory() as folder:
-            found = seconds(paper, Path(folder))
-        print(f"{paper}: {sum(found.values()):.0f} s")
-        for section, spent in found.items():
-            print(f"  {spent:5.1f} s  {section}", flush=True)
+        notebook = nbformat.read(NOTEBOOKS / f"{paper}.ipynb", as_version=4)
+        sections = by_section(notebook)
+        setup = sections.pop("set-up")
+        print(f"{paper}:")
+        for section, cells in sections.items():
+            spent = seconds(notebook, setup + cells)
+            before, own = sum(spent[: len(setup)]), sum(spent[len(setup) :])
+            print(f"  {own:5.1f} s after {before:4.1f} s of set-up: {section}", flush=True)
 
 
 if __name__ == "__main__":

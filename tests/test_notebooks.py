@@ -1,13 +1,17 @@
 """The stored notebooks and committed results are what they claim: executed, parameterised, and free of machine paths."""
 
+import ast
+import builtins
 import hashlib
 import json
+import symtable
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 
+from benchmarks.sections import by_section
 from lib.afr import PAPER
 from tasks import NOTEBOOKS, RESULTS, papers
 
@@ -47,6 +51,58 @@ def test_cells_that_nbval_skips_are_few(path):
     skipped = [cell for cell in cells if "NBVAL_IGNORE_OUTPUT" in cell.source or "NBVAL_SKIP" in cell.source]
     assert len(skipped) <= len(cells) / 2
     assert not [cell for cell in cells if "NBVAL_SKIP" in cell.source]
+
+
+def names(statement):
+    """Names of a module that one of its statements reads, and those that it binds."""
+    nodes = list(ast.walk(statement))
+    targets = [part.target for part in nodes if isinstance(part, ast.comprehension | ast.NamedExpr)]
+    counted = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    tables = [symtable.symtable(ast.unparse(statement), "cell", "exec")]
+    bound = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    read = {n.target.id for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        top = table.get_type() == "module"
+        read |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced() and (top or symbol.is_global())}
+    return read - counted, bound - counted
+
+
+def foreign_names(notebook):
+    """(section, name) for every name that a section takes from another section, or binds though the set-up has given it."""
+    given, found = set(dir(builtins)), []
+    for section, cells in by_section(notebook).items():
+        own = set()
+        for statement in [statement for cell in cells for statement in ast.parse(cell.source).body]:
+            read, bound = names(statement)
+            if section == "set-up":
+                given |= set() if isinstance(statement, ast.For) else bound  # what a loop leaves behind is not for others
+                continue
+            simple = isinstance(statement, ast.Assign | ast.AugAssign)  # the right side is read before the left one is bound
+            taken = read - given - own - (set() if simple else bound)
+            again = set() if isinstance(statement, ast.Import | ast.ImportFrom) else bound & given
+            found += [(section, name) for name in sorted(taken | again)]
+            own |= bound
+    return found
+
+
+@pytest.mark.parametrize("path", STORED)
+def test_every_section_runs_on_its_own_after_the_set_up(path):
+    assert foreign_names(nbformat.read(path, as_version=4)) == []
+
+
+def test_names_of_other_sections_are_found():
+    new = nbformat.v4
+    sections = {
+        "": "import math\nfor s in (1, 2):\n    rows = []\ndef f(x):\n    return x + y",
+        "## 1 · a": "y = 1\nfor row in range(3):\n    last = row\ntotal = [k for k in range(y) if (half := k / 2) and half]",
+        "## 2 · b": "def g(a):\n    return a + y\nprint(last, math.pi)\ntotal += [1]",
+        "## 3 · c": "f = 3\nimport math\nfor row in (1,):\n    s = row\nprint(row, rows, later)\nlater = 1\nrow = row + 1",
+    }
+    cells = [cell for title, code in sections.items() for cell in (new.new_markdown_cell(title), new.new_code_cell(code))]
+    expected = [("2 · b", "y"), ("2 · b", "last"), ("2 · b", "total"), ("3 · c", "f"), ("3 · c", "later"), ("3 · c", "rows")]
+    assert foreign_names(new.new_notebook(cells=cells)) == expected
 
 
 def test_results_are_there():
