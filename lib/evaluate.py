@@ -8,7 +8,7 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -184,49 +184,53 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5, warm_up: int = 2) -> float:
-    """Median wall-clock seconds of `run` after warm-up, with device synchronisation."""
-    for _ in range(warm_up):
-        run()
-    times = []
-    for _ in range(repeats):
-        _synchronise(device)
-        start = time.perf_counter()
-        run()
-        _synchronise(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-@torch.no_grad()
 def speed(model: nn.Module, prompt: int = 128, generated: int = 32, batch: int = 1, repeats: int = 5) -> dict:
     """Prefill and decode throughput in tokens a second (all sequences of the batch counted), and the threads used.
 
     Prefill scores a prompt [batch, prompt]; decode appends `generated` tokens one at a time with the KV cache, its
-    prefill not counted. Tokens are arbitrary: dense models take the same time for any.
+    prefill not counted. Tokens are arbitrary: dense models take the same time for any. Medians of `repeats` after a warm-up.
     """
+    return speeds({"": model}, prompt, generated, batch, repeats)[""]
+
+
+def speeds(
+    models: Mapping[str, nn.Module], prompt: int = 128, generated: int = 32, batch: int = 1, repeats: int = 5
+) -> dict[str, dict]:
+    """`speed` of several models by name. They take turns, so that whatever else the machine does slows all of them alike."""
+    for model in models.values():
+        if prompt + generated > model.config.max_position_embeddings:
+            raise ValueError(f"{prompt} + {generated} tokens exceed the model's {model.config.max_position_embeddings} positions")
+    turns = [{name: _seconds(model, prompt, generated, batch) for name, model in models.items()} for _ in range(1 + repeats)][1:]
+    found = {}
+    for name in models:
+        prefill, decode = (statistics.median(spent) for spent in zip(*(turn[name] for turn in turns), strict=True))
+        found[name] = {
+            "batch": batch,
+            "prefill_tokens_per_s": batch * prompt / prefill,
+            "decode_tokens_per_s": batch * generated / decode,
+            "threads": torch.get_num_threads(),
+        }
+    return found
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, prompt: int, generated: int, batch: int) -> tuple[float, float]:
+    """Wall-clock seconds of one prefill and of the decoding after it."""
     device = next(model.parameters()).device
-    if prompt + generated > model.config.max_position_embeddings:
-        raise ValueError(f"{prompt} + {generated} tokens exceed the model's {model.config.max_position_embeddings} positions")
     ids = torch.arange(batch * prompt, device=device).view(batch, prompt) % model.config.vocab_size
-    prefill = seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), device, repeats)
 
-    def decode() -> float:
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    def clock() -> float:
         _synchronise(device)
-        start = time.perf_counter()
-        for _ in range(generated):
-            cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
-        _synchronise(device)
-        return time.perf_counter() - start
+        return time.perf_counter()
 
-    decode()
-    return {
-        "batch": batch,
-        "prefill_tokens_per_s": batch * prompt / prefill,
-        "decode_tokens_per_s": batch * generated / statistics.median(decode() for _ in range(repeats)),
-        "threads": torch.get_num_threads(),
-    }
+    start = clock()
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    prefill = clock() - start
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    start = clock()
+    for _ in range(generated):
+        cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
+    return prefill, clock() - start
 
 
 @torch.no_grad()

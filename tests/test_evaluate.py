@@ -11,7 +11,7 @@ from torch import nn
 from lib import evaluate
 from lib.continuation import TASK, continuation_documents
 from lib.cost import count, prefill_macs
-from lib.evaluate import peak_memory, perplexity, self_times, speed, zero_shot
+from lib.evaluate import peak_memory, perplexity, self_times, speed, speeds, zero_shot
 from lib.models import load
 from lib.slicegpt import slice_model
 from tests.conftest import tiny, token_ids
@@ -153,6 +153,20 @@ def test_speed_reports_tokens_and_refuses_long_prompts():
     assert found["threads"] == torch.get_num_threads()
     with pytest.raises(ValueError, match="64 positions"):
         speed(model, prompt=60, generated=5)
+
+
+def test_models_take_turns_when_their_speeds_are_compared():
+    models, order = {"first": tiny("llama", torch.float32), "second": tiny("llama", torch.float32)}, []
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    found = speeds(models, prompt=16, generated=4, repeats=2)
+    turn = ["first"] * (1 + 1 + 4) + ["second"] * (1 + 1 + 4)  # prefill, once more to fill the cache, four tokens
+    assert order == 3 * turn  # the first turn warms up
+    assert list(found) == ["first", "second"]
+    assert found["first"].keys() == found["second"].keys()
+    with pytest.raises(ValueError, match="64 positions"):
+        speeds(models, prompt=60, generated=5)
+    assert order == 3 * turn
 
 
 def test_peak_memory_sees_a_temporary_tensor():
