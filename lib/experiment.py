@@ -111,6 +111,10 @@ class Subject:
         """The baseline of every row: `measure` of the dense model, once per run."""
         return self.run.cell(lambda: self.measure(self.model), **self.record(), method="dense")
 
+    def baseline(self) -> float:
+        """Perplexity of the dense model, which others are divided by."""
+        return self.dense()["perplexity"]["perplexity"]
+
     def at_levels(self, levels: Sequence[float], make: Callable, zero_shot: bool = True, **settings) -> dict[float, dict]:
         """One ledger cell per level of a sweep: {level: measured}.
 
