@@ -157,35 +157,40 @@ class ResidualStream:
         see: dict[str, Callable[[torch.Tensor], None]],
         advance: bool = False,
         run: Callable = whole_block,
+        results: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] | None = None,
     ) -> None:
         """Run a block on the stream to look inside. The stream stays where it is, or moves behind the block with `advance`.
 
         run: the whole block, or the half in front of which the stream stands (`Anatomy.steps`).
 
         see: for names of modules inside the block, what to do with the inputs [n, features] that each of them gets for the
-        real tokens, batch by batch. Modules that share an input (q, k, v) need only one of them to be named. Without `advance`
-        the pass ends at the last of them.
+        real tokens, batch by batch. Modules that share an input (q, k, v) need only one of them to be named. results: the same
+        for inputs and outputs [n, features] together. Without `advance` the pass ends at the last of all these.
         """
         module = self.anatomy.blocks[block]
         kept: list[torch.Tensor | None] = [None]  # which rows of the present batch are real
-        unseen: set[str] = set()  # modules that the present batch has not come to
+        results = results or {}
+        places = [*((name, "in") for name in see), *((name, "out") for name in results)]
+        unseen: set[tuple[str, str]] = set()  # where the present batch has not come to
 
-        def hook(name: str, use: Callable) -> Callable:
-            def give(_, inputs):
-                x = inputs[0].flatten(0, -2)
-                use(x if kept[0] is None else x[kept[0]])
-                unseen.discard(name)
+        def hook(place: tuple[str, str], use: Callable) -> Callable:
+            def give(_, inputs, *output):
+                rows = [x.flatten(0, -2) for x in (inputs[0], *output)]
+                use(*(x if kept[0] is None else x[kept[0]] for x in rows))
+                unseen.discard(place)
                 if not unseen and not advance:
                     raise _Enough
 
             return give
 
-        handles = [module.get_submodule(name).register_forward_pre_hook(hook(name, use)) for name, use in see.items()]
+        inside = module.get_submodule
+        handles = [inside(name).register_forward_pre_hook(hook((name, "in"), use)) for name, use in see.items()]
+        handles += [inside(name).register_forward_hook(hook((name, "out"), use)) for name, use in results.items()]
         try:
             with resident(module):
                 for rows in self._slices():
                     kept[0] = None if self.mask is None else self.mask[rows].bool().flatten().to(self.device)
-                    unseen.update(see)
+                    unseen.update(places)
                     with contextlib.suppress(_Enough):
                         output = run(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
                         if advance:

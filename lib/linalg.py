@@ -113,7 +113,7 @@ def remove_mean(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
 # W for inputs X keeps the first k left singular vectors of WS, W' = U_k U_kᵀ W: no root is ever inverted.
 
 ORTHONORMAL = 1e-3  # Bv/σ is orthonormal to ε(σ₁/σ)², so to 2e-10, for singular values down to this share of the largest
-COLUMNS = 256  # of a root or a Gram matrix that are multiplied at once
+COLUMNS = 256  # of a root that are multiplied at once
 PRECISION = 1e-13  # of an eigenvalue relative to the largest, in float64
 CLEAR = 10  # times the rounding noise: an eigenvalue that the data, and not noise, has made
 RIDGES = (0.0, *(10.0**e for e in range(-10, 1)))  # tried in turn, relative to the mean of the diagonal
@@ -159,33 +159,24 @@ def decompose(w: torch.Tensor, root: torch.Tensor | None = None, k: int | None =
     return torch.linalg.qr(left)[0], sigma
 
 
-def decompose_outputs(w: torch.Tensor, gram: torch.Tensor, k: int) -> torch.Tensor | None:
-    """The first k left singular vectors [m, k] of WS, G = SSᵀ, without the root: eigenvectors of WGWᵀ, in float64.
+def decompose_outputs(w: torch.Tensor, gram: torch.Tensor, k: int) -> tuple[torch.Tensor, int]:
+    """The first k left singular vectors [m, k] of WX from the Gram matrix of the outputs WX, and how many the data determines.
 
-    w: [m, n], for wide matrices, whose Gram matrix G [n, n] is the larger one; the root would cost n³/3 operations and the
-    memory of G once more. None where the data does not determine k directions (fewer tokens, too many dead channels): then
-    `root_of` has to say, by its ridge, how the others rank. Sums in float32 leave eigenvalues of noise in the place of
-    zeros, about as far below zero as above it, so the most negative one says how large the noise is.
+    w: [m, n], m <= n; gram: WXXᵀWᵀ [m, m], float64, whose eigenvectors they are: neither a root nor XXᵀ is needed. Where the data
+    leaves directions open (fewer tokens than k, dead channels), plain SVD of W ranks the open ones, which is what a ridge on
+    XXᵀ tends to as it vanishes. Sums in float32 leave eigenvalues of noise in the place of zeros, about as far below zero as
+    above it, so the most negative one says how large the noise is.
     """
     check_finite(gram)
-    values, axes = torch.linalg.eigh(_output_gram(w.double(), gram))
+    values, axes = torch.linalg.eigh(gram)  # smallest first
     noise = torch.maximum(-values[0], PRECISION * values[-1])
-    return axes[:, -k:].flip(1) if values[-k] > CLEAR * noise else None
-
-
-def _output_gram(w: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """WGWᵀ [m, m] with half of the work: G = L + Lᵀ, where L is the lower triangle with half of the diagonal.
-
-    WL comes by blocks of columns, each of which is used up at once, so neither L nor WL is ever in memory.
-    """
-    half = w.new_zeros(len(w), len(w))
-    for start in range(0, len(gram), COLUMNS):
-        block, below = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
-        corner = gram[block, block].tril()
-        corner.diagonal().mul_(0.5)
-        product = (w[:, block] @ corner).addmm_(w[:, below], gram[below, block])
-        half.addmm_(product, w[:, block].T)
-    return half + half.T
+    clear = int((values > CLEAR * noise).sum())
+    determined = axes[:, len(w) - min(k, clear) :].flip(1)
+    if clear >= k:
+        return determined, k
+    unseen = axes[:, : len(w) - clear]
+    order = principal_axes(smaller_gram(unseen.T @ w.double()))[1]
+    return torch.cat([determined, unseen @ order[:, : k - clear]], dim=1), clear
 
 
 def smaller_gram(b: torch.Tensor) -> torch.Tensor:
@@ -214,7 +205,12 @@ def _times_triangular(w: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
 
 def singular_values(w: torch.Tensor, root: torch.Tensor | None = None) -> torch.Tensor:
     """The singular values that `decompose` finds, without the vectors: a third of the time."""
-    return torch.linalg.eigvalsh(smaller_gram(scale_inputs(w.double(), root))).flip(0).clamp(min=0).sqrt()
+    return eigenvalue_roots(smaller_gram(scale_inputs(w.double(), root)))
+
+
+def eigenvalue_roots(gram: torch.Tensor) -> torch.Tensor:
+    """The roots of a Gram matrix's eigenvalues [d], largest first: the singular values of what it was made of."""
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
 
 
 def truncate(w: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

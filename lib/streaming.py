@@ -249,7 +249,7 @@ class LowRankWalk(Walk):
 
     def step(self, i: int) -> None:
         [stream] = self.streams
-        grams = svd_llm.block_grams(stream, i, advance=self.order == "original")
+        grams = svd_llm.block_grams(stream, i, advance=self.order == "original", outputs=True)
         for name, layer in svd_llm.truncated_block(self.dense, self.progress, grams, self.ranks).items():
             self.model.set_submodule(name, layer)
         self.forget(i)

@@ -21,7 +21,7 @@ from torch import nn
 from lib.anatomy import Anatomy, shared_inputs
 from lib.calibration import ResidualStream, check_calibration
 from lib.finetune import LoRA, Recovered, recover
-from lib.linalg import add_gram, decompose_outputs, refit, root_of, singular_values
+from lib.linalg import add_gram, decompose_outputs, eigenvalue_roots, refit, root_of, singular_values
 from lib.low_rank import (
     Ranks,
     allocate_by_type,
@@ -45,29 +45,50 @@ ALLOCATIONS = ("uniform", "loss")
 LORA = LoRA(
     rank=8, alpha=16, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=100, batch=64, evaluate_every=100
 )  # fmt: skip
-Grams = dict[tuple[str, ...], torch.Tensor]  # names of the matrices that share an input -> its Gram matrix [n, n]
+Grams = dict[tuple[str, ...], torch.Tensor]  # names of the matrices that share an input -> its Gram matrix [n, n], or [m, m]
 
 
 # --- statistics --------------------------------------------------------------------------------------------------------
 
 
-def block_grams(stream: ResidualStream, block: int, advance: bool = False) -> Grams:
+def block_grams(stream: ResidualStream, block: int, advance: bool = False, outputs: bool = False) -> Grams:
     """The Gram matrix in float64 of every distinct input in a block, from the stream where it stands.
 
-    q, k and v share one, and so do gate and up. Raises ValueError, naming the module, for activations that are not finite.
+    q, k and v share one, and so do gate and up. outputs: for matrices judged `by_outputs` take that of Wx, [m, m], instead: all
+    that truncation has to know, and in a down_proj a fraction of the work and memory. Raises ValueError, naming the module,
+    for activations that are not finite.
     """
     family, module = stream.anatomy.family, stream.anatomy.blocks[block]
-    groups = shared_inputs(family)
-    sizes = [module.get_submodule(group[0]).in_features for group in groups]
-    grams = [torch.zeros(n, n, dtype=torch.float64, device=stream.device) for n in sizes]
-    stream.observe(block, {g[0]: partial(add_gram, gram) for g, gram in zip(groups, grams, strict=True)}, advance)
-    found = {}
-    for group, gram in zip(groups, grams, strict=True):
-        names = tuple(block_name(family, block, name) for name in group)
+    found, inputs, results = {}, {}, {}
+    for group in shared_inputs(family):
+        layers = [module.get_submodule(name) for name in group]
+        judged = outputs and by_outputs(layers)
+        n = layers[0].out_features if judged else layers[0].in_features
+        gram = torch.zeros(n, n, dtype=torch.float64, device=stream.device)
+        found[tuple(block_name(family, block, name) for name in group)] = gram
+        if judged:
+            results[group[0]] = partial(add_output_gram, gram, layers[0])
+        else:
+            inputs[group[0]] = partial(add_gram, gram)
+    stream.observe(block, inputs, advance, results=results)
+    for names, gram in found.items():
         if not torch.isfinite(gram.sum()):
             raise ValueError(f"the inputs of {names[0]} hold NaN or infinity: load the model in float32 or bfloat16")
-        found[names] = gram
     return found
+
+
+def by_outputs(layers: Sequence[nn.Linear]) -> bool:
+    """Whether the outputs say all that truncation must know: an input of one matrix alone, which does not widen it."""
+    return len(layers) == 1 and layers[0].out_features <= layers[0].in_features
+
+
+def add_output_gram(total: torch.Tensor, layer: nn.Linear, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add Wx(Wx)ᵀ of all tokens to `total` [m, m], without the bias. x: [tokens, n], y: [tokens, m], as they go in and out."""
+    if y.dtype in (torch.float16, torch.bfloat16):  # rounded more coarsely than the small singular values bear
+        y = nn.functional.linear(x.float(), layer.weight.float())
+    elif layer.bias is not None:
+        y = y - layer.bias
+    add_gram(total, y)
 
 
 def roots(grams: Grams, report: Callable[[str], None] | None = None) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
@@ -79,12 +100,12 @@ def roots(grams: Grams, report: Callable[[str], None] | None = None) -> Iterator
         yield names, root
 
 
-def original_grams(stream_of: Callable[[nn.Module], ResidualStream], model: nn.Module) -> Iterator[Grams]:
-    """Gram matrices of every distinct input of the dense model, block by block; whoever takes them empties them."""
+def original_grams(stream_of: Callable[[nn.Module], ResidualStream], model: nn.Module, outputs: bool = False) -> Iterator[Grams]:
+    """The `block_grams` of the dense model, block by block; whoever takes them empties them."""
     stream = stream_of(model)
     last = len(stream.anatomy.blocks) - 1
     for block in range(last + 1):
-        yield block_grams(stream, block, advance=block < last)
+        yield block_grams(stream, block, block < last, outputs)
 
 
 def original_roots(
@@ -97,25 +118,30 @@ def original_roots(
 
 def spectra(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8) -> dict[str, torch.Tensor]:
     """Singular values [min(m, n)] of W X for every matrix of the dense model: what truncation to any rank would lose."""
-    dense = matrices(model)
-    measured = original_roots(lambda network: ResidualStream(network, ids, mask, batch), model)
-    return {name: singular_values(dense[name].weight.detach(), root) for names, root in measured for name in names}
+    dense, found = matrices(model), {}
+    for grams in original_grams(lambda network: ResidualStream(network, ids, mask, batch), model, outputs=True):
+        for name, gram in of_outputs(dense, grams):
+            found[name] = eigenvalue_roots(gram)
+        for names, root in roots(grams):
+            found |= {name: singular_values(dense[name].weight.detach(), root) for name in names}
+    return {name: found[name] for name in dense}
 
 
 def working_bytes(model: nn.Module) -> int:
     """Memory that truncation needs beside model and residual buffer: what is alive in a block at the peak, in float64.
 
-    First the Gram matrices of the whole block, while a wide matrix W [m, n] is decomposed: W itself and two [m, m] on the way
-    to WGWᵀ. Then the Gram matrices of the others, and a root, or W and WS (`truncated_block`). What LAPACK needs inside and
-    the root of a wide matrix's inputs that lack data are not counted. Counted on shapes, so a meta model will do.
+    First the Gram matrices of the whole block, while those of outputs [m, m] are used up: the eigenvectors and W [m, n]. Then
+    the other ones, and a root, or W and WS (`truncated_block`). What LAPACK needs inside is not counted, nor what matrices
+    need whose rank the data does not determine. Counted on shapes, so a meta model will do.
     """
     anatomy = Anatomy(model)
-    layers = [[anatomy.blocks[0].get_submodule(name) for name in group] for group in shared_inputs(anatomy.family)]
-    groups = [[tuple(layer.weight.shape) for layer in group] for group in layers]
-    others = [group for group in groups if any(m >= n for m, n in group)]
-    every, rest = (sum(group[0][1] ** 2 for group in some) for some in (groups, others))
-    peaks = [every + m * n + 2 * m * m for group in groups if group not in others for m, n in group]
-    peaks += [rest + max(n * n, 2 * m * n) for group in others for m, n in group]
+    groups = [[anatomy.blocks[0].get_submodule(name) for name in group] for group in shared_inputs(anatomy.family)]
+    judged = [tuple(group[0].weight.shape) for group in groups if by_outputs(group)]
+    rooted = [[tuple(layer.weight.shape) for layer in group] for group in groups if not by_outputs(group)]
+    rest = sum(group[0][1] ** 2 for group in rooted)
+    every = rest + sum(m * m for m, _ in judged)
+    peaks = [every + m * m + m * n for m, n in judged]
+    peaks += [rest + max(n * n, 2 * m * n) for group in rooted for m, n in group]
     return 8 * max(peaks)
 
 
@@ -166,11 +192,11 @@ def sweep(
 
     if order == "compressed":
         fit = partial(truncated_block, dense, progress)
-        return _through_compressed(model, stream_of, fit, ratios, plans, progress)
+        return _through_compressed(model, stream_of, fit, ratios, plans, progress, outputs=True)
     if variant == "U":
         fit = partial(factor, dense, [([name], None) for name in dense], progress=progress)
     else:
-        fit = partial(truncated, dense, original_grams(stream_of, model), progress)
+        fit = partial(truncated, dense, original_grams(stream_of, model, outputs=True), progress)
     if variant == "W":
         return nested(model, fit, ratios, plans)
     return _refitted(model, stream_of, fit, ratios, plans, progress)
@@ -188,17 +214,18 @@ def _through_compressed(
     ratios: Sequence[float],
     plans: Sequence[Ranks],
     progress: Callable[[str], None] | None,
+    outputs: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) for every plan, block after block: measure the dense block's inputs behind compressed ones, fit, replace.
 
-    `fit` makes the two-factor layers of a block from its Gram matrices.
+    `fit` makes the two-factor layers of a block from its Gram matrices, which `block_grams` takes of `outputs` or not.
     """
     for ratio, ranks in zip(ratios, plans, strict=True):
         small, layers = shell(model), {}
         if ranks:
             stream = stream_of(small)
             for block in range(len(stream.anatomy.blocks)):
-                fitted = fit(block_grams(stream, block), ranks)
+                fitted = fit(block_grams(stream, block, outputs=outputs), ranks)
                 for name, layer in fitted.items():
                     small.set_submodule(name, layer)
                 layers |= fitted
@@ -209,23 +236,21 @@ def _through_compressed(
 
 
 def truncated_block(dense: dict[str, nn.Linear], report: Callable | None, grams: Grams, ranks: Ranks) -> dict[str, LowRankLinear]:
-    """Layers of a block truncated for the inputs that were measured; the Gram matrices are given up for them.
-
-    Those of wide matrices come first. They need no root, unless the data leaves directions open, and theirs is the largest
-    Gram matrix (down_proj, fc2): it is gone before any root is made.
-    """
+    """Layers of a block truncated for what was measured; the Gram matrices are given up for them, those of outputs first."""
     found = {}
-    for names in [names for names in grams if all(is_wide(dense[name]) for name in names)]:
-        fitted = [name for name in names if name in ranks]
-        bases = [decompose_outputs(dense[name].weight.detach(), grams[names], ranks[name]) for name in fitted]
-        if all(basis is not None for basis in bases):
-            del grams[names]
-            found |= {name: projected(dense[name], basis) for name, basis in zip(fitted, bases, strict=True)}
+    for name, gram in of_outputs(dense, grams):
+        if name in ranks:
+            basis, determined = decompose_outputs(dense[name].weight.detach(), gram, ranks[name])
+            found[name] = projected(dense[name], basis)
+            if determined < ranks[name] and report:
+                report(f"the inputs of {name} determine {determined} of {ranks[name]} directions: plain SVD ranks the others")
     return found | factor(dense, roots(grams, report), ranks)
 
 
-def is_wide(layer: nn.Linear) -> bool:
-    return layer.out_features < layer.in_features
+def of_outputs(dense: dict[str, nn.Linear], grams: Grams) -> Iterator[tuple[str, torch.Tensor]]:
+    """Takes the Gram matrices of outputs, by the name of the matrix, out of those of a block."""
+    for names in [names for names in grams if by_outputs([dense[name] for name in names])]:
+        yield names[0], grams.pop(names)
 
 
 def truncated(

@@ -115,6 +115,31 @@ def test_observing_ends_at_the_last_module_that_is_looked_at():
     assert len(ran) == 3
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_results_are_seen_with_the_inputs(padded):
+    """Outputs beside the inputs they come from, real tokens only, whatever else is watched; the pass ends behind the last."""
+    model, ids = tiny("opt"), token_ids(5)
+    mask = torch.ones_like(ids)
+    mask[::2, 13:] = 0
+    stream, inputs, pairs = ResidualStream(model, ids, mask if padded else None, batch=2), [], []
+    block = stream.anatomy.blocks[1]
+    before = stream.hidden.clone()
+    stream.observe(1, {"fc2": inputs.append}, results={"fc2": lambda x, y: pairs.append((x, y))})
+    assert torch.equal(stream.hidden, before)
+    assert len(inputs) == len(pairs) == 3
+    for seen, (x, y) in zip(inputs, pairs, strict=True):
+        assert torch.equal(seen, x)
+        assert relative(y, block.fc2(x)) < 1e-12
+    assert sum(len(x) for x in inputs) == (int(mask.sum()) if padded else ids.numel())
+    ran = []
+    block.fc1.register_forward_hook(lambda *_: ran.append(True))
+    stream.observe(1, {}, results={"self_attn.out_proj": lambda x, y: None})
+    assert not ran
+    stream.observe(1, {}, True, results={"self_attn.out_proj": lambda x, y: None})
+    assert len(ran) == 3
+    assert not torch.equal(stream.hidden, before)
+
+
 def test_model_is_left_as_it_was():
     model, ids = tiny("llama"), token_ids(2)
     before = [type(m) for m in model.modules()]
