@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Cache
 
 from lib.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, local_task, task_manager
 from lib.continuation import TASK, continuation_task
@@ -194,13 +195,25 @@ def speed(model: nn.Module, prompt: int = 128, generated: int = 32, batch: int =
 
 
 def speeds(
-    models: Mapping[str, nn.Module], prompt: int = 128, generated: int = 32, batch: int = 1, repeats: int = 5
+    models: Mapping[str, nn.Module],
+    prompt: int = 128,
+    generated: int = 32,
+    batch: int = 1,
+    repeats: int = 5,
+    caches: Mapping[str, Callable[[], Cache]] | None = None,
 ) -> dict[str, dict]:
-    """`speed` of several models by name. They take turns, so that whatever else the machine does slows all of them alike."""
+    """`speed` of several models by name. They take turns, so that whatever else the machine does slows all of them alike.
+
+    caches: makes the empty KV cache that the model of a name decodes with, where that is not the usual one.
+    """
+    caches = caches or {}
     for model in models.values():
         if prompt + generated > model.config.max_position_embeddings:
             raise ValueError(f"{prompt} + {generated} tokens exceed the model's {model.config.max_position_embeddings} positions")
-    turns = [{name: _seconds(model, prompt, generated, batch) for name, model in models.items()} for _ in range(1 + repeats)][1:]
+    turns = [
+        {name: _seconds(model, prompt, generated, batch, caches.get(name)) for name, model in models.items()}
+        for _ in range(1 + repeats)
+    ][1:]
     found = {}
     for name in models:
         prefill, decode = (statistics.median(spent) for spent in zip(*(turn[name] for turn in turns), strict=True))
@@ -214,7 +227,9 @@ def speeds(
 
 
 @torch.no_grad()
-def _seconds(model: nn.Module, prompt: int, generated: int, batch: int) -> tuple[float, float]:
+def _seconds(
+    model: nn.Module, prompt: int, generated: int, batch: int, empty_cache: Callable[[], Cache] | None
+) -> tuple[float, float]:
     """Wall-clock seconds of one prefill and of the decoding after it."""
     device = next(model.parameters()).device
     ids = torch.arange(batch * prompt, device=device).view(batch, prompt) % model.config.vocab_size
@@ -226,7 +241,8 @@ def _seconds(model: nn.Module, prompt: int, generated: int, batch: int) -> tuple
     start = clock()
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
     prefill = clock() - start
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = empty_cache() if empty_cache else None
+    cache = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
     start = clock()
     for _ in range(generated):
         cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values

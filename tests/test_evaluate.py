@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from lib import evaluate
 from lib.continuation import TASK, continuation_documents
@@ -167,6 +168,18 @@ def test_models_take_turns_when_their_speeds_are_compared():
     with pytest.raises(ValueError, match="64 positions"):
         speeds(models, prompt=60, generated=5)
     assert order == 3 * turn
+
+
+def test_a_model_can_be_timed_with_a_cache_of_another_kind():
+    model, made = tiny("llama", torch.float32), []
+
+    def empty_cache():
+        made.append(DynamicCache())
+        return made[-1]
+
+    found = speeds({"usual": model, "other": model}, prompt=16, generated=4, repeats=2, caches={"other": empty_cache})
+    assert found["usual"].keys() == found["other"].keys()
+    assert [cache.get_seq_length() for cache in made] == 3 * [16 + 4]  # a new one in each turn
 
 
 def test_peak_memory_sees_a_temporary_tensor():
