@@ -87,6 +87,8 @@ def symmetric_shortcut(a: torch.Tensor, axes: torch.Tensor, k: int) -> tuple[tor
     when the angles are small. The squared length of a column of C is 1 - cos of its angle; columns come longest first.
     """
     j, kept, dropped = a.shape[1], axes[:, :k], axes[:, k:]
+    if a.is_meta:  # shapes alone, a hundred times in a search; torch decomposes them slowly
+        return kept, a.new_empty(j, min(dropped.shape[1], j))
     left, _, right = torch.linalg.svd(a.T @ kept)  # [j, j], [k, k]: the last k - j rows of `right` are new directions
     u, sine, _ = torch.linalg.svd(a.T @ dropped, full_matrices=False)
     cosine = (1 - sine.square()).clamp(min=0).sqrt()
