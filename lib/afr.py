@@ -11,7 +11,7 @@ standardised over all neurons of the model and added, and every block loses the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -278,6 +278,38 @@ def scores(
     return {name: combine(parts, settings.z, settings.snip_power) for name, parts in found.items()}
 
 
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    *,
+    preset: str = "paper",
+    allocation: str = "uniform",
+    progress: Callable | None = None,
+    **changes,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model) as `prune` makes it, from one scoring run for all ratios; the given model stays intact.
+
+    Raises ValueError, before any long work, for ratios and settings that cannot be used.
+    """
+    settings, choose = settings_of(preset, **changes), _allocation(allocation)
+    for ratio in ratios:
+        choose([torch.zeros(n) for n in ffn_widths(model)], ratio)
+
+    def run() -> Iterator[tuple[float, nn.Module]]:
+        found = scores(model, ids, (settings.aggregation,), progress=progress, **asdict(settings))[settings.aggregation]
+        for ratio in ratios:
+            yield ratio, remove_neurons(model, choose(found, ratio))
+
+    return run()
+
+
+def _allocation(name: str) -> Callable:
+    if name not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {name!r}: choose one of {', '.join(ALLOCATIONS)}")
+    return ALLOCATIONS[name]
+
+
 def prune(
     model: nn.Module,
     ids: torch.Tensor,
@@ -299,12 +331,11 @@ def prune(
     The result is a stock architecture where all blocks are equally wide. Raises ValueError before any long work.
     """
     settings = settings_of(preset, **changes)
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
+    choose = _allocation(allocation)
     if protect and allocation != "uniform":
         raise ValueError("one threshold over all blocks does not know protected ones: use allocation 'uniform'")
     options = {"protect": protect} if allocation == "uniform" else {}
-    choose = functools.partial(ALLOCATIONS[allocation], **options)
+    choose = functools.partial(choose, **options)
     for share, sizes in ((ratio, ffn_widths(model)), (attention, kv_groups(model) if attention else [1])):
         choose([torch.zeros(n) for n in sizes], share)  # a share that leaves nothing should fail now
     name, chosen = settings.aggregation, {}

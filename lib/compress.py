@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -154,6 +155,12 @@ def _afr(
     return afr.prune(model, ids, ratio, preset=preset, allocation=allocation, inplace=True, progress=progress, **changes)
 
 
+def _afr_sweep(
+    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], progress: Callable, *, aggregation: str = "", **settings
+) -> Iterator[tuple[float, nn.Module]]:
+    return afr.sweep(model, ids, ratios, progress=progress, **settings | ({"aggregation": aggregation} if aggregation else {}))
+
+
 def _llm_pruner(
     model: nn.Module,
     ids: torch.Tensor,
@@ -271,6 +278,32 @@ METHODS = {
     "magnitude-neurons": _magnitude_neurons,
     "random-neurons": _random_neurons,
 }
+
+
+# Where most of the work serves every ratio: (model, calibration ids, ratios, progress, settings) -> (ratio, model) one by one.
+SWEEPS = {
+    "svd-llm": svd_llm.sweep,
+    "svd": lambda model, ids, ratios, progress: svd.sweep(model, ratios, progress),
+    "fwsvd": fwsvd.sweep,
+    "asvd": asvd.sweep,
+    "afr": _afr_sweep,
+    "fpt": fpt.sweep,
+}
+
+
+def sweep(
+    method: str, model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], progress: Callable | None = None, **settings
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, what `METHODS` makes of the model) for every ratio; scores and decompositions that serve all are computed once.
+
+    ids: calibration tokens [samples, length]; settings: arguments of the method. The given model stays intact. Raises
+    ValueError as `check_settings` and the method do.
+    """
+    check_settings(method, settings)
+    progress = progress or (lambda text: None)
+    if method in SWEEPS:
+        return SWEEPS[method](model, ids, ratios, progress=progress, **settings)
+    return ((ratio, METHODS[method](copy.deepcopy(model), ids, ratio, progress, **settings)) for ratio in ratios)
 
 
 def check_settings(method: str, settings: dict) -> None:

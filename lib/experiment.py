@@ -115,18 +115,21 @@ class Subject:
         """Perplexity of the dense model, which others are divided by."""
         return self.dense()["perplexity"]["perplexity"]
 
-    def at_levels(self, levels: Sequence[float], make: Callable, zero_shot: bool = True, **settings) -> dict[float, dict]:
+    def at_levels(
+        self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, **settings
+    ) -> dict[float, dict]:
         """One ledger cell per level of a sweep: {level: measured}.
 
         `make(missing)` yields (level, model) for the levels that the ledger lacks, so one calibration serves them all and a
-        killed sweep goes on where it stopped. `settings` identify the sweep.
+        killed sweep goes on where it stopped. `settings` identify the sweep; quiet: no line for each level.
         """
         key = self.record() | settings | {"zero_shot": zero_shot}
         missing = [level for level in levels if self.run.missing(**key, level=level)]
         found = {}
         for level, model in make(missing) if missing else ():
             found[level] = self.run.cell(lambda model=model: self.measure(model, zero_shot), **key, level=level)
-            print(f"{self.name} at {level:.0%}: perplexity {found[level]['perplexity']['perplexity']:.2f}", flush=True)
+            if not quiet:
+                print(f"{self.name} at {level:.0%}: perplexity {found[level]['perplexity']['perplexity']:.2f}", flush=True)
         return {level: found[level] if level in found else self.run.cell(None, **key, level=level) for level in levels}
 
 

@@ -1,0 +1,51 @@
+"""A sweep makes what runs of their own make, from one look at the calibration set where that serves every ratio."""
+
+import copy
+
+import pytest
+import torch
+
+from lib import afr, svd_llm
+from lib.baselines import fpt
+from lib.compress import METHODS, SWEEPS, sweep
+from tests.conftest import tiny, token_ids
+
+SETTINGS = {"svd-llm": {"variant": "W+U"}, "afr": {"aggregation": "absolute only"}, "slicegpt": {"round_interval": 1}}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("method", [*SWEEPS, "slicegpt", "cfsp"])
+def test_a_sweep_is_every_ratio_alone(method, family):
+    model, ids, settings = tiny(family), token_ids(), SETTINGS.get(method, {})
+    before = copy.deepcopy(model.state_dict())
+    made = list(sweep(method, model, ids, [0.4, 0.2], **settings))
+    assert [ratio for ratio, _ in made] == [0.4, 0.2]
+    for ratio, small in made:
+        alone = METHODS[method](copy.deepcopy(model), ids, ratio, lambda text: None, **settings).state_dict()
+        assert alone.keys() == small.state_dict().keys()
+        for name, value in small.state_dict().items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "name"), [("afr", afr, "scores"), ("fpt", fpt, "mask_gradients"), ("svd-llm", svd_llm, "truncated")]
+)
+def test_the_common_work_is_done_once(method, part, name, monkeypatch):
+    calls, real = [], getattr(part, name)
+    monkeypatch.setattr(part, name, lambda *a, **k: calls.append(name) or real(*a, **k))
+    assert len(list(sweep(method, tiny("llama"), token_ids(), [0.1, 0.2, 0.3]))) == 3
+    assert calls == [name]
+
+
+@pytest.mark.parametrize("method", SWEEPS)
+def test_bad_ratios_fail_before_the_work(method):
+    with pytest.raises(ValueError, match=r"1\.5"):
+        next(sweep(method, tiny("llama"), token_ids(), [0.2, 1.5]))
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ValueError, match="unknown setting 'rank' of afr"):
+        sweep("afr", tiny("llama"), token_ids(), [0.2], rank=3)
+    with pytest.raises(ValueError, match="unknown allocation 'best'"):
+        sweep("afr", tiny("llama"), token_ids(), [0.2], allocation="best")
