@@ -7,6 +7,7 @@ accuracy as it is compressed, and lm-eval scores it like any other task.
 from __future__ import annotations
 
 import random
+from operator import itemgetter
 
 from lib.text import wiki_a_articles, wiki_a_split
 
@@ -55,9 +56,9 @@ def continuation_task() -> dict:
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(continuation_documents())},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
+        "doc_to_text": itemgetter("context"),
+        "doc_to_choice": itemgetter("choices"),
+        "doc_to_target": itemgetter("answer"),
         "metric_list": [
             {"metric": "acc_mutual_info", "aggregation": "mean", "higher_is_better": True},
             {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
