@@ -155,6 +155,11 @@ def _afr(
     return afr.prune(model, ids, ratio, preset=preset, allocation=allocation, inplace=True, progress=progress, **changes)
 
 
+def _in_silence(sweep: Callable) -> Callable:
+    """A sweep that is over too soon to report progress."""
+    return lambda model, ids, ratios, progress, **settings: sweep(model, ids, ratios, **settings)
+
+
 def _afr_sweep(
     model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], progress: Callable, *, aggregation: str = "", **settings
 ) -> Iterator[tuple[float, nn.Module]]:
@@ -288,6 +293,10 @@ SWEEPS = {
     "asvd": asvd.sweep,
     "afr": _afr_sweep,
     "fpt": fpt.sweep,
+    "llm-pruner": _in_silence(llm_pruner.sweep),
+    "cfsp": _in_silence(cfsp.sweep),
+    "flap": _in_silence(flap.sweep),
+    "wanda-sp": _in_silence(wanda.sweep_neurons),
 }
 
 
@@ -296,8 +305,9 @@ def sweep(
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, what `METHODS` makes of the model) for every ratio; scores and decompositions that serve all are computed once.
 
-    ids: calibration tokens [samples, length]; settings: arguments of the method. The given model stays intact. Raises
-    ValueError as `check_settings` and the method do.
+    ids: calibration tokens [samples, length]; settings: arguments of the method. The given model stays intact; what is made of
+    it may share tensors with it and among itself, so copy a result before you write into it. Raises ValueError as
+    `check_settings` and the method do.
     """
     check_settings(method, settings)
     progress = progress or (lambda text: None)

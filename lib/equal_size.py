@@ -7,6 +7,7 @@ is left can be counted on shapes alone, before anything is compressed, so the ra
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Callable
 
@@ -97,6 +98,7 @@ def own_ratio(method: str, model: nn.Module, removed: float) -> float:
         raise ValueError(f"the size of {method!r} depends on more than shapes: choose one of {', '.join([*SHAPES, *ASKED])}")
     dense = count(model)
 
+    @functools.cache
     def gone(ratio: float) -> float:
         try:
             return count(SHAPES[method](model, ratio)).against(dense)["removed_decoder"]

@@ -14,15 +14,15 @@ GRAM_CHUNK = 4096  # rows; float32 sums stay short, float64 carries the total
 SPLIT_WIDTH = 256  # columns; below, one product is as fast as three small ones
 
 
-def add_gram(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def add_gram(total: torch.Tensor, x: torch.Tensor, products: torch.dtype = torch.float32) -> torch.Tensor:
     """Add XᵀX to `total` in place, streaming. total: float64 [d, d]; x: [n, d] of any float dtype.
 
     Chunks of at most 4,096 rows are multiplied in float32 (float64 input stays float64) and summed in float64: the
-    speed of float32 with an error that does not grow with the number of rows.
+    speed of float32 with an error that does not grow with the number of rows. products: float64 for columns that a few rows
+    of enormous size mix, where rounding relative to those rows would cover what the others say.
     """
-    x = x if x.dtype == torch.float64 else x.float()
     for chunk in x.split(GRAM_CHUNK):
-        _add_symmetric(total, chunk)
+        _add_symmetric(total, chunk.to(torch.promote_types(chunk.dtype, products)))
     return total
 
 
@@ -156,7 +156,7 @@ def decompose(w: torch.Tensor, root: torch.Tensor | None = None, k: int | None =
         return axes, sigma
     left, kept = b @ axes, sigma[: axes.shape[1]]
     if kept[-1] > ORTHONORMAL * kept[0]:
-        return left / kept, sigma
+        return left.div_(kept), sigma
     # Division by a tiny σ would leave columns that are not orthonormal.
     return torch.linalg.qr(left)[0], sigma
 
@@ -166,8 +166,8 @@ def decompose_outputs(w: torch.Tensor, gram: torch.Tensor, k: int) -> tuple[torc
 
     w: [m, n], m <= n; gram: WXXᵀWᵀ [m, m], float64, whose eigenvectors they are: neither a root nor XXᵀ is needed. Where the data
     leaves directions open (fewer tokens than k, dead channels), plain SVD of W ranks the open ones, which is what a ridge on
-    XXᵀ tends to as it vanishes. Sums in float32 leave eigenvalues of noise in the place of zeros, about as far below zero as
-    above it, so the most negative one says how large the noise is.
+    XXᵀ tends to as it vanishes. Rounding leaves eigenvalues of noise in the place of zeros, about as far below zero as above
+    it, so the most negative one says how large the noise is.
     """
     check_finite(gram)
     values, axes = torch.linalg.eigh(gram)  # smallest first
@@ -224,7 +224,7 @@ def truncate(w: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.
     v = basis.T @ w.double()
     size = v.norm(dim=1).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
-    return basis * size, v / size[:, None]
+    return basis * size, v.div_(size[:, None])
 
 
 def refit(w: torch.Tensor, u: torch.Tensor, v: torch.Tensor, root: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ from lib.low_rank import (
     nested,
     projected,
     put,
+    rank_for,
     uniform_ranks,
 )
 from lib.surgery import LowRankLinear, low_rank, shell
@@ -45,35 +47,43 @@ ALLOCATIONS = ("uniform", "loss")
 LORA = LoRA(
     rank=8, alpha=16, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=100, batch=64, evaluate_every=100
 )  # fmt: skip
-Grams = dict[tuple[str, ...], torch.Tensor]  # names of the matrices that share an input -> its Gram matrix [n, n], or [m, m]
+
+
+class Grams(NamedTuple):
+    """Gram matrices of a block in float64; whoever uses one takes it out, so that its memory is free again."""
+
+    inputs: dict[tuple[str, ...], torch.Tensor]  # names of the matrices that share an input -> XXᵀ [n, n]
+    outputs: dict[str, torch.Tensor]  # name of a matrix that is judged by its outputs -> WXXᵀWᵀ [m, m]
 
 
 # --- statistics --------------------------------------------------------------------------------------------------------
 
 
 def block_grams(stream: ResidualStream, block: int, advance: bool = False, outputs: bool = False) -> Grams:
-    """The Gram matrix in float64 of every distinct input in a block, from the stream where it stands.
+    """The Gram matrix of every distinct input in a block, from the stream where it stands.
 
     q, k and v share one, and so do gate and up. outputs: for matrices judged `by_outputs` take that of Wx, [m, m], instead: all
     that truncation has to know, and in a down_proj a fraction of the work and memory. Raises ValueError, naming the module,
     for activations that are not finite.
     """
     family, module = stream.anatomy.family, stream.anatomy.blocks[block]
-    found, inputs, results = {}, {}, {}
+    found, inputs, results = Grams({}, {}), {}, {}
+
+    def zeros(n: int) -> torch.Tensor:
+        return torch.zeros(n, n, dtype=torch.float64, device=stream.device)
+
     for group in shared_inputs(family):
-        layers = [module.get_submodule(name) for name in group]
-        judged = outputs and by_outputs(layers)
-        n = layers[0].out_features if judged else layers[0].in_features
-        gram = torch.zeros(n, n, dtype=torch.float64, device=stream.device)
-        found[tuple(block_name(family, block, name) for name in group)] = gram
-        if judged:
+        layers, names = [module.get_submodule(name) for name in group], [block_name(family, block, name) for name in group]
+        if outputs and by_outputs(layers):
+            gram = found.outputs[names[0]] = zeros(layers[0].out_features)
             results[group[0]] = partial(add_output_gram, gram, layers[0])
         else:
+            gram = found.inputs[tuple(names)] = zeros(layers[0].in_features)
             inputs[group[0]] = partial(add_gram, gram)
     stream.observe(block, inputs, advance, results=results)
-    for names, gram in found.items():
+    for name, gram in [*((names[0], gram) for names, gram in found.inputs.items()), *found.outputs.items()]:
         if not torch.isfinite(gram.sum()):
-            raise ValueError(f"the inputs of {names[0]} hold NaN or infinity: load the model in float32 or bfloat16")
+            raise ValueError(f"the activations of {name} hold NaN or infinity: load the model in float32 or bfloat16")
     return found
 
 
@@ -83,15 +93,21 @@ def by_outputs(layers: Sequence[nn.Linear]) -> bool:
 
 
 def add_output_gram(total: torch.Tensor, layer: nn.Linear, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Add Wx(Wx)ᵀ of all tokens to `total` [m, m], without the bias. x: [tokens, n], y: [tokens, m], as they go in and out."""
+    """Add Wx(Wx)ᵀ of all tokens to `total` [m, m], without the bias. x: [tokens, n], y: [tokens, m], as they go in and out.
+
+    The products are float64. Large models have a few tokens with one channel a thousand times and more above the others
+    (massive activations). In XXᵀ that stays in its row and column; W spreads it over all of y.
+    """
     if y.dtype in (torch.float16, torch.bfloat16):  # rounded more coarsely than the small singular values bear
         y = nn.functional.linear(x.float(), layer.weight.float())
     elif layer.bias is not None:
         y = y - layer.bias
-    add_gram(total, y)
+    add_gram(total, y, products=torch.float64)
 
 
-def roots(grams: Grams, report: Callable[[str], None] | None = None) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+def roots(
+    grams: dict[tuple[str, ...], torch.Tensor], report: Callable[[str], None] | None = None
+) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """A root of each Gram matrix, which is given up for it; says where a ridge was needed."""
     for names in list(grams):
         root, ridge = root_of(grams.pop(names))
@@ -101,7 +117,7 @@ def roots(grams: Grams, report: Callable[[str], None] | None = None) -> Iterator
 
 
 def original_grams(stream_of: Callable[[nn.Module], ResidualStream], model: nn.Module, outputs: bool = False) -> Iterator[Grams]:
-    """The `block_grams` of the dense model, block by block; whoever takes them empties them."""
+    """The `block_grams` of the dense model, block by block."""
     stream = stream_of(model)
     last = len(stream.anatomy.blocks) - 1
     for block in range(last + 1):
@@ -113,35 +129,48 @@ def original_roots(
 ) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """Roots of every distinct input of the dense model in order, with one block's matrices in memory."""
     for grams in original_grams(stream_of, model):
-        yield from roots(grams, report)
+        yield from roots(grams.inputs, report)
 
 
 def spectra(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8) -> dict[str, torch.Tensor]:
     """Singular values [min(m, n)] of W X for every matrix of the dense model: what truncation to any rank would lose."""
     dense, found = matrices(model), {}
     for grams in original_grams(lambda network: ResidualStream(network, ids, mask, batch), model, outputs=True):
-        for name, gram in of_outputs(dense, grams):
-            found[name] = eigenvalue_roots(gram)
-        for names, root in roots(grams):
+        found |= {name: eigenvalue_roots(grams.outputs.pop(name)) for name in list(grams.outputs)}
+        for names, root in roots(grams.inputs):
             found |= {name: singular_values(dense[name].weight.detach(), root) for name in names}
     return {name: found[name] for name in dense}
 
 
-def working_bytes(model: nn.Module) -> int:
-    """Memory that truncation needs beside model and residual buffer: what is alive in a block at the peak, in float64.
+def working_bytes(model: nn.Module, ratio: float) -> int:
+    """Memory that truncation at a ratio needs beside model, residual buffer and result: the peak of a block, in float64.
 
-    First the Gram matrices of the whole block, while those of outputs [m, m] are used up: the eigenvectors and W [m, n]. Then
-    the other ones, and a root, or W and WS (`truncated_block`). What LAPACK needs inside is not counted, nor what matrices
-    need whose rank the data does not determine. Counted on shapes, so a meta model will do.
+    First the Gram matrices of the whole block, while those of outputs [m, m] are used up; then those of inputs [n, n], one
+    after another, for a root each (`truncated_block`). An eigenproblem of size s takes 3 s² beside its matrix: the vectors, and
+    LAPACK's own 2 s². What is left out: matrices whose rank the data does not determine, activations of a batch. Counted on
+    shapes, so a meta model will do.
     """
     anatomy = Anatomy(model)
     groups = [[anatomy.blocks[0].get_submodule(name) for name in group] for group in shared_inputs(anatomy.family)]
     judged = [tuple(group[0].weight.shape) for group in groups if by_outputs(group)]
     rooted = [[tuple(layer.weight.shape) for layer in group] for group in groups if not by_outputs(group)]
     rest = sum(group[0][1] ** 2 for group in rooted)
-    every = rest + sum(m * m for m, _ in judged)
-    peaks = [every + m * m + m * n for m, n in judged]
-    peaks += [rest + max(n * n, 2 * m * n) for group in rooted for m, n in group]
+    held, peaks = rest + sum(m * m for m, _ in judged), []
+
+    def factors(m: int, n: int) -> int:
+        k = rank_for(m, n, ratio)
+        return m * n + k * (m + n)  # W in float64, the basis, and what projecting on it gives
+
+    for m, n in judged:
+        peaks += [held + 3 * m * m, held - m * m + factors(m, n)]
+        held -= m * m
+    for group in rooted:
+        for m, n in group:  # the root has taken the place of its Gram matrix
+            small = min(m, n)
+            vectors = small**2 + m * rank_for(m, n, ratio) if m > n else 0
+            peaks += [held + 2 * m * n, held + m * n + max(4 * small**2, vectors), held + factors(m, n)]
+        peaks.append(held + group[0][1] ** 2)
+        held -= group[0][1] ** 2
     return 8 * max(peaks)
 
 
@@ -164,8 +193,9 @@ def sweep(
 
     ids: calibration tokens [samples, length]; mask: 1 for real tokens. ratios: share R of the matrices' parameters to remove,
     0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss for each type of
-    matrix (`lib.low_rank.allocate_by_type`). The dense model is read only. Original order: one pass and one decomposition of
-    each matrix for all ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
+    matrix (`lib.low_rank.allocate_by_type`), which takes a pass and a decomposition more. The dense model is read only, and so
+    are the results, which share tensors with it. Original order: one pass and one decomposition of each matrix for all
+    ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
     """
     for name, value, known in (
         ("variant", variant, VARIANTS), ("order", order, ORDERS), ("allocation", allocation, ALLOCATIONS),
@@ -238,19 +268,14 @@ def _through_compressed(
 def truncated_block(dense: dict[str, nn.Linear], report: Callable | None, grams: Grams, ranks: Ranks) -> dict[str, LowRankLinear]:
     """Layers of a block truncated for what was measured; the Gram matrices are given up for them, those of outputs first."""
     found = {}
-    for name, gram in of_outputs(dense, grams):
-        if name in ranks:
-            basis, determined = decompose_outputs(dense[name].weight.detach(), gram, ranks[name])
-            found[name] = projected(dense[name], basis)
-            if determined < ranks[name] and report:
-                report(f"the inputs of {name} determine {determined} of {ranks[name]} directions: plain SVD ranks the others")
-    return found | factor(dense, roots(grams, report), ranks)
-
-
-def of_outputs(dense: dict[str, nn.Linear], grams: Grams) -> Iterator[tuple[str, torch.Tensor]]:
-    """Takes the Gram matrices of outputs, by the name of the matrix, out of those of a block."""
-    for names in [names for names in grams if by_outputs([dense[name] for name in names])]:
-        yield names[0], grams.pop(names)
+    for name in [name for name in grams.outputs if name in ranks]:
+        basis, determined = decompose_outputs(dense[name].weight.detach(), grams.outputs.pop(name), ranks[name])
+        found[name] = projected(dense[name], basis)
+        del basis
+        if determined < ranks[name] and report:
+            report(f"the inputs of {name} determine {determined} of {ranks[name]} directions: plain SVD ranks the others")
+    grams.outputs.clear()
+    return found | factor(dense, roots(grams.inputs, report), ranks)
 
 
 def truncated(
@@ -270,7 +295,7 @@ def refitted_block(
 ) -> dict[str, LowRankLinear]:
     """Layers of a block with given right factors and the left factors that fit the measured inputs best (variant W+U, U)."""
     found = {}
-    for names, root in roots(grams, report):
+    for names, root in roots(grams.inputs, report):
         for name in names:
             if name in ranks:
                 layer = narrowed(factors[name], ranks[name])

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from lib import afr, svd_llm
-from lib.baselines import fpt
+from lib import afr, low_rank, svd_llm
+from lib.baselines import cfsp, flap, fpt, llm_pruner, wanda
 from lib.compress import METHODS, SWEEPS, sweep
 from tests.conftest import tiny, token_ids
 
@@ -14,7 +14,7 @@ SETTINGS = {"svd-llm": {"variant": "W+U"}, "afr": {"aggregation": "absolute only
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("method", [*SWEEPS, "slicegpt", "cfsp"])
+@pytest.mark.parametrize("method", [*SWEEPS, "slicegpt", "lorap"])
 def test_a_sweep_is_every_ratio_alone(method, family):
     model, ids, settings = tiny(family), token_ids(), SETTINGS.get(method, {})
     before = copy.deepcopy(model.state_dict())
@@ -28,18 +28,39 @@ def test_a_sweep_is_every_ratio_alone(method, family):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("method", "part", "name"), [("afr", afr, "scores"), ("fpt", fpt, "mask_gradients"), ("svd-llm", svd_llm, "truncated")]
-)
-def test_the_common_work_is_done_once(method, part, name, monkeypatch):
-    calls, real = [], getattr(part, name)
-    monkeypatch.setattr(part, name, lambda *a, **k: calls.append(name) or real(*a, **k))
-    assert len(list(sweep(method, tiny("llama"), token_ids(), [0.1, 0.2, 0.3]))) == 3
-    assert calls == [name]
+@pytest.mark.parametrize("method", SWEEPS)
+def test_ratios_repeat_in_any_order_and_zero_changes_nothing(method):
+    """In float64, where nothing is rounded away: what one result shares with another must not change it."""
+    model, ids = tiny("llama"), token_ids()
+    dense, *others = (small(ids[:2]).logits for _, small in sweep(method, model, ids, [0.0, 0.3, 0.5, 0.3]))
+    torch.testing.assert_close(dense, model(ids[:2]).logits)
+    assert torch.equal(others[0], others[2])
+    assert not torch.allclose(others[0], others[1], rtol=0.01)
+
+
+ONCE = {
+    "svd-llm": (svd_llm, "truncated"), "svd": (low_rank, "factor"), "fwsvd": (low_rank, "factor"), "asvd": (low_rank, "factor"),
+    "afr": (afr, "scores"), "fpt": (fpt, "mask_gradients"), "llm-pruner": (llm_pruner, "unit_scores"), "cfsp": (cfsp, "scores"),
+    "flap": (flap, "scores"), "wanda-sp": (wanda, "neuron_scores"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", SWEEPS)
-def test_bad_ratios_fail_before_the_work(method):
+def test_the_common_work_is_done_once(method, monkeypatch):
+    part, name = ONCE[method]
+    calls, real = [], getattr(part, name)
+    monkeypatch.setattr(part, name, lambda *a, **k: calls.append(name) or real(*a, **k))
+    assert len(list(sweep(method, tiny("llama"), token_ids(), [0.1, 0.2, 0.3]))) == 3
+    assert len(calls) == (2 if method == "llm-pruner" else 1)  # LLM-Pruner scores neurons and groups
+
+
+@pytest.mark.parametrize("method", SWEEPS)
+def test_bad_ratios_fail_before_the_work(method, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("a model ran, or a matrix was decomposed")
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", work)
+    monkeypatch.setattr(torch.linalg, "eigh", work)
     with pytest.raises(ValueError, match=r"1\.5"):
         next(sweep(method, tiny("llama"), token_ids(), [0.2, 1.5]))
 

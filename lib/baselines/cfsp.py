@@ -7,7 +7,7 @@ cancel and the activation norm alone is left: `code_scores`. `equation8_scores` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,20 +90,29 @@ def keep(found: Scores, ratio: float, coarse: bool = True, multiple: int = 1) ->
     return kept
 
 
-def prune(
+def sweep(
     model: nn.Module,
     ids: torch.Tensor,
-    ratio: float,
+    ratios: Sequence[float],
     *,
     fine: str = "code",
     coarse: bool = True,
     multiple: int = 1,
     mask: torch.Tensor | None = None,
     batch: int = 8,
-) -> nn.Module:
-    """Remove a share of the FFN neurons; no repair. ids: [samples, tokens]; mask: 1 for real tokens.
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model without that share of its FFN neurons) for every ratio, from one pass; no repair.
 
-    Raises ValueError, before any work, for a ratio outside [0, 1) and for ids that cannot be used.
+    ids: [samples, tokens]; mask: 1 for real tokens. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids
+    that cannot be used.
     """
-    kept_share(ratio)
-    return remove_neurons(model, keep(scores(model, ids, fine, mask=mask, batch=batch), ratio, coarse, multiple))
+    for ratio in ratios:
+        kept_share(ratio)
+    found = scores(model, ids, fine, mask=mask, batch=batch)
+    for ratio in ratios:
+        yield ratio, remove_neurons(model, keep(found, ratio, coarse, multiple))
+
+
+def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+    """Remove a share of the FFN neurons; `settings` and errors are those of `sweep`."""
+    return next(sweep(model, ids, [ratio], **settings))[1]

@@ -6,7 +6,7 @@ standardised in each block, so that heads and neurons of all blocks compete for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,20 +115,28 @@ def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = Tru
     return remove_groups(smaller, groups, bias=shifts, inplace=True)
 
 
-def prune(
+def sweep(
     model: nn.Module,
     ids: torch.Tensor,
-    ratio: float,
+    ratios: Sequence[float],
     *,
     attention: bool = True,
     compensate: bool = True,
     mask: torch.Tensor | None = None,
     batch: int = 8,
-) -> nn.Module:
-    """Remove a share of the parameters of neurons and key-value groups, least fluctuation first, with bias compensation.
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model without that share of the parameters of neurons and key-value groups) for every ratio, from one pass.
 
-    ratio: of the parameters of the units that compete; without `attention`, neurons only. Raises ValueError, before any
-    work, for a ratio outside [0, 1) and for ids that cannot be used.
+    Least fluctuation goes first, with bias compensation. ratio: of the parameters of the units that compete; without
+    `attention`, neurons only. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids that cannot be used.
     """
-    kept_share(ratio)
-    return cut(model, scores(model, ids, attention=attention, mask=mask, batch=batch), ratio, compensate=compensate)
+    for ratio in ratios:
+        kept_share(ratio)
+    found = scores(model, ids, attention=attention, mask=mask, batch=batch)
+    for ratio in ratios:
+        yield ratio, cut(model, found, ratio, compensate=compensate)
+
+
+def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+    """Remove one share; `settings` and errors are those of `sweep`."""
+    return next(sweep(model, ids, [ratio], **settings))[1]

@@ -7,7 +7,7 @@ blocks lose the same share each; the first and last ones stay whole. Fine-tuning
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import torch
@@ -105,10 +105,10 @@ def choose(scores: Sequence[torch.Tensor], ratio: float, protect: Sequence[int] 
     return [None if block in protect else keep_highest(score, kept(len(score))) for block, score in enumerate(scores)]
 
 
-def prune(
+def sweep(
     model: nn.Module,
     ids: torch.Tensor,
-    ratio: float,
+    ratios: Sequence[float],
     *,
     importance: str = "first",
     attention: bool = True,
@@ -117,21 +117,31 @@ def prune(
     samples: int | None = SAMPLES,
     length: int | None = LENGTH,
     inplace: bool = False,
-) -> nn.Module:
-    """A model whose inner blocks lack a share `ratio` of their neurons and (`attention`) key-value groups.
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model whose inner blocks lack that share of their neurons and (`attention`) key-value groups) for every ratio.
 
-    ids: calibration tokens, of which the first `samples` x `length` are used, 10 x 64 as in the reference; None uses all.
-    protect: blocks that stay whole; None for the rule of `protected`. The given model stays intact unless `inplace`. Its
-    blocks end unequal, so it is saved by `lib.checkpoint`. Raises ValueError before any work for arguments that cannot work.
+    All from one set of scores. ids: calibration tokens, of which the first `samples` x `length` are used, 10 x 64 as in the
+    reference; None uses all. protect: blocks that stay whole; None for the rule of `protected`. The given model stays intact
+    unless `inplace`, which takes one ratio. Blocks end unequal, so a result is saved by `lib.checkpoint`. Raises ValueError
+    before any work for arguments that cannot work.
     """
     check_calibration(Anatomy(model), ids)
-    blocks = len(half_names(model))
-    ids, protect = ids[:samples, :length], protected(blocks) if protect is None else protect
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.25 removes a quarter of the units of the inner blocks")
+    for ratio in ratios:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.25 removes a quarter of the units of the inner blocks")
+    if inplace and len(ratios) != 1:
+        raise ValueError("pruning in place consumes the dense model: give exactly one ratio")
     groups = kv_groups(model) if attention else []  # attention that cannot be cut should fail now
-    neurons = choose(unit_scores(model, ids, importance), ratio, protect)
-    if groups:
-        heads = choose(unit_scores(model, ids, importance, "attention", fold), ratio, protect, whole=True)
-    small = remove_neurons(model, neurons, inplace=inplace)
-    return remove_groups(small, heads, inplace=True) if groups else small
+    ids, protect = ids[:samples, :length], protected(len(half_names(model))) if protect is None else protect
+    neurons = unit_scores(model, ids, importance)
+    heads = unit_scores(model, ids, importance, "attention", fold) if groups else []
+    for ratio in ratios:
+        small = remove_neurons(model, choose(neurons, ratio, protect), inplace=inplace)
+        if groups:
+            small = remove_groups(small, choose(heads, ratio, protect, whole=True), inplace=True)
+        yield ratio, small
+
+
+def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+    """A model pruned at one ratio; `settings` and errors are those of `sweep`."""
+    return next(sweep(model, ids, [ratio], **settings))[1]

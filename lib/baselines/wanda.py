@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -71,9 +71,20 @@ def neuron_scores(model: nn.Module, ids: torch.Tensor, *, mask: torch.Tensor | N
     ]
 
 
-def prune_neurons(
-    model: nn.Module, ids: torch.Tensor, ratio: float, *, mask: torch.Tensor | None = None, batch: int = 8
-) -> nn.Module:
-    """Remove the same share of the neurons of every block by Wanda-sp. ids: [samples, tokens]; mask: 1 for real tokens."""
-    kept_share(ratio)
-    return remove_neurons(model, uniform(neuron_scores(model, ids, mask=mask, batch=batch), ratio))
+def sweep_neurons(
+    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], *, mask: torch.Tensor | None = None, batch: int = 8
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model without that share of the neurons of every block by Wanda-sp) for every ratio, from one pass.
+
+    ids: [samples, tokens]; mask: 1 for real tokens. Raises ValueError, before any work, for a ratio outside [0, 1).
+    """
+    for ratio in ratios:
+        kept_share(ratio)
+    found = neuron_scores(model, ids, mask=mask, batch=batch)
+    for ratio in ratios:
+        yield ratio, remove_neurons(model, uniform(found, ratio))
+
+
+def prune_neurons(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+    """Remove one share by Wanda-sp; `settings` and errors are those of `sweep_neurons`."""
+    return next(sweep_neurons(model, ids, [ratio], **settings))[1]
