@@ -111,12 +111,14 @@ def zero_shot(
     """
     with _quiet("lm_eval", "lm-eval", "transformers", "datasets"):
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
+
+        from lib.shared_context import SharedContextLM
 
         folder, manager = data_folder(data_dir), task_manager(not set(tasks) <= {TASK, *LOCAL_TASKS})
         built = {name: _build_task(name, manager, folder) for name in tasks}
         positions = model.config.max_position_embeddings
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=positions, softmax_dtype="float32")
+        settings = dict(batch_size=batch, max_length=positions, softmax_dtype="float32")
+        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, **settings)
         loaded = manager.load(list(built.values()))
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)

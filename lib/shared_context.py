@@ -1,0 +1,76 @@
+"""lm-eval's Hugging Face model, reading what several choices have in common once.
+
+A multiple-choice question asks for the likelihood of each choice after the same context, and lm-eval's model reads the
+context again for every choice. Here it is read once, and its keys and values serve all choices; the scores are the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from lm_eval.models.huggingface import HFLM
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of the context, ids of the continuation
+
+
+class SharedContextLM(HFLM):
+    """`HFLM` of a causal model, with less to compute where continuations of several tokens follow the same context."""
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """For each request the log-likelihood in nats of its continuation, and whether greedy decoding would give it."""
+        answers = {}
+        for places in shared_batches(requests, self.max_length, self.batch_size):
+            answers |= zip(places, self._scores([requests[place] for place in places]), strict=True)
+        rest = [place for place in range(len(requests)) if place not in answers]
+        plain = super()._loglikelihood_tokens([requests[place] for place in rest], disable_tqdm, override_bs) if rest else []
+        answers |= zip(rest, plain, strict=True)
+        return [answers[place] for place in range(len(requests))]
+
+    @torch.no_grad()
+    def _scores(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        """The same in two forward passes: of what all contexts have before the end of the shortest, and of the rest for each.
+
+        So the first pass has rows of one length, and no key in the cache is padding; that of the second pass, on the right, is
+        seen by nothing. The last id of a context belongs to the second pass, because it predicts the first of the continuation.
+        """
+        first = min(len(context) for _, context, _ in requests) - 1
+        begins = [tuple(context[:first]) for _, context, _ in requests]
+        distinct = list(dict.fromkeys(begins))
+        cache = None
+        if first:
+            ids = torch.tensor(distinct, device=self.device)
+            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_select_indices(torch.tensor([distinct.index(begin) for begin in begins]))  # may lie on several devices
+        rows = [torch.tensor((context + continuation)[first:-1]) for _, context, continuation in requests]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+        answers = []
+        for row, known, (_, _, continuation) in zip(logits, rows, requests, strict=True):
+            own = row[len(known) - len(continuation) : len(known)]
+            scores = F.log_softmax(own, dim=-1, dtype=self.softmax_dtype)
+            target = torch.tensor(continuation, device=scores.device)
+            greedy = torch.equal(scores.argmax(-1), target)
+            answers.append((scores.gather(1, target[:, None]).sum().item(), greedy))
+        return answers
+
+
+def shared_batches(requests: list[Request], longest: int, batch: int) -> list[list[int]]:
+    """Places of the requests that gain by sharing, in batches of at most `batch` with contexts of about the same length.
+
+    Left out are contexts with one continuation, with none of more than one token (lm-eval's model reads those once as
+    well), and requests that do not fit into `longest` positions, which it shortens.
+    """
+    continuations = Counter(tuple(context) for _, context, _ in requests)
+    several = {tuple(context) for _, context, continuation in requests if len(continuation) > 1}
+
+    def gains(context: list[int], continuation: list[int]) -> bool:
+        key = tuple(context)
+        return continuations[key] > 1 and key in several and len(context) + len(continuation) <= longest + 1
+
+    places = [place for place, (_, context, continuation) in enumerate(requests) if gains(context, continuation)]
+    places.sort(key=lambda place: (len(requests[place][1]), requests[place][1], len(requests[place][2])))
+    return [places[start : start + batch] for start in range(0, len(places), batch)]
