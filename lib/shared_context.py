@@ -6,7 +6,7 @@ context again for every choice. Here it is read once, and its keys and values se
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -59,18 +59,24 @@ class SharedContextLM(HFLM):
 
 
 def shared_batches(requests: list[Request], longest: int, batch: int) -> list[list[int]]:
-    """Places of the requests that gain by sharing, in batches of at most `batch` with contexts of about the same length.
+    """Places of the requests that gain by sharing: whole questions in batches of at most `batch`, sorted by the context's length.
 
-    Left out are contexts with one continuation, with none of more than one token (lm-eval's model reads those once as
-    well), and requests that do not fit into `longest` positions, which it shortens.
+    Left to lm-eval's model, which reads no row twice, are contexts of one token (a choice scored alone), those with one
+    continuation or with none of more than one token, and requests that do not fit into `longest` positions.
     """
-    continuations = Counter(tuple(context) for _, context, _ in requests)
-    several = {tuple(context) for _, context, continuation in requests if len(continuation) > 1}
-
-    def gains(context: list[int], continuation: list[int]) -> bool:
-        key = tuple(context)
-        return continuations[key] > 1 and key in several and len(context) + len(continuation) <= longest + 1
-
-    places = [place for place, (_, context, continuation) in enumerate(requests) if gains(context, continuation)]
-    places.sort(key=lambda place: (len(requests[place][1]), requests[place][1], len(requests[place][2])))
-    return [places[start : start + batch] for start in range(0, len(places), batch)]
+    questions: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for place, (_, context, continuation) in enumerate(requests):
+        if len(context) > 1 and len(context) + len(continuation) <= longest + 1:
+            questions[tuple(context)].append(place)
+    batches: list[list[int]] = []
+    for context in sorted(questions, key=len):
+        places = questions[context]
+        if max(len(requests[place][2]) for place in places) == 1:
+            continue
+        parts = [places[start : start + batch] for start in range(0, len(places), batch)]
+        for part in [part for part in parts if len(part) > 1]:
+            if batches and len(batches[-1]) + len(part) <= batch:
+                batches[-1] += part
+            else:
+                batches.append(part)
+    return batches

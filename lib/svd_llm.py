@@ -148,7 +148,7 @@ def working_bytes(model: nn.Module, ratio: float) -> int:
     First the Gram matrices of the whole block, while those of outputs [m, m] are used up; then those of inputs [n, n], one
     after another, for a root each (`truncated_block`). An eigenproblem of size s takes 3 s² beside its matrix: the vectors, and
     LAPACK's own 2 s². What is left out: matrices whose rank the data does not determine, activations of a batch. Counted on
-    shapes, so a meta model will do.
+    shapes, so a meta model will do. Raises ValueError at ratio 0, where nothing is truncated.
     """
     anatomy = Anatomy(model)
     groups = [[anatomy.blocks[0].get_submodule(name) for name in group] for group in shared_inputs(anatomy.family)]
