@@ -24,6 +24,7 @@ from lib.anatomy import Anatomy, Half, attention_half, mlp_half
 from lib.baselines.fwsvd import sequence_losses
 from lib.calibration import ResidualStream, check_calibration
 from lib.cost import count
+from lib.linalg import add_gram
 from lib.low_rank import kept_share
 from lib.structured import ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
 from lib.surgery import shell
@@ -242,11 +243,13 @@ class Normal:
     """Normal equations H m = g of min_m ‖Σ_i m_i vec(X_i W_i) - vec(B)‖² over all units of a writer, summed batch by batch.
 
     A unit is `size` neighbouring input channels. H = blockwise sums of XᵀX ∘ WᵀW, g_i = Σ (XᵀB)_i ∘ W_iᵀ: the columns are never
-    formed. `ones` and `ones_target` belong to a column of ones, which the released code adds for attention.
+    formed. Products are float32 (float64 input stays float64), sums float64. `sums` and `target_sum` belong to a column of
+    ones, which the released code adds for attention.
     """
 
     def __init__(self, weight: torch.Tensor, units: int):
-        self.weight, self.units = weight.detach().double(), units  # [d, features]
+        """weight: [d, features], the writer's columns that the units have, unit by unit."""
+        self.weight, self.units = weight.detach().double(), units
         features = weight.shape[1]
         self.gram = torch.zeros(features, features, dtype=torch.float64, device=weight.device)
         self.cross = torch.zeros(features, dtype=torch.float64, device=weight.device)
@@ -255,11 +258,12 @@ class Normal:
 
     def add(self, x: torch.Tensor, b: torch.Tensor) -> None:
         """x: [tokens, features]; b: [tokens, d], what the weighted units should add up to."""
-        x, b = x.double(), b.double()
-        self.gram += x.T @ x
-        self.cross += (x * (b @ self.weight)).sum(0)
-        self.sums += x.sum(0)
-        self.target_sum += float(b.sum())
+        size = torch.promote_types(x.dtype, torch.float32)
+        x, b = x.to(size), b.to(size)
+        add_gram(self.gram, x)
+        self.cross += (x * (b @ self.weight.to(size))).sum(0, dtype=torch.float64)
+        self.sums += x.sum(0, dtype=torch.float64)
+        self.target_sum += float(b.sum(dtype=torch.float64))
         self.entries += b.numel()
 
     def system(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,10 +337,11 @@ def tune(
         for run, masks, half in parts:
             reached = _advance_teacher(streams[1], i, run, half, teacher)
             if masks[i].any() and not (i == 0 and half is anatomy.family.attention):
-                normal = _measure(streams[0], i, run, half, reached, len(masks[i]))
                 kept = masks[i] != 0
-                with_ones = literal and half is anatomy.family.attention
-                m = _solve_kept(normal, kept, with_ones, literal)
+                normal = _measure(streams[0], i, run, half, reached, kept)
+                h, g = normal.system(intercept=literal and half is anatomy.family.attention)
+                m = solve(h, g, literal)
+                m = None if m is None else m[: normal.units]  # that of the column of ones is thrown away
                 if not acceptable(m):
                     if progress:
                         progress(f"tuning ends at block {i} {half.writer}: no acceptable multipliers; later masks stay binary")
@@ -366,38 +371,43 @@ def _advance_teacher(stream: ResidualStream, block: int, run: Callable, half: Ha
     released code records activations before its masks act.
     """
     anatomy = stream.anatomy
-    reached = None
-    if half is anatomy.family.mlp:
-        before = stream.hidden.clone()
-        stream.advance(run, block)
-        reached, stream.hidden = stream.hidden, before
-    with masked(anatomy.blocks[block], anatomy.halves, masks.groups[block], masks.neurons[block]):
-        stream.advance(run, block)
-    return stream.hidden if reached is None else reached
+    module = anatomy.blocks[block]
+    if half is anatomy.family.attention:
+        with masked(module, anatomy.halves, masks.groups[block], masks.neurons[block]):
+            stream.advance(run, block)
+        return stream.hidden
+    # One pass for both streams: what the masked neurons would add is noted on the way, and taken off afterwards.
+    gone = (masks.neurons[block] == 0).nonzero()[:, 0]
+    weight = module.get_submodule(half.writer).weight[:, gone].T
+    less, batches = torch.zeros_like(stream.hidden), stream.batches()
+
+    def note(x: torch.Tensor) -> None:
+        rows, real = next(batches)
+        less[rows][real] = -(x[:, gone] @ weight)
+
+    stream.observe(block, {half.writer: note}, advance=True, run=run)
+    reached, stream.hidden = stream.hidden, less.add_(stream.hidden)
+    return reached
 
 
-def _measure(stream: ResidualStream, block: int, run: Callable, half: Half, reached: torch.Tensor, units: int) -> Normal:
-    """Normal equations of a half from the student's inputs and the stream to be reached; first tokens are left out."""
+def _measure(stream: ResidualStream, block: int, run: Callable, half: Half, reached: torch.Tensor, kept: torch.Tensor) -> Normal:
+    """Normal equations of the kept units of a half, from the student's inputs and the stream to be reached, without first tokens.
+
+    kept: bool [n].
+    """
     writer = stream.anatomy.blocks[block].get_submodule(half.writer)
-    normal, batches = Normal(writer.weight, units), stream.batches()
+    features = kept.repeat_interleave(writer.in_features // len(kept)).nonzero()[:, 0]
+    normal, batches = Normal(writer.weight[:, features], int(kept.sum())), stream.batches()
     bias = 0 if writer.bias is None else writer.bias.detach()
 
     def add(x: torch.Tensor) -> None:
         rows, real = next(batches)
-        place = real.cumsum(1)[real]  # of each real token among those of its sequence, from 1
+        later = real.cumsum(1)[real] > 1  # not the first real token of its sequence
         target = (reached[rows] - stream.hidden[rows] - bias)[real]
-        normal.add(x[place > 1], target[place > 1])
+        normal.add(x[later][:, features], target[later])
 
     stream.observe(block, {half.writer: add}, run=run)
     return normal
-
-
-def _solve_kept(normal: Normal, kept: torch.Tensor, intercept: bool, literal: bool) -> torch.Tensor | None:
-    """Multipliers of the kept units. The coefficient of the column of ones is thrown away."""
-    h, g = normal.system(intercept)
-    used = torch.cat([kept, kept.new_ones(len(g) - len(kept))])
-    m = solve(h[used][:, used], g[used], literal)
-    return None if m is None else m[: int(kept.sum())]
 
 
 # --- the method --------------------------------------------------------------------------------------------------------
