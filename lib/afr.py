@@ -11,14 +11,15 @@ standardised over all neurons of the model and added, and every block loses the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import nn
 
 from lib import mixtures
-from lib.gradients import at_least_float32, half_names, next_token_loss, stream
+from lib.gradients import SCORES, at_least_float32, half_names, next_token_loss, stream
 from lib.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
 
 # Scores of the units of every block: [units] each.
@@ -276,6 +277,31 @@ def scores(
     settings = settings_of(preset, **changes)
     found = neuron_scores(model, ids, aggregations, settings, half=half, progress=progress)
     return {name: combine(parts, settings.z, settings.snip_power) for name, parts in found.items()}
+
+
+def scores_under(model: nn.Module, ids: torch.Tensor, wanted: Mapping[str, Settings]) -> dict[str, Blocks]:
+    """The AFR score of every neuron under several settings, {name: [f] of every block}.
+
+    What `scores` would give for each alone; settings that differ only in what follows the backward passes share these.
+    """
+    together: dict[Settings, dict[str, Settings]] = defaultdict(dict)
+    for name, s in wanted.items():
+        common = replace(s, aggregation=PAPER[0], scores=SCORES, z="model", stage="neuron", snip_power=1)
+        together[common][name] = s
+    found = {}
+    for common, members in together.items():
+        needed = replace(common, scores=tuple(score for score in SCORES if any(score in s.scores for s in members.values())))
+        if common.accumulation == "per_sample":
+            every = neuron_scores(model, ids, list({s.aggregation for s in members.values()}), needed)
+            parts = {name: {score: every[s.aggregation][score] for score in s.scores} for name, s in members.items()}
+        else:
+            vectors = summed_vectors(model, ids, needed)
+            parts = {}
+            for name, s in members.items():
+                own = {score: vectors[score] for score in s.scores}
+                parts[name] = neuron_scores(model, ids, [s.aggregation], s, vectors=own)[s.aggregation]
+        found |= {name: combine(parts[name], s.z, s.snip_power) for name, s in members.items()}
+    return {name: found[name] for name in wanted}
 
 
 def sweep(

@@ -187,14 +187,13 @@ def protected(blocks: int, settings: Settings) -> tuple[int, ...]:
 
 
 def choose_blocks(
-    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, mask=None, batch: int = 8
-) -> tuple[list[float], list[int]]:
-    """Importance of every block, and the sorted blocks that go."""
-    scores = layer_scores(model, ids, settings.layer_score, mask=mask, batch=batch)
+    model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings, mask=None, batch: int = 8
+) -> list[int]:
+    """The sorted blocks that go, by the importance of all blocks in the dense model."""
     ends = protected(len(scores), settings)
     count = blocks_to_drop(ratio, len(scores), settings.rho)
     if settings.selection == "one-shot" or count < 2:
-        return scores, lowest(scores, count, ends)
+        return lowest(scores, count, ends)
     lowest(scores, count, ends)  # raises where so many cannot go
     left, current = list(range(len(scores))), shell(model)
     for _ in range(count):
@@ -202,7 +201,7 @@ def choose_blocks(
         [worst] = lowest(now, 1, tuple(i for i, block in enumerate(left) if block in ends))
         left.pop(worst)
         remove_blocks(current, [worst], inplace=True)
-    return scores, [i for i in range(len(scores)) if i not in left]
+    return [i for i in range(len(scores)) if i not in left]
 
 
 # --- one block ------------------------------------------------------------------------------------------------------------
@@ -471,18 +470,10 @@ class Report:
         return rows
 
 
-def check_model(model: nn.Module, settings: Settings) -> None:
-    """Raise ValueError for a model whose FFN outputs pass a norm of their own, where the wanted output is not known."""
-    family = Anatomy(model).family
-    if family.mlp.output_norm and settings.reference != "same input":
+def check(model: nn.Module, ratio: float, settings: Settings) -> None:
+    """Raise ValueError for a ratio that cannot be met, or a model whose wanted output is not known."""
+    if Anatomy(model).family.mlp.output_norm and settings.reference != "same input":
         raise ValueError("this family normalises what its FFN puts out before adding it: use reference='same input'")
-
-
-def decide(
-    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, mask: torch.Tensor | None = None, batch: int = 8
-) -> tuple[list[float], Plan]:
-    """Importance of every block, and the plan. Raises ValueError, before any long work, for what cannot be met or used."""
-    check_model(model, settings)
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.2 removes a fifth of the blocks' parameters")
     shape = shape_of(model)
@@ -490,12 +481,18 @@ def decide(
     ends = protected(len(shape.params), settings)
     middle = [i for i in range(len(shape.params)) if i not in ends]
     lowest([0.0] * len(shape.params), count, ends)
-    neurons_to_cut(shape, middle[:count], ratio, settings)  # raises now, not after the calibration
-    scores, drop = choose_blocks(model, ids, ratio, settings, mask, batch)
-    plan = make_plan(shape, scores, drop, ratio, settings)
+    neurons_to_cut(shape, middle[:count], ratio, settings)
+
+
+def decide(
+    model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings, mask=None, batch: int = 8
+) -> Plan:
+    """The plan for a ratio, from the importance of every block (`layer_scores`)."""
+    drop = choose_blocks(model, ids, scores, ratio, settings, mask, batch)
+    plan = make_plan(shape_of(model), scores, drop, ratio, settings)
     if settings.allocation == "global":
         plan = replace(plan, quotas=_global_quotas(model, ids, plan, settings, mask, batch))
-    return scores, plan
+    return plan
 
 
 @torch.no_grad()
@@ -516,22 +513,53 @@ def prune(
     ValueError, before any long work, for a ratio that cannot be met and for ids, weights or families that cannot be used.
     """
     settings = settings or Settings()
-    scores, plan = decide(model, ids, ratio, settings, mask, batch)
+    check(model, ratio, settings)
+    scores = layer_scores(model, ids, settings.layer_score, mask=mask, batch=batch)
+    return _prune(model, ids, scores, ratio, settings, mask, batch, progress)
+
+
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    settings: Settings | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    progress=None,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, what `prune` makes of the model) for every ratio; the importance of the blocks is measured once."""
+    settings = settings or Settings()
+    for ratio in ratios:
+        check(model, ratio, settings)
+
+    def run() -> Iterator[tuple[float, nn.Module]]:
+        scores = layer_scores(model, ids, settings.layer_score, mask=mask, batch=batch)
+        for ratio in ratios:
+            yield ratio, _prune(model, ids, scores, ratio, settings, mask, batch, progress)[0]
+
+    return run()
+
+
+@torch.no_grad()
+def _prune(model, ids, scores: list[float], ratio: float, settings: Settings, mask, batch, progress) -> tuple[nn.Module, Report]:
+    """`prune` with known importance of the blocks."""
+    plan = decide(model, ids, scores, ratio, settings, mask, batch)
     left = [n for i, n in enumerate(ffn_widths(model)) if i not in plan.drop]
     if not plan.drop and not sum(plan.quotas):
         return shell(model), Report(scores, plan, [Pruned(torch.arange(n), None, 0) for n in left], 0)
-    sweep, number = first_sweep(plan, left, settings), 0
+    turn, number = first_sweep(plan, left, settings), 0
     while True:
-        walk = Walk(model, ids, plan, sweep, settings, mask, batch)
+        walk = Walk(model, ids, plan, turn, settings, mask, batch)
         for i in range(len(left)):
             walk.approach(i)
             walk.step(i)
             if progress:
                 progress(f"pruned block {i + 1} of {len(left)}")
-        following = next_sweep(sweep, number + 1, settings) if number + 1 < settings.sweeps else None
+        following = next_sweep(turn, number + 1, settings) if number + 1 < settings.sweeps else None
         if following is None:
-            return describe(walk.small), Report(scores, plan, sweep.results, number + 1)
-        sweep, number = following, number + 1
+            return describe(walk.small), Report(scores, plan, turn.results, number + 1)
+        turn, number = following, number + 1
 
 
 class Walk:

@@ -207,6 +207,12 @@ def _comp(
     return comp.prune(model, ids, ratio, settings, progress=progress)[0]
 
 
+def _comp_sweep(
+    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], progress: Callable, **settings
+) -> Iterator[tuple[float, nn.Module]]:
+    return comp.sweep(model, ids, ratios, comp.Settings(**settings), progress=progress)
+
+
 def _shortgpt(
     model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, choice: str = "one-shot", after_norm: bool = False
 ) -> nn.Module:
@@ -293,6 +299,7 @@ SWEEPS = {
     "asvd": asvd.sweep,
     "afr": _afr_sweep,
     "fpt": fpt.sweep,
+    "comp": _comp_sweep,
     "llm-pruner": _in_silence(llm_pruner.sweep),
     "cfsp": _in_silence(cfsp.sweep),
     "flap": _in_silence(flap.sweep),

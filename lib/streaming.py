@@ -28,6 +28,7 @@ from lib.anatomy import Anatomy
 from lib.baselines import sparsegpt, wanda
 from lib.calibration import ResidualStream, resident
 from lib.checkpoint import CONFIG, RECORD, is_checkpoint, record_of, stored_tensors
+from lib.layer_importance import layer_scores
 from lib.layerwise import GRAM, SQUARES, Statistic, check_prunable, rebuild_block
 from lib.linalg import Sparsity
 from lib.low_rank import block_name, matrices, uniform_ranks
@@ -285,7 +286,9 @@ class CompWalk(Walk):
         if note:
             self.plan = comp.Plan(**note["plan"])
         else:
-            _, self.plan = comp.decide(model, ids, ratio, settings, batch=batch)
+            comp.check(model, ratio, settings)
+            scores = layer_scores(model, ids, settings.layer_score, batch=batch)
+            self.plan = comp.decide(model, ids, scores, ratio, settings, batch=batch)
         left = [n for i, n in enumerate(ffn_widths(model)) if i not in self.plan.drop]
         self.blocks, self.number = len(left), 0
         self.sweep = comp.first_sweep(self.plan, left, settings)

@@ -190,6 +190,31 @@ def test_one_run_serves_all_aggregations_and_vectors_can_be_reused():
 # --- the pruned model -----------------------------------------------------------------------------------------------------
 
 
+def test_many_settings_share_their_backward_passes(monkeypatch):
+    """What each gives alone, from one run for each way to stream and to add up."""
+    model, ids = tiny("llama"), token_ids()
+    changes = {
+        "base": {"aggregation": "absolute only"},
+        "simple": {"aggregation": "simple mean"},
+        "one score": {"aggregation": "absolute only", "scores": ("snip",)},
+        "ranks": {"aggregation": "absolute only", "z": "rank", "snip_power": 2},
+        "weights": {"aggregation": "absolute only", "stage": "weight_signed"},
+        "weights of one score": {"aggregation": "simple mean", "stage": "weight_abs", "scores": ("refer",)},
+        "per sample": {"aggregation": "absolute only", "accumulation": "per_sample"},
+        "one score per sample": {"aggregation": "simple mean", "accumulation": "per_sample", "scores": ("refer",)},
+        "tokens": {"aggregation": "absolute only", "view": "token"},
+    }
+    alone = {name: afr.scores(model, ids, [c["aggregation"]], **c)[c["aggregation"]] for name, c in changes.items()}
+    runs, real = [], afr.stream_vectors
+    monkeypatch.setattr(afr, "stream_vectors", lambda *a, **k: runs.append(a) or real(*a, **k))
+    found = afr.scores_under(model, ids, {name: afr.settings_of(**c) for name, c in changes.items()})
+    assert list(found) == list(changes)
+    for name, blocks in found.items():
+        for ours, expected in zip(blocks, alone[name], strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert len(runs) == 3  # sums, single sequences, another view
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "phi"])
 def test_removal_equals_masking(family, exact_norms):
     model = tiny(family)
