@@ -1,10 +1,11 @@
 """Kill `invoke reproduce` at random moments, start it again each time, and compare with a run that nobody killed.
 
-    python -m benchmarks.kills [--kills 50] [--profile workshop] [--paper slicegpt] [--jobs 2] [--set NAME=VALUE ...]
+    python -m benchmarks.kills [--kills 50] [--against results] [--profile workshop] [--paper slicegpt] [--jobs 2] ...
 
-Both runs work in copies of the project, so results here are not touched. Half of the kills take the whole process group, the
-other half only the task, whose kernel lives on for about a second and may still write. In the end every table must be equal but
-for measured times and memory, and no unfinished folder may be left.
+Both runs work in copies of the project, so results here are not touched. `--against` names results that the same code has made
+already, and saves the run that nobody kills. Half of the kills take the whole process group, the other half only the task, whose
+kernel lives on for about a second and may still write. In the end every table must be equal but for measured times and
+memory, and no unfinished folder may be left.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def kill_at_random(project: Path, words: list[str], kills: int, longest: float, 
 
 def differences(one: Path, two: Path) -> list[str]:
     """What differs between the results in two folders, measured columns aside."""
+    profiles = {path.name for path in two.iterdir() if path.is_dir()}
     tables = [{p.relative_to(place).as_posix() for p in place.rglob("tables/*.csv")} for place in (one, two)]
+    tables[0] = {name for name in tables[0] if name.split("/")[0] in profiles}
     found = [f"only in one of them: {name}" for name in tables[0] ^ tables[1]]
     for name in sorted(tables[0] & tables[1]):
         if name.endswith(CLOCKED):
@@ -93,16 +96,22 @@ def main() -> None:
         "--longest", type=float, default=60.0, help="seconds until a kill, at most: long enough to get on a little"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--against", type=Path, help="results of an undisturbed run of this code, instead of making one")
     found, words = parser.parse_known_args()  # the rest is for `invoke reproduce`
+    if found.against and not found.against.is_dir():
+        parser.error(f"no folder {found.against}: --against takes one that holds results by profile, such as results")
     with tempfile.TemporaryDirectory() as place:
-        calm, killed = copy_of_project(Path(place) / "calm"), copy_of_project(Path(place) / "killed")
-        begun = time.time()
-        finish(calm, words)
-        print(f"undisturbed: {time.time() - begun:.0f} s", flush=True)
+        killed, whole = copy_of_project(Path(place) / "killed"), found.against
+        if whole is None:
+            calm = copy_of_project(Path(place) / "calm")
+            begun = time.time()
+            finish(calm, words)
+            print(f"undisturbed: {time.time() - begun:.0f} s", flush=True)
+            whole = calm / "results"
         hit = kill_at_random(killed, words, found.kills, found.longest, random.Random(found.seed))
         finish(killed, words)
-        wrong = differences(calm / "results", killed / "results")
-        tables = len(list((calm / "results").rglob("tables/*.csv")))
+        wrong = differences(whole, killed / "results")
+        tables = len(list((killed / "results").rglob("tables/*.csv")))
         print(f"{hit} of {found.kills} runs were killed while at work; {tables} tables compared: {wrong or 'all equal'}")
         sys.exit(bool(wrong))
 
