@@ -36,6 +36,30 @@ class _Enough(Exception):
     """Ends a forward pass that has shown what was asked of it."""
 
 
+class _Recorder(nn.Module):
+    """Stands for a block and notes what it is called with; the last of them ends the forward pass.
+
+    A class of the module: one made within `enter` would be a cycle that holds the stream until Python collects garbage.
+    """
+
+    def __init__(self, block: nn.Module, first: list[torch.Tensor], seen: list[dict], blocks: int):
+        super().__init__()
+        self._stands_for = [block]  # in a list: not a child
+        self.first, self.seen, self.blocks = first, seen, blocks
+
+    def __getattr__(self, name: str):
+        # Some versions of transformers ask a block for its kind of attention before they call it.
+        return getattr(self.__dict__["_stands_for"][0], name)
+
+    def forward(self, hidden_states, **kwargs):
+        if not self.seen:
+            self.first.append(hidden_states)
+        self.seen.append(kwargs)
+        if len(self.seen) == self.blocks:
+            raise _Enough
+        return hidden_states
+
+
 @torch.no_grad()
 def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[dict]]:
     """What the model hands to its blocks: the first residual stream [batch, tokens, d] and each block's keyword arguments.
@@ -43,30 +67,12 @@ def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None)
     The model's own forward runs with every block replaced by a recorder, so positions, rotary angles and masks are
     the library's, whatever the version; the last recorder stops the run before norm and head.
     """
-    seen: list[dict] = []
     first: list[torch.Tensor] = []
-    blocks = anatomy.blocks
-
-    class Recorder(nn.Module):
-        def __init__(self, block: nn.Module):
-            super().__init__()
-            self._stands_for = [block]  # in a list: not a child
-
-        def __getattr__(self, name: str):
-            # Some versions of transformers ask a block for its kind of attention before they call it.
-            return getattr(self.__dict__["_stands_for"][0], name)
-
-        def forward(self, hidden_states, **kwargs):
-            first.append(hidden_states)
-            seen.append(kwargs)
-            if len(seen) == len(originals):
-                raise _Enough
-            return hidden_states
-
-    originals = list(blocks)
+    seen: list[dict] = []
+    blocks, originals = anatomy.blocks, list(anatomy.blocks)
     try:
-        for i in range(len(originals)):
-            blocks[i] = Recorder(originals[i])
+        for i, block in enumerate(originals):
+            blocks[i] = _Recorder(block, first, seen, len(originals))
         with resident(*tables(anatomy)), contextlib.suppress(_Enough):
             anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:

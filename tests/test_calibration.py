@@ -1,5 +1,6 @@
 """The block-by-block walk is the model: any family, any attention, with and without padding."""
 
+import gc
 import math
 
 import pytest
@@ -259,3 +260,18 @@ def test_unknown_and_post_norm_models_are_refused():
     for settings in ({"do_layer_norm_before": False}, {"_remove_final_layer_norm": True}):
         with pytest.raises(ValueError, match="OPT-350M"):
             family_of(tiny("opt", **settings))
+
+
+def test_nothing_of_a_stream_waits_for_the_garbage_collector():
+    """What a cycle holds would stay in memory beside the next stream."""
+    model, ids = tiny("llama"), token_ids()
+    ResidualStream(model, ids).advance_block(0)  # what the libraries set up once
+    gc.collect()
+    gc.disable()
+    try:
+        stream = ResidualStream(model, ids)
+        stream.advance_block(0)
+        del stream
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -1,6 +1,7 @@
 """SVD-LLM and its rivals: against inverses, full SVDs and least squares written out in float64; never beaten by chance."""
 
 import functools
+import gc
 import itertools
 
 import pytest
@@ -564,6 +565,7 @@ def test_memory_is_what_a_block_allocates(ratio, settings):
     """Against torch's own record of what it allocates and frees, LAPACK's workspaces included."""
     wide = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=1, num_key_value_heads=4) | settings
     model, ids = tiny("llama", torch.float32, **wide).requires_grad_(False), token_ids(20)
+    gc.collect()  # or models of earlier tests would be freed within the record
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         grams = block_grams(ResidualStream(model, ids), 0, outputs=True)
         layers = svd_llm.truncated_block(matrices(model), None, grams, uniform_ranks(model, ratio))
