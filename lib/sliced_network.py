@@ -218,6 +218,11 @@ def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
 # --- cutting the weights (float64, cast once) ---------------------------------------------------------------------------
 
 
+def _empty_linear(outputs: int, inputs: int, biased: bool, dtype: torch.dtype) -> nn.Linear:
+    """A layer of shapes alone: arithmetic on meta tensors would give the same, and takes most of the time of counting."""
+    return nn.Linear(inputs, outputs, biased, device="meta", dtype=dtype)
+
+
 def slice_reader(
     layer: nn.Linear, norm: nn.Module, a: torch.Tensor, family: Family, shift: torch.Tensor | None = None
 ) -> nn.Linear:
@@ -225,6 +230,9 @@ def slice_reader(
 
     shift: mean [d] of what the cut takes from the norm's output, given back as a constant: b + W diag(gain) shift.
     """
+    if layer.weight.is_meta:
+        biased = any(part is not None for part in (layer.bias, norm_offset(norm), shift))
+        return _empty_linear(layer.weight.shape[0], a.shape[1], biased, layer.weight.dtype)
     weight = layer.weight.detach().double()
     bias = None if layer.bias is None else layer.bias.detach().double()
     gained = weight * norm_gain(norm, family)
@@ -236,6 +244,10 @@ def slice_reader(
 
 def slice_writer(layer: nn.Linear, b: torch.Tensor, family: Family, shift: torch.Tensor | None = None) -> nn.Linear:
     """Bᵀ M W and Bᵀ (M bias + shift), where M subtracts the mean if the family's norms do. Result: [k, in]."""
+
+    if layer.weight.is_meta:
+        biased = layer.bias is not None or shift is not None
+        return _empty_linear(b.shape[1], layer.weight.shape[1], biased, layer.weight.dtype)
 
     def centre(x):
         return remove_mean(x, dim=0) if family.subtracts_mean else x
