@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib import afr
 from lib.cost import count
-from lib.evaluate import peak_memory
+from lib.memory import peak_memory
 
 LENGTH, SAMPLES = 256, 2
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.literal_slicegpt import LiteralSliceGPT
 from lib.calibration import ResidualStream
-from lib.evaluate import peak_memory
+from lib.memory import peak_memory
 from lib.models import load
 from lib.slicegpt import decompose, junctions, kept_width, sweep
 from lib.text import load_corpus, sample_blocks

@@ -231,17 +231,21 @@ class ResidualStream:
         return total
 
 
+def check_length(anatomy: Anatomy, length: int) -> None:
+    """Raise ValueError for calibration sequences of more tokens than the model has positions."""
+    if length > anatomy.positions:
+        raise ValueError(
+            f"calibration sequences have {length} tokens, but the model has {anatomy.positions} positions: use shorter sequences"
+        )
+
+
 def check_calibration(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
     """Raise ValueError, before any long work, for token ids or weights that cannot be calibrated on."""
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(f"calibration ids must be [samples, tokens] and not empty, not {tuple(ids.shape)}")
     if mask is not None and (mask.shape != ids.shape or not mask.any()):
         raise ValueError(f"the mask must have the shape of the ids, {tuple(ids.shape)}, and mark at least one real token")
-    if ids.shape[1] > anatomy.positions:
-        raise ValueError(
-            f"calibration sequences have {ids.shape[1]} tokens, but the model has {anatomy.positions} positions: "
-            "use shorter sequences"
-        )
+    check_length(anatomy, ids.shape[1])
     if anatomy.model.training:
         raise ValueError("the model is in training mode, where dropout disturbs the statistics: call model.eval() first")
     vocabulary = anatomy.model.config.vocab_size

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lib import afr, comp, streaming, svd_llm
+from lib.anatomy import Anatomy
 from lib.baselines import (
     asvd,
     cfsp,
@@ -28,6 +29,7 @@ from lib.baselines import (
     svd,
     wanda,
 )
+from lib.calibration import check_length
 from lib.checkpoint import export, read_record, save
 from lib.cost import count
 from lib.experiment import Calibration
@@ -361,6 +363,7 @@ def compress(
         raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
     network, tokenizer = _open_on_disk(model, method, device, dtype) if streamed else load(model, device, dtype)
     draw = calibration or Calibration("wiki-a", 128, min(2048, network.config.max_position_embeddings))
+    check_length(Anatomy(network), draw.length)  # now, not when many long sequences have been drawn
     generator = torch.Generator().manual_seed(draw.seed)
     ids = sample_blocks(load_corpus(draw.corpus, "train"), tokenizer, draw.samples, draw.length, generator, draw.rule)
     dense, progress = count(network), progress or Progress()

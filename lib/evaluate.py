@@ -1,10 +1,8 @@
-"""What a compressed model is worth: token perplexity, zero-shot accuracy, speed and memory, each with its definition."""
+"""What a compressed model is worth: token perplexity, zero-shot accuracy and speed, each with its definition."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import logging
 import statistics
 import time
@@ -179,7 +177,7 @@ def _quiet(*names: str):
             logger.setLevel(level)
 
 
-# --- speed and memory --------------------------------------------------------------------------------------------------
+# --- speed --------------------------------------------------------------------------------------------------------------
 
 
 def _synchronise(device: torch.device) -> None:
@@ -283,39 +281,3 @@ def self_times(model: nn.Module, ids: torch.Tensor, repeats: int = 3) -> dict[st
         for handle in handles:
             handle.remove()
     return min(runs[1:], key=lambda run: sum(run.values()))  # the first run warms up
-
-
-def peak_memory(run: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
-    """Bytes that `run` needs at its peak beyond what was in use before: resident memory on Linux, or that of a GPU.
-
-    Memory that the allocator keeps after earlier work is given back first, or a second run would seem to need nothing.
-    None where the system offers no such counter.
-    """
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:  # "5" resets the peak counter to the present size
-            file.write("5")
-    except (OSError, AttributeError):  # macOS, Windows, other C libraries
-        return None
-    before = _status_bytes("VmRSS")
-    run()
-    return max(0, _status_bytes("VmHWM") - before)
-
-
-def resident_memory() -> int | None:
-    """Bytes of memory that this process holds now (Linux), or None."""
-    try:
-        return _status_bytes("VmRSS")
-    except OSError:
-        return None
-
-
-def _status_bytes(name: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.compress import METHODS
-from lib.evaluate import peak_memory
+from lib.memory import peak_memory
 from lib.runs import end_with_parent
 
 ALL_GRADIENTS = "all gradients"  # LLM-Pruner's memory as its released code has it: one backward pass, every gradient kept

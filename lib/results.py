@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.evaluate import resident_memory
+from lib.memory import resident_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from lib import evaluate
 from lib.continuation import TASK, continuation_documents
 from lib.cost import count, prefill_macs
-from lib.evaluate import peak_memory, perplexity, self_times, speed, speeds, zero_shot
+from lib.evaluate import perplexity, self_times, speed, speeds, zero_shot
+from lib.memory import peak_memory
 from lib.models import load
 from lib.slicegpt import slice_model
 from tests.conftest import tiny, token_ids
