@@ -71,10 +71,11 @@ def kill_at_random(project: Path, words: list[str], kills: int, longest: float, 
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """What differs between the results in two folders, measured columns aside."""
-    profiles = {path.name for path in two.iterdir() if path.is_dir()}
-    tables = [{p.relative_to(place).as_posix() for p in place.rglob("tables/*.csv")} for place in (one, two)]
-    tables[0] = {name for name in tables[0] if name.split("/")[0] in profiles}
+    """What differs between results in folder `two` and those of the same papers in `one`, measured columns aside."""
+    runs = [path.parent.relative_to(two) for path in two.glob("*/*/manifest.json")]
+    tables = [
+        {(run / "tables" / p.name).as_posix() for run in runs for p in (place / run).glob("tables/*.csv")} for place in (one, two)
+    ]
     found = [f"only in one of them: {name}" for name in tables[0] ^ tables[1]]
     for name in sorted(tables[0] & tables[1]):
         if name.endswith(CLOCKED):
@@ -85,7 +86,7 @@ def differences(one: Path, two: Path) -> list[str]:
                 continue
             if column not in frames[0] or not frames[0][column].equals(frames[1][column]):
                 found.append(f"{name}: {column}")
-    left = [p.name for place in (one, two) for p in place.rglob("*") if p.name.endswith((".partial", ".retired"))]
+    left = [p.name for p in two.rglob("*") if p.name.endswith((".partial", ".retired"))]
     return found + [f"left over: {name}" for name in left]
 
 
@@ -113,7 +114,7 @@ def main() -> None:
         wrong = differences(whole, killed / "results")
         tables = len(list((killed / "results").rglob("tables/*.csv")))
         print(f"{hit} of {found.kills} runs were killed while at work; {tables} tables compared: {wrong or 'all equal'}")
-        sys.exit(bool(wrong))
+        sys.exit(bool(wrong) or not tables)
 
 
 if __name__ == "__main__":

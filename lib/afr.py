@@ -290,7 +290,7 @@ def scores_under(model: nn.Module, ids: torch.Tensor, wanted: Mapping[str, Setti
         together[common][name] = s
     found = {}
     for common, members in together.items():
-        needed = replace(common, scores=tuple(score for score in SCORES if any(score in s.scores for s in members.values())))
+        needed = replace(common, scores=tuple(dict.fromkeys(score for s in members.values() for score in s.scores)))
         if common.accumulation == "per_sample":
             every = neuron_scores(model, ids, list({s.aggregation for s in members.values()}), needed)
             parts = {name: {score: every[s.aggregation][score] for score in s.scores} for name, s in members.items()}

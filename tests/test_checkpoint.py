@@ -532,6 +532,12 @@ def test_bad_commands_write_nothing(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_long_sequences_are_refused_before_they_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.compress.sample_blocks", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match="4096 tokens, but the model has 256 positions"):
+        compress("wiki-a-llama", tmp_path / "out", calibration=Calibration("wiki-a", 2, 4096))
+
+
 def test_existing_output_is_refused_before_any_work(tmp_path):
     with pytest.raises(FileExistsError, match="choose another"):
         compress("no-such-model", tmp_path)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.anatomy import Anatomy
+from lib.anatomy import Anatomy, attention_half, mlp_half
 from lib.baselines import fpt
 from lib.baselines.fpt import Units, masked, rearrange, search, solve
+from lib.calibration import ResidualStream
 from lib.cost import count
 from lib.structured import ffn_widths, group_params, kv_groups, neuron_params
 from tests.conftest import LAYERS, relative, tiny, token_ids
@@ -288,6 +289,38 @@ def test_batches_do_not_change_the_masks(batch):
     masks = [fpt.tune(model, ids, half_masks(model, 1), half_masks(model, 2, 0.9), batch=k) for k in (batch, 5)]
     for a, b in zip(*(m.groups + m.neurons for m in masks), strict=True):
         assert (a - b).abs().max() < 1e-6
+
+
+def test_padding_does_not_change_the_masks(monkeypatch):
+    monkeypatch.setattr(fpt, "LARGEST", 1e6)
+    model, ids = tiny("llama"), token_ids(5)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = mask[3, 9:] = 0
+    other = torch.where(mask.bool(), ids, (ids + 7) % model.config.vocab_size)
+    found = [fpt.tune(model, part, half_masks(model, 1), half_masks(model, 2, 0.9), mask=mask) for part in (ids, other)]
+    for a, b in zip(*(m.groups + m.neurons for m in found), strict=True):
+        assert (a - b).abs().max() < 1e-9
+    assert not torch.equal(found[0].neurons[1], fpt.tune(model, ids, half_masks(model, 1), half_masks(model, 2, 0.9)).neurons[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_teachers_ffn_runs_once_and_as_exactly_as_twice(family):
+    """In bfloat16, where the mask takes a neuron that writes a thousand times what the others do."""
+    model, teacher, ids = tiny(family), half_masks(tiny(family), 2, 0.9), token_ids(4)
+    anatomy = Anatomy(model)
+    block, halves = anatomy.blocks[0], anatomy.family
+    teacher.neurons[0][5] = 0
+    with torch.no_grad():
+        block.get_submodule(halves.mlp.writer).weight[:, 5] *= 1e3
+    once, twice = (ResidualStream(model.to(torch.bfloat16), ids) for _ in range(2))
+    fpt._advance_teacher(once, 0, attention_half, halves.attention, teacher)
+    twice.hidden.copy_(once.hidden)
+    whole = mlp_half(block, halves, twice.hidden, twice._block_kwargs(slice(0, 4), 0))
+    reached = fpt._advance_teacher(once, 0, mlp_half, halves.mlp, teacher)
+    with masked(block, anatomy.halves, teacher.groups[0], teacher.neurons[0]):
+        twice.advance(mlp_half, 0)
+    assert torch.equal(once.hidden, twice.hidden)
+    assert relative(reached.double(), whole.double()) < 0.01
 
 
 def test_an_unacceptable_multiplier_ends_the_tuning():

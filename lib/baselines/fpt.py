@@ -240,11 +240,11 @@ def rearrange(gradients: torch.Tensor, pruned: int) -> torch.Tensor:
 
 
 class Normal:
-    """Normal equations H m = g of min_m ‖Σ_i m_i vec(X_i W_i) - vec(B)‖² over all units of a writer, summed batch by batch.
+    """Normal equations H m = g of min_m ‖Σ_i m_i vec(X_i W_i) - vec(B)‖² over units of a writer, summed batch by batch.
 
-    A unit is `size` neighbouring input channels. H = blockwise sums of XᵀX ∘ WᵀW, g_i = Σ (XᵀB)_i ∘ W_iᵀ: the columns are never
-    formed. Products are float32 (float64 input stays float64), sums float64. `sums` and `target_sum` belong to a column of
-    ones, which the released code adds for attention.
+    A unit is a few neighbouring input channels, as many for each. H = blockwise sums of XᵀX ∘ WᵀW, g_i = Σ (XᵀB)_i ∘ W_iᵀ: the
+    columns are never formed. Products are float32 (float64 input stays float64), sums float64. `sums` and `target_sum` belong to
+    a column of ones, which the released code adds for attention.
     """
 
     def __init__(self, weight: torch.Tensor, units: int):
@@ -258,10 +258,10 @@ class Normal:
 
     def add(self, x: torch.Tensor, b: torch.Tensor) -> None:
         """x: [tokens, features]; b: [tokens, d], what the weighted units should add up to."""
-        size = torch.promote_types(x.dtype, torch.float32)
-        x, b = x.to(size), b.to(size)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, b = x.to(wide), b.to(wide)
         add_gram(self.gram, x)
-        self.cross += (x * (b @ self.weight.to(size))).sum(0, dtype=torch.float64)
+        self.cross += (x * (b @ self.weight.to(wide))).sum(0, dtype=torch.float64)
         self.sums += x.sum(0, dtype=torch.float64)
         self.target_sum += float(b.sum(dtype=torch.float64))
         self.entries += b.numel()
@@ -376,18 +376,22 @@ def _advance_teacher(stream: ResidualStream, block: int, run: Callable, half: Ha
         with masked(module, anatomy.halves, masks.groups[block], masks.neurons[block]):
             stream.advance(run, block)
         return stream.hidden
-    # One pass for both streams: what the masked neurons would add is noted on the way, and taken off afterwards.
-    gone = (masks.neurons[block] == 0).nonzero()[:, 0]
-    weight = module.get_submodule(half.writer).weight[:, gone].T
-    less, batches = torch.zeros_like(stream.hidden), stream.batches()
+    # One pass for both: the masked stream moves on, and what the mask takes is noted on the way and added to the target.
+    mask = masks.neurons[block]
+    less = (mask != 1).nonzero()[:, 0]
+    weight = module.get_submodule(half.writer).weight.detach()[:, less].T
+    reached, batches = torch.zeros_like(stream.hidden), stream.batches()
 
     def note(x: torch.Tensor) -> None:
         rows, real = next(batches)
-        less[rows][real] = -(x[:, gone] @ weight)
+        reached[rows][real] = (x[:, less] * (1 - mask[less]).to(x)) @ weight
 
-    stream.observe(block, {half.writer: note}, advance=True, run=run)
-    reached, stream.hidden = stream.hidden, less.add_(stream.hidden)
-    return reached
+    def run_masked(*step) -> torch.Tensor:  # its hook comes after that of `observe`, which sees what is not masked yet
+        with masked(module, anatomy.halves, masks.groups[block], mask):
+            return run(*step)
+
+    stream.observe(block, {half.writer: note}, advance=True, run=run_masked)
+    return reached.add_(stream.hidden)
 
 
 def _measure(stream: ResidualStream, block: int, run: Callable, half: Half, reached: torch.Tensor, kept: torch.Tensor) -> Normal:
