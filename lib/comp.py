@@ -528,7 +528,10 @@ def sweep(
     batch: int = 8,
     progress=None,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(ratio, what `prune` makes of the model) for every ratio; the importance of the blocks is measured once."""
+    """(ratio, what `prune` makes of the model) for every ratio; the importance of the blocks is measured once.
+
+    Arguments are those of `prune`, and so are the errors: all ratios are checked before any long work.
+    """
     settings = settings or Settings()
     for ratio in ratios:
         check(model, ratio, settings)

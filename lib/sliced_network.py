@@ -244,7 +244,6 @@ def slice_reader(
 
 def slice_writer(layer: nn.Linear, b: torch.Tensor, family: Family, shift: torch.Tensor | None = None) -> nn.Linear:
     """Bᵀ M W and Bᵀ (M bias + shift), where M subtracts the mean if the family's norms do. Result: [k, in]."""
-
     if layer.weight.is_meta:
         biased = layer.bias is not None or shift is not None
         return _empty_linear(b.shape[1], layer.weight.shape[1], biased, layer.weight.dtype)
