@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
+from transformers.utils import ModelOutput
 
 from lib.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, local_task, task_manager
 from lib.continuation import TASK, continuation_task
@@ -57,32 +58,43 @@ LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 positions of Gemma
 FLOATS_AT_ONCE = 2**23  # of these, in float32 at a time: 32 MB, so that the softmax stays in the processor's cache
 
 
-def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
-    """Summed cross-entropy of the next tokens in windows ids [batch, tokens], in float32, never with all logits at once.
+def before_head(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
+    """The model's output for `inputs`, with logits of the last position alone, and the hidden states that its head would read.
 
-    The model's own forward runs with only the last position let through to its head; the head is then applied to the
-    hidden states of a few positions at a time. A model that changes its logits after the head shows it at that last
-    position, and is scored from the logits that it returns.
+    The hidden states are [batch, tokens, d]; the head, `model.get_output_embeddings()`, makes logits of any of them. They are
+    None if that is not so: a model without a head, whose output is then whole, or one that changes its logits after the head,
+    which shows at the last position.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
-        return _loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids)
+        return model(**inputs), None
     seen: list[torch.Tensor] = []
 
-    def last_position(_, inputs):
-        seen.append(inputs[0])
-        return (inputs[0][:, -1:],)
+    def last_position(_, given):
+        seen.append(given[0])
+        return (given[0][:, -1:],)
 
     handle = head.register_forward_pre_hook(last_position)
     try:
-        last = model(input_ids=ids, use_cache=False).logits
+        output = model(**inputs)
     finally:
         handle.remove()
     # A model spread over devices returns its logits on the first of them, and has them on the last.
-    if len(seen) != 1 or not torch.equal(last, head(seen[0][:, -1:]).to(last.device)):
+    alone = len(seen) == 1 and torch.equal(output.logits, head(seen[0][:, -1:]).to(output.logits.device))
+    return output, seen[0] if alone else None
+
+
+def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
+    """Summed cross-entropy of the next tokens in windows ids [batch, tokens], in float32, never with all logits at once.
+
+    The head is applied to the hidden states of a few positions at a time, where the logits are the head's.
+    """
+    output, hidden = before_head(model, input_ids=ids, use_cache=False)
+    if hidden is None:
         return _loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids)
-    hidden, targets = seen[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    pieces, rows = (max(1, numbers // last.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))
+    head = model.get_output_embeddings()
+    hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    pieces, rows = (max(1, numbers // output.logits.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))
     total = 0.0
     for x, target in zip(hidden.split(pieces), targets.split(pieces), strict=True):
         for logits, y in zip(head(x).split(rows), target.split(rows), strict=True):

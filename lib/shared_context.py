@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 
+from lib.evaluate import before_head
+
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of the context, ids of the continuation
 
 
@@ -36,21 +38,28 @@ class SharedContextLM(HFLM):
 
         So the first pass has rows of one length, and no key in the cache is padding; that of the second pass, on the right, is
         seen by nothing. The last id of a context belongs to the second pass, because it predicts the first of the continuation.
+        The head reads only the positions that predict a continuation.
         """
         first = min(len(context) for _, context, _ in requests) - 1
         begins = [tuple(context[:first]) for _, context, _ in requests]
         distinct = list(dict.fromkeys(begins))
-        cache = None
-        if first:
-            ids = torch.tensor(distinct, device=self.device)
-            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            cache.batch_select_indices(torch.tensor([distinct.index(begin) for begin in begins]))  # may lie on several devices
+        output, hidden = before_head(self.model, input_ids=torch.tensor(distinct, device=self.device), use_cache=True)
+        cache = output.past_key_values
+        cache.batch_select_indices(torch.tensor([distinct.index(begin) for begin in begins]))  # may lie on several devices
         rows = [torch.tensor((context + continuation)[first:-1]) for _, context, continuation in requests]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        rest = dict(input_ids=padded, past_key_values=cache, use_cache=True)
+        lengths = [len(continuation) for _, _, continuation in requests]
+        predicting = [slice(len(row) - length, len(row)) for row, length in zip(rows, lengths, strict=True)]
+        if hidden is None:
+            logits = self.model(**rest).logits
+            scored = [row[own] for row, own in zip(logits, predicting, strict=True)]
+        else:
+            _, hidden = before_head(self.model, **rest)
+            joined = torch.cat([row[own] for row, own in zip(hidden, predicting, strict=True)])
+            scored = self.model.get_output_embeddings()(joined).split(lengths)
         answers = []
-        for row, known, (_, _, continuation) in zip(logits, rows, requests, strict=True):
-            own = row[len(known) - len(continuation) : len(known)]
+        for own, (_, _, continuation) in zip(scored, requests, strict=True):
             scores = F.log_softmax(own, dim=-1, dtype=self.softmax_dtype)
             target = torch.tensor(continuation, device=scores.device)
             greedy = torch.equal(scores.argmax(-1), target)

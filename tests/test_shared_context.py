@@ -4,6 +4,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from lib.evaluate import before_head
 from lib.models import load
 from lib.shared_context import SharedContextLM, shared_batches
 from lib.slicegpt import slice_model
@@ -62,6 +63,24 @@ def tokenizer():
 def test_scores_are_those_of_lm_eval(family, batch, tokenizer):
     """Sliding windows of Gemma (8 positions) included: the contexts of 12 and 30 do not fit into them."""
     agree(tiny(family), tokenizer, batch)
+
+
+def test_a_model_that_changes_its_logits_after_the_head(tokenizer):
+    """Soft-capping bends them, and bends these enough to be seen."""
+    model = tiny("gemma3_text")
+    model.get_output_embeddings().weight.data.mul_(50)
+    model.config.final_logit_softcapping = 2.0
+    assert before_head(model, input_ids=token_ids())[1] is None
+    agree(model, tokenizer, 32)
+
+
+def test_the_head_reads_only_what_predicts_a_continuation(tokenizer):
+    """20 positions of 4 questions of 16 tokens, and the last ones of both passes twice, to compare with the model's logits."""
+    model, read = tiny("llama"), []
+    model.get_output_embeddings().register_forward_hook(lambda module, given, out: read.append(out[..., 0].numel()))
+    lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=16, max_length=LONGEST)
+    lm._scores([request([question] * 12, [1, 2, 3, 4, 5]) for question in (5, 6, 7, 8)])
+    assert read == [4, 4, 4, 4, 20]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
