@@ -177,8 +177,12 @@ def _llm_pruner(
     importance: str = "first",
     attention: bool = True,
     fold: str = "neighbours",
+    samples: int | None = llm_pruner.SAMPLES,
+    length: int | None = llm_pruner.LENGTH,
 ) -> nn.Module:
-    return llm_pruner.prune(model, ids, ratio, importance=importance, attention=attention, fold=fold, inplace=True)
+    """LLM-Pruner. samples, length: how much of the calibration set it reads, 10 x 64 as its reference; None for all of it."""
+    settings = dict(importance=importance, attention=attention, fold=fold, samples=samples, length=length)
+    return llm_pruner.prune(model, ids, ratio, inplace=True, **settings)
 
 
 def _fpt(

@@ -15,12 +15,23 @@ import torch
 from torch import nn
 
 from lib import comp
-from lib.baselines import llm_pruner, shortgpt
+from lib.anatomy import Anatomy
+from lib.baselines import flap, llm_pruner, lorap, shortgpt
 from lib.cost import count
-from lib.low_rank import replay, uniform_ranks
+from lib.low_rank import block_name, replay, uniform_ranks
 from lib.sliced_network import shapes_only, usual_layout
 from lib.slicegpt import constant_widths
-from lib.structured import ffn_widths, kv_groups, remove_blocks, remove_groups, remove_neurons, uniform
+from lib.structured import (
+    ffn_widths,
+    group_params,
+    kv_groups,
+    neuron_params,
+    remove_blocks,
+    remove_groups,
+    remove_neurons,
+    separate_readers,
+    uniform,
+)
 from lib.surgery import shape_shell
 
 STEPS = 512  # own ratios are searched in steps of 1/512
@@ -51,6 +62,33 @@ def _without_units(model: nn.Module, ratio: float) -> nn.Module:
     return remove_groups(small, llm_pruner.choose(_in_order(kv_groups(model)), ratio, spared, whole=True), inplace=True)
 
 
+def _without_competing_units(model: nn.Module, ratio: float) -> nn.Module:
+    """FLAP: neurons and groups of heads share one budget, and a bias makes up for those of a half that are gone.
+
+    As if both had evenly spread scores. Others change which units go, not how many parameters, to within one unit and the
+    biases of halves that lose nothing.
+    """
+    widths, groups = ffn_widths(model), kv_groups(model)
+    blocks, sizes = len(widths), [*widths, *groups]
+    costs = [neuron_params(model)] * blocks + [group_params(model)] * blocks
+    kept = flap.allocate([torch.arange(n) / n for n in sizes], costs, ratio)
+    shift = torch.zeros(model.config.hidden_size, device="meta")
+    biases = [None if len(keep) == n else shift for keep, n in zip(kept, sizes, strict=True)]
+    small = remove_neurons(shape_shell(model), kept[:blocks], bias=biases[:blocks], inplace=True)
+    return remove_groups(small, kept[blocks:], bias=biases[blocks:], inplace=True)
+
+
+def _low_rank_attention_without_neurons(model: nn.Module, ratio: float) -> nn.Module:
+    """LoRAP: its own ranks for the four matrices of attention, and every block loses the same share of its neurons."""
+    small, anatomy = _without_neurons(model, ratio), Anatomy(model)
+    names = [*separate_readers(anatomy), anatomy.family.attention.writer]
+    sizes = [tuple(anatomy.blocks[0].get_submodule(name).weight.shape) for name in names]
+    ranks = zip(names, lorap.attention_ranks(sizes, ratio), strict=True) if ratio else ()
+    found = {name: rank for name, rank in ranks if rank is not None}
+    every = {block_name(anatomy.family, i, name): rank for i in range(len(anatomy.blocks)) for name, rank in found.items()}
+    return replay(small, every) if every else small
+
+
 def _without_blocks(model: nn.Module, ratio: float) -> nn.Module:
     return remove_blocks(shape_shell(model), list(range(shortgpt.blocks_for(model, ratio))), inplace=True)
 
@@ -76,6 +114,8 @@ SHAPES: dict[str, Callable[[nn.Module, float], nn.Module]] = {
     "afr": _without_neurons,
     "wanda-sp": _without_neurons,
     "cfsp": _without_neurons,  # blocks share the cut out among themselves; the sum is the same to within a neuron a block
+    "flap": _without_competing_units,
+    "lorap": _low_rank_attention_without_neurons,
     "magnitude-neurons": _without_neurons,
     "random-neurons": _without_neurons,
     "llm-pruner": _without_units,

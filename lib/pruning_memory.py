@@ -17,28 +17,32 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.compress import METHODS
+from lib.compress import METHODS, check_settings
 from lib.memory import peak_memory
 from lib.runs import end_with_parent
 
 ALL_GRADIENTS = "all gradients"  # LLM-Pruner's memory as its released code has it: one backward pass, every gradient kept
 
 
-def measure(method: str, ratio: float, shape: dict, samples: int, length: int, seed: int = 0, threads: int = 1) -> dict:
+def measure(
+    method: str, ratio: float, shape: dict, samples: int, length: int, seed: int = 0, threads: int = 1, **settings
+) -> dict:
     """Prune a random float32 Llama in a fresh process: {"weights", "peak", "seconds"}, bytes and wall-clock seconds.
 
     method: a key of `lib.compress.METHODS`, or `ALL_GRADIENTS`; shape: fields of a LlamaConfig; samples x length random tokens
-    calibrate. peak: resident bytes beyond the dense model's own `weights`; None where the system has no such counter.
-    Raises ValueError for an unknown method, and RuntimeError if it fails.
+    calibrate; settings: arguments of the method. peak: resident bytes beyond the dense model's own `weights`; None where the
+    system has no such counter. Raises ValueError for an unknown method or setting, and RuntimeError if it fails.
     """
     if method not in (*METHODS, ALL_GRADIENTS):
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or {ALL_GRADIENTS}")
+    if method != ALL_GRADIENTS:
+        check_settings(method, settings)
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            return pool.submit(prune_here, method, ratio, shape, samples, length, seed, threads).result()
+            return pool.submit(prune_here, method, ratio, shape, samples, length, seed, threads, settings).result()
         except BrokenProcessPool as error:
             raise RuntimeError(f"{method}: its process died, most often because memory ran out; use a smaller shape") from error
         except Exception as error:
@@ -51,7 +55,9 @@ def keep_all_gradients(model: nn.Module, ids: torch.Tensor) -> None:
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
-def prune_here(method: str, ratio: float, shape: dict, samples: int, length: int, seed: int, threads: int) -> dict:
+def prune_here(
+    method: str, ratio: float, shape: dict, samples: int, length: int, seed: int, threads: int, settings: dict
+) -> dict:
     """What `measure` asks of the process that it starts."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -63,7 +69,7 @@ def prune_here(method: str, ratio: float, shape: dict, samples: int, length: int
         if method == ALL_GRADIENTS:
             keep_all_gradients(model, ids)
         else:
-            METHODS[method](model, ids, ratio, lambda text: None)
+            METHODS[method](model, ids, ratio, lambda text: None, **settings)
 
     # The code of the kernels counts as resident memory once it has run, and it is not what a method needs.
     keep_all_gradients(LlamaForCausalLM(model.config), ids[:1])
