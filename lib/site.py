@@ -112,9 +112,13 @@ def read_run(folder: Path) -> Run:
 
 
 class Renderer(IPythonRenderer):
-    """Markdown of a notebook to HTML that needs no script: formulas as MathML, links to code as pages below `code`."""
+    """Markdown of a notebook to HTML that needs no script: formulas as MathML, links to code as pages below `code`.
 
-    code = ""
+    `papers` are the notebooks whose pages are neighbours of this one. Of other relative links the words remain: slides travel
+    alone, code can have moved since the run, and a profile need not run every notebook.
+    """
+
+    code, papers = "", frozenset()
 
     def inline_math(self, body: str) -> str:
         return f'<span class="formula inline">{convert(body)}</span>'
@@ -123,21 +127,25 @@ class Renderer(IPythonRenderer):
         return f'<span class="formula">{convert(body, display="block")}</span>'
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        if not url.startswith("../"):
-            return super().link(text, url, title)
-        path = url[3:].split("#")[0]  # code that has moved since the run, and slides, which travel alone: the words remain
-        return super().link(text, f"{self.code}/{path}.html", title) if self.code and (ROOT / path).exists() else text
+        path, _, _ = url.partition("#")
+        if path.startswith("../"):
+            path = path.removeprefix("../")
+            return super().link(text, f"{self.code}/{path}.html", title) if self.code and (ROOT / path).exists() else text
+        if path.endswith(".ipynb"):
+            paper = path.removesuffix(".ipynb")
+            return super().link(text, f"../{paper}/notebook.html", title) if paper in self.papers else text
+        return super().link(text, url, title)
 
 
 class Words:
     """What the two exporters below share: how Markdown is read."""
 
-    code = ""
+    code, papers = "", frozenset()
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
         renderer = Renderer(escape=False)
-        renderer.code = self.code
+        renderer.code, renderer.papers = self.code, self.papers
         return MarkdownWithMath(renderer=renderer).render(source)
 
 
@@ -245,9 +253,10 @@ def results_page(run: Run) -> str:
     return page(f"Tables and figures: {run.title}", f"{top}\n{head}\n" + "\n".join(parts))
 
 
-def notebook_page(run: Run) -> str:
-    """The executed notebook, with its code, its outputs and a list of its sections."""
+def notebook_page(run: Run, papers: frozenset[str] = frozenset()) -> str:
+    """The executed notebook, with its code, its outputs and a list of its sections; links lead to the neighbours `papers`."""
     exporter = NotebookPage(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.papers = papers
     body, _ = exporter.from_notebook_node(run.notebook)
     body = body.replace('alt="No description has been provided for this image"', 'alt="A figure that the text explains"')
     sections = "".join(
@@ -311,7 +320,8 @@ def build_site(results: str | Path, out: str | Path) -> Path:
             if (run.folder / kind).is_dir():
                 shutil.copytree(run.folder / kind, folder / kind, ignore=shutil.ignore_patterns("*.md"))
         (folder / "index.html").write_text(results_page(run))
-        (folder / "notebook.html").write_text(notebook_page(run))
+        neighbours = frozenset(other.folder.name for other in runs if other.folder.parent == run.folder.parent)
+        (folder / "notebook.html").write_text(notebook_page(run, neighbours))
         linked |= {path for cell in run.notebook.cells for path in LINKED.findall(cell.source)}
     for path in sorted(path for path in linked if (ROOT / path).exists()):
         target = out / "code" / f"{path}.html"
