@@ -253,7 +253,7 @@ def test(c, fast=False):
 
 @task(help={"model": "only this model (default: both)", "seed": "seed of weights and batches", "steps": "training steps"})
 def train_workshop_models(c, model="", seed=0, steps=0):
-    """Train the two embedded models again from the Wikipedia sample (about an hour on two cores)."""
+    """Train the two embedded models again from the Wikipedia sample (more than an hour each on one core)."""
     from lib.models import ASSETS
     from lib.workshop import WORKSHOP_MODELS, Recipe, train_workshop_model
 
@@ -282,7 +282,7 @@ def checked(run):
     help={
         "model": "wiki-a-llama, wiki-a-opt, a local folder, or a hub id",
         "out": "new folder for the compressed model",
-        "method": "slicegpt, slicegpt-stock, slicegpt-global, svd-llm, svd, fwsvd, asvd, sparsegpt or wanda",
+        "method": "slicegpt, svd-llm, afr, comp, or a rival: a wrong name lists them all",
         "ratio": "share to remove, in the method's own sense (SliceGPT: slicing level; pruning: share of zeros)",
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",

@@ -2,7 +2,7 @@
 
     python -m benchmarks.zero_shot_rate [model] [documents] [task ...]
 
-A model is a name that `load` takes, or `random`: a Llama of 60 million random parameters. Tasks other than the embedded one
+A model is a name that `load` takes, or `random`: a Llama of 64 million random parameters. Tasks other than the embedded one
 need PARED_DATA_DIR. Repeats alternate, so that a busy machine slows both alike.
 """
 

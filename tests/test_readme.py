@@ -60,6 +60,19 @@ def run(title: str, folder: Path) -> dict:
     return names
 
 
+def test_compressing_in_python(tmp_path):
+    """On the embedded model, with a few short samples; all else as it is printed."""
+    (block,) = code("Use it on your own model")
+    (tmp_path / "my_corpus.txt").write_text("\n\n".join(load_corpus("wiki-a", "train").rows[:300]))
+    for printed, quick in (("path/to/a/llama", "wiki-a-llama"), ("128, 2048", "4, 64")):
+        assert printed in block
+        block = block.replace(printed, quick)
+    names = {}
+    with contextlib.chdir(tmp_path):
+        exec(compile(block, "README.md, Use it on your own model", "exec"), names)
+    assert names["smaller"].get_input_embeddings().weight.shape[1] == 96  # of 128
+
+
 @pytest.mark.parametrize(("title", "blocks"), [("Add a method", 2), ("Add a model family", 1)])
 def test_examples_are_short(title, blocks):
     assert len(code(title)) == blocks
