@@ -25,7 +25,14 @@ ALL_GRADIENTS = "all gradients"  # LLM-Pruner's memory as its released code has 
 
 
 def measure(
-    method: str, ratio: float, shape: dict, samples: int, length: int, seed: int = 0, threads: int = 1, **settings
+    method: str,
+    ratio: float,
+    shape: dict,
+    samples: int,
+    length: int,
+    settings: dict | None = None,
+    seed: int = 0,
+    threads: int = 1,
 ) -> dict:
     """Prune a random float32 Llama in a fresh process: {"weights", "peak", "seconds"}, bytes and wall-clock seconds.
 
@@ -36,13 +43,13 @@ def measure(
     if method not in (*METHODS, ALL_GRADIENTS):
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or {ALL_GRADIENTS}")
     if method != ALL_GRADIENTS:
-        check_settings(method, settings)
+        check_settings(method, settings or {})
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            return pool.submit(prune_here, method, ratio, shape, samples, length, seed, threads, settings).result()
+            return pool.submit(prune_here, method, ratio, shape, samples, length, settings or {}, seed, threads).result()
         except BrokenProcessPool as error:
             raise RuntimeError(f"{method}: its process died, most often because memory ran out; use a smaller shape") from error
         except Exception as error:
@@ -56,7 +63,7 @@ def keep_all_gradients(model: nn.Module, ids: torch.Tensor) -> None:
 
 
 def prune_here(
-    method: str, ratio: float, shape: dict, samples: int, length: int, seed: int, threads: int, settings: dict
+    method: str, ratio: float, shape: dict, samples: int, length: int, settings: dict, seed: int, threads: int
 ) -> dict:
     """What `measure` asks of the process that it starts."""
     torch.set_num_threads(threads)

@@ -76,6 +76,16 @@ def in_session(session: int) -> list[int]:
 def test_an_unknown_method_fails_before_a_process_starts():
     with pytest.raises(ValueError, match="shortgpt"):
         measure("short-gpt", 0.2, SHAPE, 2, 16)
+    with pytest.raises(ValueError, match="unknown setting 'sample' of llm-pruner"):
+        measure("llm-pruner", 0.2, SHAPE, 2, 16, {"sample": None})
+
+
+def test_settings_reach_the_method():
+    """LLM-Pruner holds the activations of all that it reads: 40 x 64 tokens need more than the 10 x 64 of its default."""
+    few = measure("llm-pruner", 0.2, SHAPE, 40, 64)["peak"]
+    if few is None:
+        pytest.skip("this system has no counter of peak memory")
+    assert measure("llm-pruner", 0.2, SHAPE, 40, 64, {"samples": None, "length": None})["peak"] > 1.5 * few
 
 
 def test_an_error_of_the_process_is_passed_on():
