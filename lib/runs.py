@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -21,6 +22,8 @@ import nbformat
 from lib.results import Ledger
 
 PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # where a warning's file lies on this machine
+
+LINK = re.compile(r"\]\(([^):#\s][^):\s]*)\)")  # in Markdown, to a file
 
 
 class RunError(Exception):
@@ -195,6 +198,16 @@ def execute(notebook: Path, parameters: dict, profile: str, folder: Path, place:
             "Finished cells are kept for the next start"
         ) from error
     tidy(output)
+    relink(output)
+
+
+def relink(path: Path) -> None:
+    """Links of an executed notebook, written for `notebooks/`: from `results/<profile>/<paper>/` to the same files."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(lambda found: f"]({posixpath.normpath('../../../notebooks/' + found[1])})", cell.source)
+    nbformat.write(notebook, path)
 
 
 def tidy(path: Path) -> None:

@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("formulas are converted by the package latex2mathml: pip install -e '.[site]'") from error
 
 ASSETS = Path(__file__).parent / "assets" / "site"
-LINKED = re.compile(r"\]\(\.\./([^)#\s]+)\)")  # how notebooks link to the code beside them
+LINKED = re.compile(r"\]\((?:\.\./)+(lib/[^)#\s]+)\)")  # how notebooks link to code
 
 
 @dataclass
@@ -127,14 +127,13 @@ class Renderer(IPythonRenderer):
         return f'<span class="formula">{convert(body, display="block")}</span>'
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        path, _, _ = url.partition("#")
-        if path.startswith("../"):
-            path = path.removeprefix("../")
-            return super().link(text, f"{self.code}/{path}.html", title) if self.code and (ROOT / path).exists() else text
+        path, paper = url.split("#")[0], Path(url).stem
         if path.endswith(".ipynb"):
-            paper = path.removesuffix(".ipynb")
             return super().link(text, f"../{paper}/notebook.html", title) if paper in self.papers else text
-        return super().link(text, url, title)
+        if not path.startswith("../"):
+            return super().link(text, url, title)
+        path = path.replace("../", "")
+        return super().link(text, f"{self.code}/{path}.html", title) if self.code and (ROOT / path).exists() else text
 
 
 class Words:

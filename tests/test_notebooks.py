@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.sections import by_section
 from lib.afr import PAPER
+from lib.runs import LINK
 from tasks import NOTEBOOKS, RESULTS, papers
 
 STORED = [pytest.param(NOTEBOOKS / f"{paper}.ipynb", id=paper) for paper in papers()]
@@ -103,6 +104,15 @@ def test_names_of_other_sections_are_found():
     cells = [cell for title, code in sections.items() for cell in (new.new_markdown_cell(title), new.new_code_cell(code))]
     expected = [("2 · b", "y"), ("2 · b", "last"), ("2 · b", "total"), ("3 · c", "f"), ("3 · c", "later"), ("3 · c", "rows")]
     assert foreign_names(new.new_notebook(cells=cells)) == expected
+
+
+@pytest.mark.parametrize("path", [*STORED, *(pytest.param(p.values[0], id=p.id) for p in MANIFESTS)])
+def test_links_to_files_lead_somewhere(path):
+    """In the notebooks, and in their executed copies, which lie deeper."""
+    path = path if path.suffix == ".ipynb" else path.parent / f"{path.parent.name}.ipynb"
+    words = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    for link in LINK.findall(words):
+        assert (path.parent / link.split("#")[0]).exists(), link
 
 
 def test_results_are_there():

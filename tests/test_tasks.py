@@ -14,7 +14,7 @@ from invoke import Exit
 
 import tasks
 from lib.profiles import read_profile
-from lib.runs import local_state, tidy
+from lib.runs import local_state, relink, tidy
 
 TOY = [
     ("parameters", 'steps = 3\nfolder = ""\nprofile = "workshop"'),
@@ -133,6 +133,17 @@ def test_warnings_lose_the_place_of_the_project(tmp_path):
     tidy(tmp_path / "n.ipynb")
     (found,) = nbformat.read(tmp_path / "n.ipynb", as_version=4).cells[0].outputs
     assert found.text == "lib/comp.py:3: UserWarning: x\nipykernel_12/34.py:1: y\nsite-packages/torch/n.py:2: a/b z\n"
+
+
+def test_links_lead_from_the_results_to_the_same_files(tmp_path):
+    text = "[a](../lib/afr.py) [b](slicegpt.ipynb#part) [c](https://arxiv.org/abs/1) [d](#here) $f[i](x y)$"
+    cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("table[name](argument)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
+    relink(tmp_path / "n.ipynb")
+    words, code = (cell.source for cell in nbformat.read(tmp_path / "n.ipynb", as_version=4).cells)
+    moved = text.replace("../lib", "../../../lib").replace("slicegpt.ipynb", "../../../notebooks/slicegpt.ipynb")
+    assert words == moved
+    assert code == "table[name](argument)"
 
 
 def test_changed_local_files_are_seen(tmp_path):
