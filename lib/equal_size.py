@@ -137,6 +137,7 @@ def own_ratio(method: str, model: nn.Module, removed: float) -> float:
     if method not in SHAPES:
         raise ValueError(f"the size of {method!r} depends on more than shapes: choose one of {', '.join([*SHAPES, *ASKED])}")
     dense = count(model)
+    SHAPES[method](model, 0.0)  # a method that cannot take this model at all says so
 
     @functools.cache
     def gone(ratio: float) -> float:

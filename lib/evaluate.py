@@ -58,12 +58,10 @@ LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 positions of Gemma
 FLOATS_AT_ONCE = 2**23  # of these, in float32 at a time: 32 MB, so that the softmax stays in the processor's cache
 
 
-def before_head(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
-    """The model's output for `inputs`, with logits of the last position alone, and the hidden states that its head would read.
+def head_inputs(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
+    """The model's output for `inputs`, with logits of the last position alone, and what its head would read, [batch, tokens, d].
 
-    The hidden states are [batch, tokens, d]; the head, `model.get_output_embeddings()`, makes logits of any of them. They are
-    None if that is not so: a model without a head, whose output is then whole, or one that changes its logits after the head,
-    which shows at the last position.
+    None, and all logits, for a model without a head, `model.get_output_embeddings()`; None for one that calls it several times.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
@@ -79,9 +77,18 @@ def before_head(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor |
         output = model(**inputs)
     finally:
         handle.remove()
+    return output, seen[0] if len(seen) == 1 else None
+
+
+def before_head(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
+    """`head_inputs`, with None also for a model that changes its logits after the head, which shows at the last position."""
+    output, hidden = head_inputs(model, **inputs)
+    if hidden is None:
+        return output, None
     # A model spread over devices returns its logits on the first of them, and has them on the last.
-    alone = len(seen) == 1 and torch.equal(output.logits, head(seen[0][:, -1:]).to(output.logits.device))
-    return output, seen[0] if alone else None
+    alone = model.get_output_embeddings()(hidden[:, -1:]).to(output.logits.device)
+    same = torch.allclose(output.logits, alone, rtol=0, atol=0, equal_nan=True)  # a broken model is no other model
+    return output, hidden if same else None
 
 
 def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:

@@ -44,6 +44,8 @@ def measure(
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or {ALL_GRADIENTS}")
     if method != ALL_GRADIENTS:
         check_settings(method, settings or {})
+    elif settings:
+        raise ValueError(f"{ALL_GRADIENTS} takes no settings, such as {', '.join(settings)}")
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload([__name__])

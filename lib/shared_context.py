@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 
-from lib.evaluate import before_head
+from lib.evaluate import before_head, head_inputs
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of the context, ids of the continuation
 
@@ -55,7 +55,7 @@ class SharedContextLM(HFLM):
             logits = self.model(**rest).logits
             scored = [row[own] for row, own in zip(logits, predicting, strict=True)]
         else:
-            _, hidden = before_head(self.model, **rest)
+            _, hidden = head_inputs(self.model, **rest)
             joined = torch.cat([row[own] for row, own in zip(hidden, predicting, strict=True)])
             scored = self.model.get_output_embeddings()(joined).split(lengths)
         answers = []

@@ -114,7 +114,7 @@ def read_run(folder: Path) -> Run:
 class Renderer(IPythonRenderer):
     """Markdown of a notebook to HTML that needs no script: formulas as MathML, links to code as pages below `code`.
 
-    `papers` are the notebooks whose pages are neighbours of this one. Of other relative links the words remain: slides travel
+    `papers` are the notebooks whose pages are neighbours of this one. Where a file has no page the words remain: slides travel
     alone, code can have moved since the run, and a profile need not run every notebook.
     """
 
@@ -127,13 +127,15 @@ class Renderer(IPythonRenderer):
         return f'<span class="formula">{convert(body, display="block")}</span>'
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        path, paper = url.split("#")[0], Path(url).stem
-        if path.endswith(".ipynb"):
-            return super().link(text, f"../{paper}/notebook.html", title) if paper in self.papers else text
-        if not path.startswith("../"):
+        if ":" in url or url.startswith("#"):
             return super().link(text, url, title)
-        path = path.replace("../", "")
-        return super().link(text, f"{self.code}/{path}.html", title) if self.code and (ROOT / path).exists() else text
+        path, mark, anchor = url.replace("../", "").partition("#")
+        paper = Path(path).stem
+        if path.endswith(".ipynb") and paper in self.papers:
+            return super().link(text, f"../{paper}/notebook.html{mark}{anchor}", title)
+        if self.code and path.startswith("lib/") and (ROOT / path).exists():
+            return super().link(text, f"{self.code}/{path}.html", title)
+        return text
 
 
 class Words:

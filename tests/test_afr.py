@@ -397,7 +397,10 @@ def test_llm_pruner_block_range_and_counts():
     assert kv_groups(llm_pruner.prune(model, IDS, 0.4)) == [2, 2, 2]  # 0.4 of 2 groups is none
     assert kv_groups(llm_pruner.prune(model, IDS, 0.5, attention=False)) == [2, 2, 2]
     assert ffn_widths(llm_pruner.prune(model, IDS, 0.5, attention=False, protect=())) == [24] * 3
-    for wrong, message in (({"importance": "third"}, "unknown importance"), ({"fold": "zigzag"}, "unknown fold")):
+    for wrong, message in (
+        ({"importance": "third"}, "unknown importance"), ({"fold": "zigzag"}, "unknown fold"),
+        ({"samples": 0}, "samples must be at least 1"), ({"length": 1}, "length must be at least 2, or None"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             llm_pruner.prune(model, IDS, 0.5, **wrong)
     with pytest.raises(ValueError, match="ratio"):

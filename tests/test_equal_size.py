@@ -53,6 +53,12 @@ def test_methods_that_ask_for_that_very_share():
     assert {own_ratio(method, model, 0.25) for method in ASKED} == {0.25}
 
 
+@pytest.mark.parametrize("method", ["flap", "lorap", "llm-pruner"])
+def test_a_model_whose_attention_cannot_be_cut(method):
+    with pytest.raises(ValueError, match="gpt_neox keeps queries, keys and values in one matrix"):
+        own_ratio(method, tiny("gpt_neox"), 0.2)
+
+
 def test_mistakes():
     model = tiny("llama")
     with pytest.raises(ValueError, match="'sparsegpt' depends on more than shapes: choose one of slicegpt"):

@@ -177,6 +177,28 @@ def rows_at_a_glance() -> list[str]:
     return rows
 
 
+def equal_sizes_at_a_glance() -> list[str]:
+    """The rows of the README's first table: perplexity over dense of every method, at two real sizes of three models."""
+
+    def shown(value: float) -> str:
+        return (
+            "refused" if pd.isna(value) else f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
+        )
+
+    profiles = ("workshop", "gemma-3-270m")
+    frame = pd.concat([pd.read_csv(RESULTS / profile / "compare" / "tables" / "pareto.csv") for profile in profiles])
+    columns = [(model, size) for model in ("wiki-a-llama", "wiki-a-opt", "gemma-3-270m") for size in (0.2, 0.5)]
+    table = frame.pivot(index="method", columns=["model", "size"], values="relative")[columns].dropna(how="all")
+    ordered = table.sort_values(columns[0])
+    return [f"| {method} | {' | '.join(map(shown, row))} |" for method, row in zip(ordered.index, ordered.values, strict=True)]
+
+
+def test_readme_has_every_method_at_equal_size():
+    """The whole table, and nothing below its last row."""
+    rows = "\n".join(["|---|---|---|---|---|---|---|", *equal_sizes_at_a_glance(), ""])
+    assert f"{rows}\n" in (NOTEBOOKS.parent / "README.md").read_text()
+
+
 def test_readme_table_is_the_committed_table():
     lines = (NOTEBOOKS.parent / "README.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| wiki-a-")] == rows_at_a_glance()

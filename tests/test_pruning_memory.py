@@ -78,6 +78,8 @@ def test_an_unknown_method_fails_before_a_process_starts():
         measure("short-gpt", 0.2, SHAPE, 2, 16)
     with pytest.raises(ValueError, match="unknown setting 'sample' of llm-pruner"):
         measure("llm-pruner", 0.2, SHAPE, 2, 16, {"sample": None})
+    with pytest.raises(ValueError, match="takes no settings, such as samples"):
+        measure(ALL_GRADIENTS, 0.2, SHAPE, 2, 16, {"samples": None})
 
 
 def test_settings_reach_the_method():

@@ -1,5 +1,7 @@
 """Scores of the shared forward pass are those of lm-eval's own model, whatever mixture of requests arrives."""
 
+import math
+
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -75,12 +77,21 @@ def test_a_model_that_changes_its_logits_after_the_head(tokenizer):
 
 
 def test_the_head_reads_only_what_predicts_a_continuation(tokenizer):
-    """20 positions of 4 questions of 16 tokens, and the last ones of both passes twice, to compare with the model's logits."""
+    """20 positions of 4 questions of 16 tokens, the last ones of both passes, and those of the first again, to compare."""
     model, read = tiny("llama"), []
     model.get_output_embeddings().register_forward_hook(lambda module, given, out: read.append(out[..., 0].numel()))
     lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=16, max_length=LONGEST)
     lm._scores([request([question] * 12, [1, 2, 3, 4, 5]) for question in (5, 6, 7, 8)])
-    assert read == [4, 4, 4, 4, 20]
+    assert read == [4, 4, 4, 20]
+
+
+def test_a_broken_model_is_scored_as_broken(tokenizer):
+    """Its logits are no numbers from word 7 on; another choice of the same question does not suffer."""
+    model = tiny("llama")
+    model.get_input_embeddings().weight.data[7] = torch.nan
+    lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=LONGEST)
+    found = lm._loglikelihood_tokens([request([5, 6], [8, 7, 9]), request([5, 6], [8, 9])], disable_tqdm=True)
+    assert [math.isnan(score) for score, _ in found] == [True, False]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -126,6 +126,9 @@ def sweep(
     before any work for arguments that cannot work.
     """
     check_calibration(Anatomy(model), ids)
+    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, or None for all of the calibration set, not {value}")
     for ratio in ratios:
         if not 0 <= ratio < 1:
             raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.25 removes a quarter of the units of the inner blocks")
