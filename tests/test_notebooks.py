@@ -181,9 +181,11 @@ def equal_sizes_at_a_glance() -> list[str]:
     """The rows of the README's first table: perplexity over dense of every method, at two real sizes of three models."""
 
     def shown(value: float) -> str:
-        return (
-            "refused" if pd.isna(value) else f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
-        )
+        if pd.isna(value):
+            return "refused"
+        if value < 1e5:
+            return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
     profiles = ("workshop", "gemma-3-270m")
     frame = pd.concat([pd.read_csv(RESULTS / profile / "compare" / "tables" / "pareto.csv") for profile in profiles])
