@@ -98,7 +98,8 @@ def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
     """
     output, hidden = before_head(model, input_ids=ids, use_cache=False)
     if hidden is None:
-        return _loss_of_logits(model(input_ids=ids, use_cache=False).logits, ids)
+        whole = output.logits.shape[1] == ids.shape[1]  # a model without a head has been run in full
+        return _loss_of_logits(output.logits if whole else model(input_ids=ids, use_cache=False).logits, ids)
     head = model.get_output_embeddings()
     hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     pieces, rows = (max(1, numbers // output.logits.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))

@@ -111,7 +111,9 @@ def test_links_to_files_lead_somewhere(path):
     """In the notebooks, and in their executed copies, which lie deeper."""
     path = path if path.suffix == ".ipynb" else path.parent / f"{path.parent.name}.ipynb"
     words = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
-    for link in LINK.findall(words):
+    links = LINK.findall(words)
+    assert links
+    for link in links:
         assert (path.parent / link.split("#")[0]).exists(), link
 
 
