@@ -23,9 +23,7 @@ from lib.sliced_network import shapes_only, usual_layout
 from lib.slicegpt import constant_widths
 from lib.structured import (
     ffn_widths,
-    group_params,
     kv_groups,
-    neuron_params,
     remove_blocks,
     remove_groups,
     remove_neurons,
@@ -69,13 +67,13 @@ def _without_competing_units(model: nn.Module, ratio: float) -> nn.Module:
     biases of halves that lose nothing.
     """
     widths, groups = ffn_widths(model), kv_groups(model)
-    blocks, sizes = len(widths), [*widths, *groups]
-    costs = [neuron_params(model)] * blocks + [group_params(model)] * blocks
-    kept = flap.allocate([torch.arange(n) / n for n in sizes], costs, ratio)
+    kept = flap.choose(model, [torch.arange(n) / n for n in widths], [torch.arange(n) / n for n in groups], ratio)
     shift = torch.zeros(model.config.hidden_size, device="meta")
-    biases = [None if len(keep) == n else shift for keep, n in zip(kept, sizes, strict=True)]
-    small = remove_neurons(shape_shell(model), kept[:blocks], bias=biases[:blocks], inplace=True)
-    return remove_groups(small, kept[blocks:], bias=biases[blocks:], inplace=True)
+    small = shape_shell(model)
+    for remove, keep, sizes in zip((remove_neurons, remove_groups), kept, (widths, groups), strict=True):
+        biases = [None if len(stay) == n else shift for stay, n in zip(keep, sizes, strict=True)]
+        small = remove(small, keep, bias=biases, inplace=True)
+    return small
 
 
 def _low_rank_attention_without_neurons(model: nn.Module, ratio: float) -> nn.Module:

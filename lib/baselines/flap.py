@@ -83,6 +83,15 @@ def allocate(scores: Sequence[torch.Tensor], costs: Sequence[int], ratio: float)
     return [part.nonzero()[:, 0] for part in stays.split(sizes)]
 
 
+def choose(
+    model: nn.Module, neurons: Sequence[torch.Tensor], groups: Sequence[torch.Tensor], ratio: float
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Which neurons and which key-value groups of every block stay, from their scores; `groups` empty: neurons alone compete."""
+    costs = [neuron_params(model)] * len(neurons) + ([group_params(model)] * len(groups) if groups else [])
+    kept = allocate([*neurons, *groups], costs, ratio)
+    return kept[: len(neurons)], kept[len(neurons) :]
+
+
 def compensation(writer: torch.Tensor, means: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """What the removed channels add on average, [d], for a writer [d, n], means [n] and the indices that stay."""
     gone = torch.ones(len(means), dtype=torch.bool, device=means.device)
@@ -93,10 +102,8 @@ def compensation(writer: torch.Tensor, means: torch.Tensor, keep: torch.Tensor) 
 @torch.no_grad()
 def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True) -> nn.Module:
     """The model without a share of the parameters of its neurons (and groups, if they are scored), from scores at hand."""
-    anatomy, blocks = Anatomy(model), len(found.neurons)
-    costs = [neuron_params(model)] * blocks + ([group_params(model)] * blocks if found.groups else [])
-    kept = allocate([*found.neurons, *found.groups], costs, ratio)
-    neurons, groups = kept[:blocks], kept[blocks:]
+    anatomy = Anatomy(model)
+    neurons, groups = choose(model, found.neurons, found.groups, ratio)
 
     def biases(writer: str, means: list[torch.Tensor], stay: list[torch.Tensor]) -> list[torch.Tensor | None]:
         if not compensate:
