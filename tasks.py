@@ -152,7 +152,8 @@ def list_profiles(c, data_dir=""):
     """List the profiles: size of the model, disk, time and memory here, what each runs and what each still needs."""
     import torch
 
-    from lib.cost import count, meta_model
+    from lib.architectures import meta_model
+    from lib.cost import count
     from lib.profiles import WORK, missing_here, plan, read_profile
 
     device = "A100" if torch.cuda.is_available() else "CPU"
@@ -299,8 +300,8 @@ def compress(
     """Compress a model and save it as a folder for evaluate and generate (slicegpt-stock: for any runtime)."""
     from lib.compress import METHODS, check_settings
     from lib.compress import compress as run
-    from lib.experiment import Calibration
     from lib.models import positions_of
+    from lib.text import Calibration
 
     choose("method", method, list(METHODS))
     if data_dir:
@@ -334,8 +335,9 @@ def compress(
 )
 def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="float32", data_dir=""):
     """Perplexity and, if asked for, zero-shot accuracy of a model, compressed or not."""
-    from lib.evaluate import perplexity, zero_shot
+    from lib.evaluate import zero_shot
     from lib.models import load, spread
+    from lib.perplexity import perplexity
     from lib.text import load_corpus, token_stream
 
     if data_dir:

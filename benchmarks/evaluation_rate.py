@@ -2,7 +2,7 @@
 
     python -m benchmarks.evaluation_rate [model] [windows] [corpus]
 
-plain: float32, one window at a time, all logits of a window, cross-entropy. ours: `lib.evaluate.perplexity` in float32, and
+plain: float32, one window at a time, all logits of a window, cross-entropy. ours: `lib.perplexity.perplexity` in float32, and
 in bfloat16, which is fast on a processor with units for it. Two windows of 2,048 tokens of the embedded text unless told
 otherwise (`lib.text.load_corpus`). Repeats alternate, so that a busy machine slows all alike.
 """
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.evaluate import perplexity
 from lib.models import fast_bfloat16, load
+from lib.perplexity import perplexity
 from lib.surgery import cast
 from lib.text import load_corpus, token_stream, windows
 

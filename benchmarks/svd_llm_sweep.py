@@ -19,12 +19,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.literal_svd_llm import literal_svd_llm, profile, truncated
-from lib.cost import meta_model
-from lib.evaluate import perplexity
+from lib.architectures import meta_model
 from lib.linalg import decompose, random_rotation, root_of, truncate
 from lib.low_rank import rank_for, shapes
 from lib.memory import peak_memory
 from lib.models import load
+from lib.perplexity import perplexity
 from lib.svd_llm import sweep, working_bytes
 from lib.text import load_corpus, sample_blocks, token_stream
 

@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from lib import mixtures
-from lib.gradients import SCORES, at_least_float32, half_names, next_token_loss, stream
+from lib.anatomy import half_names
+from lib.gradients import SCORES, stream
+from lib.losses import at_least_float32, next_token_loss
 from lib.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
 
 # Scores of the units of every block: [units] each.

@@ -276,3 +276,10 @@ def mlp_half(block: nn.Module, family: Family, x: torch.Tensor, kwargs: dict) ->
     """Residual stream after the MLP, given the one after attention. x, result: [batch, tokens, d]."""
     with replaced(block, family.attention_module, _Silent()):
         return block(x, **kwargs)
+
+
+def half_names(model: nn.Module, half: str = "mlp") -> list[list[str]]:
+    """Names of the readers and the writer of every block's `mlp` or `attention`, readers first."""
+    family = Anatomy(model).family
+    part = getattr(family, half)
+    return [[f"{family.blocks}.{i}.{name}" for name in (*part.readers, part.writer)] for i in range(len(Anatomy(model).blocks))]

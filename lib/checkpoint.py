@@ -8,11 +8,12 @@ not at all.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -233,3 +234,17 @@ def _same_names(where: str, found: set[str], wanted: set[str]) -> None:
     if found != wanted:
         missing, extra = sorted(wanted - found)[:3], sorted(found - wanted)[:3]
         raise CheckpointError(f"{where} disagree on tensors: missing {missing}, not expected {extra} (first three of each)")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes and bytes of all tensors: a changed weight is a changed model, whatever its name."""
+    return digest(model.state_dict().items())
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The `fingerprint` of named tensors, one at a time."""
+    found = hashlib.sha256()
+    for name, value in tensors:
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import yaml
 
-from lib.results import Ledger, code_version, content_key, package_versions
+from lib.memory import package_versions
+from lib.results import Ledger, code_version, content_key
 from lib.runs import Run, RunError, attempt, execute, raise_failures
 
 ENGINES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}

@@ -30,12 +30,12 @@ from lib.baselines import (
     wanda,
 )
 from lib.calibration import check_length
-from lib.checkpoint import export, read_record, save
+from lib.checkpoint import export, fingerprint, read_record, save
+from lib.console import Progress
 from lib.cost import count
-from lib.experiment import Calibration
-from lib.linalg import Sparsity
-from lib.models import DTYPES, fingerprint, load, locate
-from lib.results import Progress, package_versions
+from lib.linalg import sparsity
+from lib.memory import package_versions
+from lib.models import DTYPES, load, locate
 from lib.sliced_network import shapes_only, usual_layout
 from lib.slicegpt import (
     constant_widths,
@@ -48,7 +48,7 @@ from lib.slicegpt import (
     stock_model,
     widths_for_size,
 )
-from lib.text import load_corpus, sample_blocks
+from lib.text import Calibration, load_corpus, sample_blocks
 
 
 def _slicegpt(
@@ -254,22 +254,6 @@ def _magnitude_neurons(model: nn.Module, ids: torch.Tensor, ratio: float, progre
 
 def _random_neurons(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable, *, seed: int = 0) -> nn.Module:
     return random_neurons.prune(model, ratio, torch.Generator().manual_seed(seed))
-
-
-def sparsity(ratio: float, pattern: str) -> Sparsity:
-    """What the pruning methods take: the ratio, or the pair of a pattern like "2:4", which must remove that very ratio.
-
-    Raises ValueError for a pattern that is not two whole numbers, or one that removes another share than the ratio says.
-    """
-    if not pattern:
-        return ratio
-    parts = str(pattern).split(":")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
-        raise ValueError(f"pattern must be like 2:4, which keeps 2 of 4 consecutive weights, not {pattern!r}")
-    n, m = map(int, parts)
-    if abs(1 - n / m - ratio) > 1e-6:
-        raise ValueError(f"pattern {pattern} removes {1 - n / m:.4g} of the weights, not {ratio}: use --ratio {1 - n / m:.4g}")
-    return n, m
 
 
 # One line per method: (model, calibration ids, ratio in the paper's own sense, progress, settings) -> compressed model.

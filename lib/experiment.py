@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lib import evaluate
 from lib.benchmark_tasks import files_record
+from lib.checkpoint import fingerprint
 from lib.cost import Count, count
-from lib.models import DTYPES, fast_bfloat16, fingerprint, load
+from lib.models import DTYPES, fast_bfloat16, load
+from lib.perplexity import perplexity
 from lib.results import Results
 from lib.sliced_network import check_sliceable
 from lib.surgery import cast
-from lib.text import Corpus, load_corpus, sample_blocks, token_stream
-
-# Calibration text is asked for once per draw; a hub corpus is large enough to be kept.
-train_text = functools.lru_cache(maxsize=2)(lambda name: load_corpus(name, "train"))
+from lib.text import Calibration, Corpus, sample_blocks, token_stream, train_text
 
 SIZE_COLUMNS = ("params", "removed_decoder", "removed_model")
 
@@ -45,20 +42,6 @@ class Protocol:
             "length": self.length, "windows": self.windows, "tasks": list(self.tasks), "limit": self.limit,
             "task_files": files_record(self.tasks),
         }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How a calibration set is drawn: corpus (its train split), number and length of samples, seed, sampling rule."""
-
-    corpus: str
-    samples: int
-    length: int
-    seed: int = 0
-    rule: str = "rows"
-
-    def record(self) -> dict:
-        return asdict(self) | {"sha256": train_text(self.corpus).sha256}
 
 
 class Subject:
@@ -90,7 +73,7 @@ class Subject:
 
     def perplexity(self, model: nn.Module) -> dict:
         model = self.in_evaluation_dtype(model)
-        return evaluate.perplexity(model, self.stream, self.protocol.length, self.protocol.windows).record()
+        return perplexity(model, self.stream, self.protocol.length, self.protocol.windows).record()
 
     def in_evaluation_dtype(self, model: nn.Module) -> nn.Module:
         """The model itself, or a copy in the precision that the protocol evaluates in."""
@@ -104,7 +87,7 @@ class Subject:
             "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
             "zeros": zero_share(model),
             "perplexity": self.perplexity(scored),
-            "zero_shot": evaluate.zero_shot(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
+            "zero_shot": zero_shot(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
         }
 
     def dense(self) -> dict:

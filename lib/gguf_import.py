@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+from lib.checkpoint import fingerprint
+from lib.console import no_progress_bars
+
 GEMMA = "gemma-3-270m"
 CONVERSION = 1  # raise when the conversion changes: folders of another number are made again
 _GEMMA_LICENCE = "Gemma Terms of Use, ai.google.dev/gemma/terms; Q4_K_M weights"
@@ -130,8 +133,6 @@ def _alive(process: int) -> bool:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise `gguf` into a plain Hugging Face folder with tokenizer, and read it back to see that it is the same."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from lib.models import fingerprint, no_progress_bars
 
     try:
         with no_progress_bars():

@@ -11,12 +11,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.anatomy import Anatomy
 from lib.calibration import check_calibration
+from lib.losses import LOSSES, at_least_float32
 
 # What a score is the gradient of: SNIP of the loss, ReFer of the features.
 SCORES = ("refer", "snip")
@@ -24,26 +24,6 @@ SCORES = ("refer", "snip")
 
 # --- scalars to differentiate --------------------------------------------------------------------------------------------
 
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss of every sequence, summed over the sequences. logits: [b, t, v]; ids: [b, t]."""
-    losses = F.cross_entropy(at_least_float32(logits[:, :-1].flatten(0, 1)), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids), -1).mean(1).sum()
-
-
-def last_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """How badly the last token is predicted *from itself*, summed over the sequences: what the authors' released code uses.
-
-    Their loader masks all labels but the last, and the loss does not shift: no language-model loss, kept for comparison.
-    """
-    return F.cross_entropy(at_least_float32(logits[:, -1]), ids[:, -1], reduction="sum")
-
-
-LOSSES = {"lm_shift": next_token_loss, "last_unshifted": last_token_loss}
 
 # Below this share of the largest one, an eigenvalue of a float64 Gram matrix is rounding error.
 RANK_TOLERANCE = 1e-13
@@ -285,10 +265,3 @@ def summed(
 
     stream(model, ids, names, take, **settings)
     return totals
-
-
-def half_names(model: nn.Module, half: str = "mlp") -> list[list[str]]:
-    """Names of the readers and the writer of every block's `mlp` or `attention`, readers first."""
-    family = Anatomy(model).family
-    part = getattr(family, half)
-    return [[f"{family.blocks}.{i}.{name}" for name in (*part.readers, part.writer)] for i in range(len(Anatomy(model).blocks))]

@@ -349,3 +349,19 @@ def _blocks(columns: int, span: int, block: int) -> Iterator[tuple[int, int]]:
             end = boundary
         yield start, end
         start = end
+
+
+def sparsity(ratio: float, pattern: str) -> Sparsity:
+    """What the pruning methods take: the ratio, or the pair of a pattern like "2:4", which must remove that very ratio.
+
+    Raises ValueError for a pattern that is not two whole numbers, or one that removes another share than the ratio says.
+    """
+    if not pattern:
+        return ratio
+    parts = str(pattern).split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
+        raise ValueError(f"pattern must be like 2:4, which keeps 2 of 4 consecutive weights, not {pattern!r}")
+    n, m = map(int, parts)
+    if abs(1 - n / m - ratio) > 1e-6:
+        raise ValueError(f"pattern {pattern} removes {1 - n / m:.4g} of the weights, not {ratio}: use --ratio {1 - n / m:.4g}")
+    return n, m

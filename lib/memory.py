@@ -1,10 +1,19 @@
-"""Memory of this process: what it holds, and what a piece of work needs at its peak. No torch, unless a GPU is asked for."""
+"""What this process is and holds: package versions, memory now and at a peak. No torch, unless a GPU is asked for."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import importlib.metadata
 from collections.abc import Callable
+
+PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "peft", "gensim", "tokenizers", "numpy")
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:

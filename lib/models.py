@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +9,7 @@ from torch import nn
 
 from lib.anatomy import Anatomy
 from lib.checkpoint import is_checkpoint, load_checkpoint
+from lib.console import no_progress_bars
 from lib.gguf_import import GEMMA, gemma_folder, gguf_folder
 
 ASSETS = Path(__file__).parent / "assets"
@@ -75,20 +73,6 @@ def spread(model: nn.Module, max_memory: dict | None = None, offload_folder: str
     return accelerate.dispatch_model(model, places, main_device=main, offload_dir=offload_folder)
 
 
-@contextlib.contextmanager
-def no_progress_bars():
-    """transformers draws a bar for every file it reads; a notebook with ten models has better uses for the space."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def locate(name: str) -> str:
     """The folder of an embedded, converted or local model, or the name itself for the hub to resolve."""
     if name in EMBEDDED:
@@ -126,17 +110,3 @@ def fast_bfloat16(device: str = "cpu") -> bool:
     flags = Path("/proc/cpuinfo")
     known = flags.read_text() if flags.is_file() else ""
     return "amx_bf16" in known or "avx512_bf16" in known
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all tensors: a changed weight is a changed model, whatever its name."""
-    return digest(model.state_dict().items())
-
-
-def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """The `fingerprint` of named tensors, one at a time."""
-    found = hashlib.sha256()
-    for name, value in tensors:
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]

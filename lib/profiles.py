@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib.cost import Count, count, meta_model
+from lib.architectures import meta_model
+from lib.cost import Count, count
 from lib.text import HUB_CORPORA
 
 ABOUT = ("model", "architecture", "needs", "settings", "tables", "refused")

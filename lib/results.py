@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,11 +19,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.memory import resident_memory
+from lib.console import Progress
+from lib.memory import package_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "peft", "gensim", "tokenizers", "numpy")
 
 
 @functools.cache
@@ -34,11 +33,6 @@ def code_version() -> str:
     for path in sorted(p for p in (ROOT / "lib").rglob("*") if p.is_file() and "__pycache__" not in p.parts):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-@functools.cache
-def package_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def content_key(settings: dict) -> str:
@@ -105,22 +99,6 @@ class Ledger:
             start = time.time()
             self.append(settings, compute(), time.time() - start)
         return self.records[key]["result"]
-
-
-class Progress:
-    """Says where long work is, with time and memory, but not more often than every `interval` seconds."""
-
-    def __init__(self, interval: float = 10.0):
-        self.interval = interval
-        self.start = self.last = time.time()
-
-    def __call__(self, text: str) -> None:
-        now = time.time()
-        if now - self.last < self.interval:
-            return
-        self.last, resident = now, resident_memory()
-        memory = "" if resident is None else f", {resident / 2**30:.1f} GiB resident"
-        print(f"  {text}; {now - self.start:.0f} s since the start{memory}", flush=True)
 
 
 class Results:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 
-from lib.evaluate import before_head, head_inputs
+from lib.perplexity import before_head, head_inputs
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of the context, ids of the continuation
 

@@ -27,10 +27,10 @@ from lib import comp, svd_llm
 from lib.anatomy import Anatomy
 from lib.baselines import sparsegpt, wanda
 from lib.calibration import ResidualStream, resident
-from lib.checkpoint import CONFIG, RECORD, is_checkpoint, record_of, stored_tensors
+from lib.checkpoint import CONFIG, RECORD, digest, is_checkpoint, record_of, stored_tensors
 from lib.layer_importance import layer_scores
 from lib.layerwise import GRAM, SQUARES, Statistic, check_prunable, rebuild_block
-from lib.linalg import Sparsity
+from lib.linalg import Sparsity, sparsity
 from lib.low_rank import block_name, matrices, uniform_ranks
 from lib.structured import describe, ffn_widths
 from lib.surgery import low_rank, record_edit
@@ -155,9 +155,7 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What `lib.models.fingerprint` finds for the same model in memory, with one tensor in memory at a time."""
-    from lib.models import digest
-
+    """What `lib.checkpoint.fingerprint` finds for the same model in memory, with one tensor in memory at a time."""
     shapes = dict(model.named_parameters(remove_duplicate=False))
     aliases = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
 
@@ -335,8 +333,6 @@ class CompWalk(Walk):
 
 
 def _layers(statistic: Statistic, remake: Callable, model, ids, ratio, note, stream_of, batch, progress, *, pattern: str = ""):
-    from lib.compress import sparsity
-
     return LayerWalk(model, ids, statistic, remake, sparsity(ratio, pattern), stream_of)
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -337,3 +337,23 @@ def _too_short(corpus: Corpus, samples: int, length: int, found: int = 0) -> Val
         f"corpus {corpus.name!r} ({corpus.split}) gives only {found} of the {samples} blocks of {length} tokens asked "
         "for: ask for fewer or shorter samples, or use a larger corpus"
     )
+
+
+@functools.lru_cache(maxsize=2)
+def train_text(name: str) -> Corpus:
+    """The train split of a corpus, kept: calibration text is asked for once per draw, and a hub corpus is large."""
+    return load_corpus(name, "train")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a calibration set is drawn: corpus (its train split), number and length of samples, seed, sampling rule."""
+
+    corpus: str
+    samples: int
+    length: int
+    seed: int = 0
+    rule: str = "rows"
+
+    def record(self) -> dict:
+        return asdict(self) | {"sha256": train_text(self.corpus).sha256}

@@ -7,9 +7,11 @@ import torch
 import transformers
 
 from lib import afr, mixtures
+from lib.anatomy import half_names
+from lib.architectures import meta_model
 from lib.baselines import llm_pruner, snip
-from lib.cost import count, meta_model
-from lib.gradients import half_names, summed
+from lib.cost import count
+from lib.gradients import summed
 from lib.structured import ffn_widths, kv_groups, remove_groups, remove_neurons, uniform
 from lib.surgery import shape_shell
 from tests.conftest import relative, tiny, token_ids

@@ -407,10 +407,9 @@ def test_edited_models_are_refused(rival):
 
 
 def test_repair_and_real_inputs_pay_off_on_the_embedded_model():
-    from lib.evaluate import perplexity
-    from lib.experiment import train_text
     from lib.models import load
-    from lib.text import load_corpus, sample_blocks, token_stream
+    from lib.perplexity import perplexity
+    from lib.text import load_corpus, sample_blocks, token_stream, train_text
 
     model, tokenizer = load("wiki-a-llama")
     ids = sample_blocks(train_text("wiki-a"), tokenizer, 8, 256, torch.Generator().manual_seed(0), "rows")

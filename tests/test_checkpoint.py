@@ -19,11 +19,11 @@ from lib.anatomy import Anatomy
 from lib.checkpoint import CheckpointError, export, is_checkpoint, load_checkpoint, save
 from lib.compress import compress
 from lib.evaluate import zero_shot
-from lib.experiment import Calibration
 from lib.memory import peak_memory
 from lib.models import load
 from lib.slicegpt import global_axes, slice_globally, slice_model, slice_without_shortcuts, stock_model
 from lib.svd_llm import compress_model
+from lib.text import Calibration
 from tests.conftest import CONFIGS, SLICEABLE, relative, tiny, token_ids
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from lib import evaluate
+from lib import perplexity as scoring
 from lib.continuation import TASK, continuation_documents
 from lib.cost import count, prefill_macs
-from lib.evaluate import perplexity, self_times, speed, speeds, zero_shot
+from lib.evaluate import zero_shot
 from lib.memory import peak_memory
 from lib.models import load
+from lib.perplexity import perplexity
 from lib.slicegpt import slice_model
+from lib.speed import self_times, speed, speeds
 from tests.conftest import tiny, token_ids
 
 
@@ -57,8 +59,8 @@ def test_perplexity_never_needs_all_logits_at_once(family, at_once, monkeypatch)
     with torch.no_grad():
         losses = nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     widest = []
-    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", at_once)
-    monkeypatch.setattr(evaluate.F, "cross_entropy", _remember(evaluate.F.cross_entropy, widest))
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(scoring.F, "cross_entropy", _remember(scoring.F.cross_entropy, widest))
     found = perplexity(model, ids.flatten(), length=16, batch=4)
     assert found.perplexity == pytest.approx(losses.exp().item(), rel=1e-6)
     assert max(widest) == {1: 1, 80 * 7: 7, 2**25: 60}[at_once]

@@ -10,8 +10,8 @@ from torch import nn
 
 from lib.anatomy import Anatomy
 from lib.checkpoint import load_checkpoint, save
-from lib.evaluate import perplexity
 from lib.finetune import LoRA, linear_layers, merge, next_token_loss, rate, recover, with_adapters
+from lib.perplexity import perplexity
 from lib.slicegpt import slice_model
 from lib.surgery import shell
 from tests.conftest import LAYERS, relative, tiny, token_ids

@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from lib.gradients import (
-    LOSSES,
-    VIEWS,
-    feature_modules,
-    half_names,
-    mean_singular_value,
-    next_token_loss,
-    stream,
-    summed,
-)
+from lib.anatomy import half_names
+from lib.gradients import VIEWS, feature_modules, mean_singular_value, stream, summed
+from lib.losses import LOSSES, next_token_loss
 from tests.conftest import relative, tiny, token_ids
 
 BOTH = ("refer", "snip")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lib.cost import meta_model
+from lib.architectures import meta_model
 from lib.latent_cache import LatentCache, full_bytes, latent_bytes, latent_cache
 from lib.low_rank import merge_to_dense, replay, uniform_ranks
 from lib.surgery import LowRankLinear, shell

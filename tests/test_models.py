@@ -10,8 +10,9 @@ import torch
 import tasks
 from lib import checkpoint, models
 from lib.anatomy import FAMILIES
-from lib.evaluate import perplexity
+from lib.checkpoint import fingerprint
 from lib.models import load, spread
+from lib.perplexity import perplexity
 from lib.slicegpt import slice_model
 from lib.surgery import cast
 from lib.text import load_corpus, sample_blocks, token_stream
@@ -89,11 +90,11 @@ def test_unknown_dtype():
 
 def test_fingerprint_sees_one_changed_weight():
     model = tiny("llama", torch.bfloat16)
-    before = models.fingerprint(model)
-    assert before == models.fingerprint(tiny("llama", torch.bfloat16))
+    before = fingerprint(model)
+    assert before == fingerprint(tiny("llama", torch.bfloat16))
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 4] += 1
-    assert models.fingerprint(model) != before
+    assert fingerprint(model) != before
 
 
 def test_a_spread_model_scores_the_same(tmp_path):

@@ -8,7 +8,8 @@ from invoke import Exit
 
 import tasks
 from lib import profiles as counting
-from lib.cost import ARCHITECTURES, MORE_ARCHITECTURES, count, meta_model
+from lib.architectures import ARCHITECTURES, MORE_ARCHITECTURES, meta_model
+from lib.cost import count
 from lib.profiles import (
     REACHED,
     WIKITEXT2_TEST_TOKENS,

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lib.anatomy import Anatomy
+from lib.architectures import meta_model
 from lib.checkpoint import export, load_checkpoint, save
-from lib.cost import count, meta_model
+from lib.cost import count
 from lib.quantize import gptq, gptq_matrix, quantize_rtn, quantized_bytes, round_to_nearest
 from lib.slicegpt import slice_model
 from lib.surgery import LowRankLinear

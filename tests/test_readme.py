@@ -17,12 +17,11 @@ from lib.baselines.moments import walk
 from lib.compress import METHODS
 from lib.cost import count
 from lib.equal_size import own_ratio
-from lib.evaluate import perplexity
-from lib.experiment import train_text
 from lib.models import load
+from lib.perplexity import perplexity
 from lib.slicegpt import slice_model
 from lib.structured import ffn_widths
-from lib.text import load_corpus, sample_blocks, token_stream
+from lib.text import load_corpus, sample_blocks, token_stream, train_text
 from tests.conftest import relative
 
 ROOT = Path(__file__).parent.parent

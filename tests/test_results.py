@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from lib import results
+from lib.console import Progress
 from lib.results import Ledger, Results, content_key, markdown, write_atomically
 
 
@@ -116,10 +117,10 @@ def test_interactive_runs_remember_nothing_on_disk(tmp_path, monkeypatch):
 
 
 def test_progress_is_seldom_and_says_time_and_memory(capsys):
-    progress = results.Progress(interval=0.0)
+    progress = Progress(interval=0.0)
     progress("sliced layer 3 of 8")
     assert "sliced layer 3 of 8; 0 s since the start" in capsys.readouterr().out
-    progress = results.Progress(interval=60.0)
+    progress = Progress(interval=60.0)
     progress("sliced layer 4 of 8")
     assert capsys.readouterr().out == ""
 

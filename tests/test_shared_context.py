@@ -6,8 +6,8 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from lib.evaluate import before_head
 from lib.models import load
+from lib.perplexity import before_head
 from lib.shared_context import SharedContextLM, shared_batches
 from lib.slicegpt import slice_model
 from lib.structured import remove_blocks

@@ -8,9 +8,10 @@ from torch import nn
 
 from benchmarks.literal_slicegpt import LiteralSliceGPT
 from lib.anatomy import FAMILIES, Anatomy
+from lib.architectures import ARCHITECTURES
+from lib.architectures import meta_model as build_meta_model
 from lib.calibration import ResidualStream
-from lib.cost import ARCHITECTURES, count
-from lib.cost import meta_model as build_meta_model
+from lib.cost import count
 from lib.linalg import random_rotation
 from lib.sliced_network import Junction, rotate_and_slice, shapes_only, slice_embedding, slice_reader
 from lib.slicegpt import (

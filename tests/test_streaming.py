@@ -14,11 +14,11 @@ from lib import comp, streaming, svd_llm
 from lib.anatomy import Anatomy
 from lib.baselines import sparsegpt, wanda
 from lib.calibration import ResidualStream
-from lib.checkpoint import is_checkpoint, load_checkpoint
+from lib.checkpoint import fingerprint, is_checkpoint, load_checkpoint
 from lib.compress import compress
-from lib.experiment import Calibration
-from lib.models import fingerprint, load
+from lib.models import load
 from lib.streaming import compress_on_disk, model_on_disk, write_tensors
+from lib.text import Calibration
 from tests.conftest import tiny, token_ids
 
 IDS = token_ids()

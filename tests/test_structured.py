@@ -8,8 +8,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lib.anatomy import Anatomy
+from lib.architectures import meta_model
 from lib.checkpoint import export, load_checkpoint, save
-from lib.cost import count, meta_model
+from lib.cost import count
 from lib.structured import (
     ffn_widths,
     globally,

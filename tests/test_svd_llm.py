@@ -13,11 +13,11 @@ from torch import nn
 
 from lib import low_rank, svd_llm
 from lib.anatomy import Anatomy
+from lib.architectures import meta_model as build_meta_model
 from lib.baselines import asvd, fwsvd, svd
 from lib.calibration import ResidualStream
 from lib.checkpoint import export
 from lib.cost import count
-from lib.cost import meta_model as build_meta_model
 from lib.finetune import LoRA, next_token_loss, recover
 from lib.linalg import add_gram, decompose, decompose_outputs, refit, root_of, singular_values, truncate
 from lib.low_rank import allocate, matrices, merge_to_dense, rank_for, shapes, sweep_of, uniform_ranks

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from lib.anatomy import replaced, shared_inputs
-from lib.baselines.fwsvd import sequence_losses
 from lib.calibration import ResidualStream
+from lib.losses import sequence_losses
 from lib.low_rank import (
     Ranks,
     block_name,

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from lib.anatomy import Anatomy, Half, attention_half, mlp_half
-from lib.baselines.fwsvd import sequence_losses
 from lib.calibration import ResidualStream, check_calibration
 from lib.cost import count
 from lib.linalg import add_gram
+from lib.losses import sequence_losses
 from lib.low_rank import kept_share
 from lib.structured import ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
 from lib.surgery import shell

@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lib.anatomy import Anatomy
 from lib.calibration import check_calibration
+from lib.losses import sequence_losses
 from lib.low_rank import matrices, sweep_of, uniform_ranks
 
 
@@ -47,18 +47,6 @@ def fisher(
         if progress:
             progress(f"gradients of {min(start + batch, len(ids))} of {len(ids)} sequences")
     return {name: total / len(ids) for name, total in totals.items()}
-
-
-def sequence_losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean next-token loss of each sequence, [samples]: token t is predicted from those before it, padding is not."""
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    # One sequence at a time: with a large vocabulary a float32 copy of all logits would be the largest thing in memory.
-    losses = [F.cross_entropy(row[:-1].float(), tokens[1:], reduction="none") for row, tokens in zip(logits, ids, strict=True)]
-    losses = torch.stack(losses)
-    if mask is None:
-        return losses.mean(1)
-    real = (mask[:, 1:] * mask[:, :-1]).to(losses)
-    return (losses * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 def _watch_entry(watched: contextlib.ExitStack, table: nn.Module) -> list[torch.Tensor]:

@@ -13,9 +13,10 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy, head_size
+from lib.anatomy import Anatomy, half_names, head_size
 from lib.calibration import check_calibration
-from lib.gradients import at_least_float32, half_names, stream, summed
+from lib.gradients import stream, summed
+from lib.losses import at_least_float32
 from lib.structured import Keep, keep_highest, kept_count, kv_groups, remove_groups, remove_neurons
 
 SAMPLES, LENGTH = 10, 64  # calibration of the reference script

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lib.afr import standardise
-from lib.gradients import half_names, summed
+from lib.anatomy import half_names
+from lib.gradients import summed
 from lib.linalg import check_sparsity, keep_mask
 from lib.surgery import linear, shell
 
