@@ -49,7 +49,7 @@ def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
     """Parameters of a paper's notebook under a profile, overridden by NAME=VALUE settings; every name is checked."""
     import papermill
 
-    from lib.profiles import read_profile
+    from lib.suite.profiles import read_profile
 
     known = papermill.inspect_notebook(str(NOTEBOOKS / f"{paper}.ipynb"))
     chosen = read_profile(PROFILES / f"{profile}.yaml").papers.get(paper, {}) | named_values(settings)
@@ -60,7 +60,7 @@ def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
 
 def papers_of(profile: str, paper: str) -> list[str]:
     """The notebooks that a profile runs, in its order, or only `paper`; a paper that it leaves out is an error that says why."""
-    from lib.profiles import read_profile
+    from lib.suite.profiles import read_profile
 
     found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
     for name in found.papers:
@@ -98,8 +98,8 @@ def full_parameters(paper: str, profile: str) -> dict:
 )
 def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="", cluster="", set=None):
     """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
-    from lib.profiles import check_machine, read_profile
-    from lib.runs import Run, reproduce_all
+    from lib.suite.profiles import check_machine, read_profile
+    from lib.suite.runs import Run, reproduce_all
 
     choose("profile", profile, profiles())
     names = papers_of(profile, paper)
@@ -124,7 +124,7 @@ def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="",
 
 
 def on_cluster(where: str, runs: list, force: bool) -> None:
-    from lib.cluster import connect, reproduce_on
+    from lib.suite.cluster import connect, reproduce_on
 
     with connect(where) as client:
         reproduce_on(client, runs, force)
@@ -133,7 +133,7 @@ def on_cluster(where: str, runs: list, force: bool) -> None:
 @task(help={"cluster": "a .yaml file for a queueing system, such as notebooks/params/clusters/slurm.yaml"})
 def job_script(c, cluster):
     """Print the script that `invoke reproduce --cluster FILE.yaml` would submit for each worker, without submitting it."""
-    from lib.cluster import queue_cluster
+    from lib.suite.cluster import queue_cluster
 
     def work():
         found, jobs = queue_cluster(cluster)
@@ -152,9 +152,9 @@ def list_profiles(c, data_dir=""):
     """List the profiles: size of the model, disk, time and memory here, what each runs and what each still needs."""
     import torch
 
-    from lib.architectures import meta_model
-    from lib.cost import count
-    from lib.profiles import WORK, missing_here, plan, read_profile
+    from lib.primitives.cost import count
+    from lib.suite.architectures import meta_model
+    from lib.suite.profiles import WORK, missing_here, plan, read_profile
 
     device = "A100" if torch.cuda.is_available() else "CPU"
     for name in profiles():
@@ -187,7 +187,7 @@ def list_profiles(c, data_dir=""):
 )
 def plan(c, profile, gpu="A100", tflops=0.0):
     """What a run would do, from configuration files and shapes alone: no weights, no network."""
-    from lib import profiles as counting
+    from lib.suite import profiles as counting
 
     choose("profile", profile, profiles())
     choose("device", gpu, list(counting.DEVICES))
@@ -196,7 +196,9 @@ def plan(c, profile, gpu="A100", tflops=0.0):
     found = checked(lambda: counting.read_profile(PROFILES / f"{profile}.yaml"))
     architecture = found.about.get("architecture")
     if not architecture:
-        raise Exit(f"profile {profile} names no architecture in lib/cost.py: it is small enough to be run instead", code=2)
+        raise Exit(
+            f"profile {profile} names no architecture in lib/primitives/cost.py: it is small enough to be run instead", code=2
+        )
     print(f"{profile}: {found.about['model']}, counted on shapes. {found.about['settings']}")
     for paper in papers_of(profile, ""):
         if paper not in counting.WORK:
@@ -223,7 +225,7 @@ def notebooks(c, paper=""):
     """Re-execute the stored notebooks in place with their default parameters, so that their outputs are current."""
     import papermill
 
-    from lib.runs import tidy
+    from lib.suite.runs import tidy
 
     for name in [choose("paper", paper, papers())] if paper else papers():
         path = NOTEBOOKS / f"{name}.ipynb"
@@ -255,8 +257,8 @@ def test(c, fast=False):
 @task(help={"model": "only this model (default: both)", "seed": "seed of weights and batches", "steps": "training steps"})
 def train_workshop_models(c, model="", seed=0, steps=0):
     """Train the two embedded models again from the Wikipedia sample (more than an hour each on one core)."""
-    from lib.models import ASSETS
-    from lib.workshop import WORKSHOP_MODELS, Recipe, train_workshop_model
+    from lib.models.load import ASSETS
+    from lib.suite.workshop import WORKSHOP_MODELS, Recipe, train_workshop_model
 
     recipe = Recipe(seed=seed, **({"steps": steps} if steps else {}))
     for name in [choose("workshop model", model, list(WORKSHOP_MODELS))] if model else WORKSHOP_MODELS:
@@ -267,7 +269,7 @@ def train_workshop_models(c, model="", seed=0, steps=0):
 
 def checked(run):
     """Call `run`; an error that the user can mend becomes one line and exit status 2, anything else stays a traceback."""
-    from lib.runs import RunError
+    from lib.suite.runs import RunError
 
     try:
         return run()
@@ -300,8 +302,8 @@ def compress(
     """Compress a model and save it as a folder for evaluate and generate (slicegpt-stock: for any runtime)."""
     from lib.compress import METHODS, check_settings
     from lib.compress import compress as run
-    from lib.models import positions_of
-    from lib.text import Calibration
+    from lib.evaluation.text import Calibration
+    from lib.models.load import positions_of
 
     choose("method", method, list(METHODS))
     if data_dir:
@@ -335,10 +337,10 @@ def compress(
 )
 def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="float32", data_dir=""):
     """Perplexity and, if asked for, zero-shot accuracy of a model, compressed or not."""
-    from lib.evaluate import zero_shot
-    from lib.models import load, spread
-    from lib.perplexity import perplexity
-    from lib.text import load_corpus, token_stream
+    from lib.evaluation.perplexity import perplexity
+    from lib.evaluation.text import load_corpus, token_stream
+    from lib.evaluation.zero_shot import zero_shot
+    from lib.models.load import load, spread
 
     if data_dir:
         os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
@@ -360,7 +362,7 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
 @task(help={"model": "a name or folder, compressed or not", "prompt": "text to continue", "tokens": "new tokens"})
 def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
     """Continue a prompt greedily with a model, compressed or not."""
-    from lib.models import load
+    from lib.models.load import load
 
     def work():
         network, tokenizer = load(model, device, dtype)
@@ -374,9 +376,9 @@ def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
 @task(help={"model": "folder of a model compressed by svd-llm, svd, fwsvd or asvd", "out": "new folder for the stock model"})
 def merge_to_dense(c, model, out, device="cpu", dtype="float32"):
     """Multiply the factors of a low-rank model: a stock folder for any runtime, as large as the dense model."""
-    from lib.checkpoint import export
-    from lib.low_rank import merge_to_dense as merge
-    from lib.models import load
+    from lib.models.checkpoint import export
+    from lib.models.load import load
+    from lib.primitives.low_rank import merge_to_dense as merge
 
     def work():
         network, tokenizer = load(model, device, dtype)
@@ -394,7 +396,7 @@ def merge_to_dense(c, model, out, device="cpu", dtype="float32"):
 )
 def export_gguf(c, folder, out, dtype="float16"):
     """Convert a stock model folder to one GGUF file, for llama.cpp (needs the extra `gguf`)."""
-    from lib.gguf_export import to_gguf
+    from lib.models.gguf_export import to_gguf
 
     path = checked(lambda: to_gguf(folder, out, dtype))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, matrices in {dtype}")
@@ -404,10 +406,10 @@ def export_gguf(c, folder, out, dtype="float16"):
 def site(c):
     """Build the static site of all results into site/ (needs the extra `site`): notebooks, every table, every figure."""
 
-    from lib.runs import replace_folder
+    from lib.suite.runs import replace_folder
 
     def work():
-        from lib.site import build_site
+        from lib.suite.site import build_site
 
         shutil.rmtree(partial, ignore_errors=True)
         if (SITE / "slides").is_dir():
@@ -436,7 +438,7 @@ def slides(c, paper, profile="workshop", reveal=""):
     choose("paper", paper, papers())
 
     def work():
-        from lib.slides import build_slides
+        from lib.suite.slides import build_slides
 
         return build_slides(RESULTS / profile / paper, SITE, reveal)
 

@@ -14,9 +14,9 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib import afr
-from lib.cost import count
-from lib.memory import peak_memory
+from lib.evaluation.process import peak_memory
+from lib.papers import afr
+from lib.primitives.cost import count
 
 LENGTH, SAMPLES = 256, 2
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from lib.comp import Pruned, Settings, prune_system
-from lib.mask_tuning import System, ridge_scale
+from lib.papers.comp import Pruned, Settings, prune_system
+from lib.papers.mask_tuning import System, ridge_scale
 
 RATIO, RANK, OUTPUTS = 0.2, 512, 64
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.evaluation_rate [model] [windows] [corpus]
 
-plain: float32, one window at a time, all logits of a window, cross-entropy. ours: `lib.perplexity.perplexity` in float32, and
+plain: float32, one window at a time, all logits of a window, cross-entropy. ours: `lib.evaluation.perplexity` in float32, and
 in bfloat16, which is fast on a processor with units for it. Two windows of 2,048 tokens of the embedded text unless told
-otherwise (`lib.text.load_corpus`). Repeats alternate, so that a busy machine slows all alike.
+otherwise (`lib.evaluation.text.load_corpus`). Repeats alternate, so that a busy machine slows all alike.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.models import fast_bfloat16, load
-from lib.perplexity import perplexity
-from lib.surgery import cast
-from lib.text import load_corpus, token_stream, windows
+from lib.evaluation.perplexity import perplexity
+from lib.evaluation.text import load_corpus, token_stream, windows
+from lib.models.load import fast_bfloat16, load
+from lib.primitives.surgery import cast
 
 LENGTH, REPEATS = 2048, 3
 

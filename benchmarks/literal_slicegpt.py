@@ -13,8 +13,8 @@ import copy
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
-from lib.calibration import enter
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import enter
 
 
 class Divisor(nn.Module):

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lib.low_rank import matrices
+from lib.primitives.low_rank import matrices
 
 
 @torch.no_grad()

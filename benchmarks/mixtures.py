@@ -17,11 +17,22 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from lib.anatomy import Anatomy
-from lib.finetune import next_token_loss
-from lib.mixtures import COMPONENTS, FLOOR, ITERATIONS, TOLERANCE, cells, clipped, expectation_maximisation, fit, robust, starts
-from lib.models import load
-from lib.text import load_corpus, sample_blocks
+from lib.evaluation.text import load_corpus, sample_blocks
+from lib.models.load import load
+from lib.papers.mixtures import (
+    COMPONENTS,
+    FLOOR,
+    ITERATIONS,
+    TOLERANCE,
+    cells,
+    clipped,
+    expectation_maximisation,
+    fit,
+    robust,
+    starts,
+)
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.finetune import next_token_loss
 
 NEURONS_8B, WIDTH_8B = 32 * 14336, 4096
 

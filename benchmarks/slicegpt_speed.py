@@ -3,7 +3,7 @@
     python -m benchmarks.slicegpt_speed
 
 A random Llama of 0.3 billion parameters in float32 reads prompts of 128 tokens, batch 8, dense and sliced by 25 %. *Ideal* is the
-ratio of multiply-adds (`lib.cost.prefill_macs`, shortcuts included). Repeats alternate between the networks, so that a busy
+ratio of multiply-adds (`prefill_macs`, shortcuts included). Repeats alternate between the networks, so that a busy
 machine slows all alike. Widths are multiples of 8, values are random: they do not change the speed.
 """
 
@@ -16,10 +16,10 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.cost import count, prefill_macs
-from lib.linalg import random_rotation
-from lib.sliced_network import Junction, rotate_and_slice
-from lib.slicegpt import constant_widths, slice_globally, stock_model
+from lib.papers.sliced_network import Junction, rotate_and_slice
+from lib.papers.slicegpt import constant_widths, slice_globally, stock_model
+from lib.primitives.cost import count, prefill_macs
+from lib.primitives.linalg import random_rotation
 
 BATCH, PROMPT, REPEATS, LEVEL = 8, 128, 7, 0.25
 

@@ -16,11 +16,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.literal_slicegpt import LiteralSliceGPT
-from lib.calibration import ResidualStream
-from lib.memory import peak_memory
-from lib.models import load
-from lib.slicegpt import decompose, junctions, kept_width, sweep
-from lib.text import load_corpus, sample_blocks
+from lib.evaluation.process import peak_memory
+from lib.evaluation.text import load_corpus, sample_blocks
+from lib.models.load import load
+from lib.papers.slicegpt import decompose, junctions, kept_width, sweep
+from lib.primitives.calibration import ResidualStream
 
 LEVELS, REPEATS = (0.1, 0.2, 0.25, 0.3), 5
 

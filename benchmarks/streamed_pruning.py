@@ -32,9 +32,9 @@ def write_model(folder: Path) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lib.anatomy import Anatomy
-    from lib.checkpoint import stored_tensors
-    from lib.streaming import INDEX, write_tensors
+    from lib.models.checkpoint import stored_tensors
+    from lib.models.streaming import INDEX, write_tensors
+    from lib.primitives.anatomy import Anatomy
 
     config = LlamaConfig(**SHAPE)
     with torch.device("meta"):
@@ -81,8 +81,8 @@ def work(method: str, folder: str) -> None:
     ids = torch.randint(SHAPE["vocab_size"], (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     start = time.time()
     if method == "comp":
-        from lib.cost import count
-        from lib.streaming import compress_on_disk, model_on_disk
+        from lib.models.streaming import compress_on_disk, model_on_disk
+        from lib.primitives.cost import count
 
         imported = peak()
         dense = count(model_on_disk(folder))
@@ -91,7 +91,7 @@ def work(method: str, folder: str) -> None:
         from transformers import AutoModelForCausalLM
 
         from lib.baselines.llm_pruner import prune
-        from lib.cost import count
+        from lib.primitives.cost import count
 
         imported = peak()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()

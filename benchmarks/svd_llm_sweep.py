@@ -19,14 +19,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.literal_svd_llm import literal_svd_llm, profile, truncated
-from lib.architectures import meta_model
-from lib.linalg import decompose, random_rotation, root_of, truncate
-from lib.low_rank import rank_for, shapes
-from lib.memory import peak_memory
-from lib.models import load
-from lib.perplexity import perplexity
-from lib.svd_llm import sweep, working_bytes
-from lib.text import load_corpus, sample_blocks, token_stream
+from lib.evaluation.perplexity import perplexity
+from lib.evaluation.process import peak_memory
+from lib.evaluation.text import load_corpus, sample_blocks, token_stream
+from lib.models.load import load
+from lib.papers.svd_llm import sweep, working_bytes
+from lib.primitives.linalg import decompose, random_rotation, root_of, truncate
+from lib.primitives.low_rank import rank_for, shapes
+from lib.suite.architectures import meta_model
 
 RATIOS, MIB, GIB = (0.2, 0.4, 0.6, 0.8), 2**20, 2**30
 

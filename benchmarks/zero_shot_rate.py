@@ -16,10 +16,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib import shared_context
-from lib.continuation import TASK
-from lib.evaluate import zero_shot
-from lib.models import load
+from lib.evaluation import shared_context
+from lib.evaluation.continuation import TASK
+from lib.evaluation.zero_shot import zero_shot
+from lib.models.load import load
 
 REPEATS = 3
 

@@ -1,1 +1,1 @@
-"""Compression primitives behind the notebooks: one flat module per idea, named after the papers."""
+"""Compression primitives behind the notebooks: README.md draws the tree."""

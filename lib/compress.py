@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from lib import afr, comp, streaming, svd_llm
-from lib.anatomy import Anatomy
 from lib.baselines import (
     asvd,
     cfsp,
@@ -29,15 +27,15 @@ from lib.baselines import (
     svd,
     wanda,
 )
-from lib.calibration import check_length
-from lib.checkpoint import export, fingerprint, read_record, save
-from lib.console import Progress
-from lib.cost import count
-from lib.linalg import sparsity
-from lib.memory import package_versions
-from lib.models import DTYPES, load, locate
-from lib.sliced_network import shapes_only, usual_layout
-from lib.slicegpt import (
+from lib.evaluation.console import Progress
+from lib.evaluation.process import package_versions
+from lib.evaluation.text import Calibration, load_corpus, sample_blocks
+from lib.models import streaming
+from lib.models.checkpoint import export, fingerprint, read_record, save
+from lib.models.load import DTYPES, load, locate
+from lib.papers import afr, comp, svd_llm
+from lib.papers.sliced_network import shapes_only, usual_layout
+from lib.papers.slicegpt import (
     constant_widths,
     global_axes,
     kept_width,
@@ -48,7 +46,10 @@ from lib.slicegpt import (
     stock_model,
     widths_for_size,
 )
-from lib.text import Calibration, load_corpus, sample_blocks
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import check_length
+from lib.primitives.cost import count
+from lib.primitives.linalg import sparsity
 
 
 def _slicegpt(
@@ -340,7 +341,7 @@ def compress(
     ratio: the method's own notion, in [0, 1) (SliceGPT: slicing level; low rank: share of the matrices' parameters; pruning:
     share of their weights that become 0, all of which are still stored). calibration: 128 sequences of wiki-a as long as the
     model's positions permit, at most 2,048, unless given. settings: arguments of the method (see METHODS), such as
-    round_interval. streamed: work from the model's folder block by block, without loading it whole (`lib.streaming`); an
+    round_interval. streamed: work from the model's folder block by block, without loading it whole (`lib.models.streaming`); an
     interrupted run goes on where it was when it is started again.
     Raises ValueError or FileExistsError before any long work for arguments that cannot work.
     """

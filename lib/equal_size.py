@@ -14,14 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lib import comp
-from lib.anatomy import Anatomy
 from lib.baselines import flap, llm_pruner, lorap, shortgpt
-from lib.cost import count
-from lib.low_rank import block_name, replay, uniform_ranks
-from lib.sliced_network import shapes_only, usual_layout
-from lib.slicegpt import constant_widths
-from lib.structured import (
+from lib.papers import comp
+from lib.papers.sliced_network import shapes_only, usual_layout
+from lib.papers.slicegpt import constant_widths
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.cost import count
+from lib.primitives.low_rank import block_name, replay, uniform_ranks
+from lib.primitives.structured import (
     ffn_widths,
     kv_groups,
     remove_blocks,
@@ -30,7 +30,7 @@ from lib.structured import (
     separate_readers,
     uniform,
 )
-from lib.surgery import shape_shell
+from lib.primitives.surgery import shape_shell
 
 STEPS = 512  # own ratios are searched in steps of 1/512
 ASKED = ("comp", "fpt", "shortgpt")  # their own ratio is that very share; ShortGPT's to the nearest block

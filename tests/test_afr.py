@@ -6,14 +6,14 @@ import pytest
 import torch
 import transformers
 
-from lib import afr, mixtures
-from lib.anatomy import half_names
-from lib.architectures import meta_model
 from lib.baselines import llm_pruner, snip
-from lib.cost import count
-from lib.gradients import summed
-from lib.structured import ffn_widths, kv_groups, remove_groups, remove_neurons, uniform
-from lib.surgery import shape_shell
+from lib.papers import afr, mixtures
+from lib.primitives.anatomy import half_names
+from lib.primitives.cost import count
+from lib.primitives.gradients import summed
+from lib.primitives.structured import ffn_widths, kv_groups, remove_groups, remove_neurons, uniform
+from lib.primitives.surgery import shape_shell
+from lib.suite.architectures import meta_model
 from tests.conftest import relative, tiny, token_ids
 
 IDS = token_ids(4, 16)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
 from lib.baselines import magnitude, sparsegpt, wanda
 from lib.baselines.magnitude import magnitude_matrix
 from lib.baselines.sparsegpt import sparsegpt_matrix
 from lib.baselines.wanda import wanda_matrix
-from lib.checkpoint import export
-from lib.layerwise import block_layers
-from lib.slicegpt import slice_model
+from lib.models.checkpoint import export
+from lib.papers.slicegpt import slice_model
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.layerwise import block_layers
 from tests.conftest import CONFIGS, relative, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
@@ -407,9 +407,9 @@ def test_edited_models_are_refused(rival):
 
 
 def test_repair_and_real_inputs_pay_off_on_the_embedded_model():
-    from lib.models import load
-    from lib.perplexity import perplexity
-    from lib.text import load_corpus, sample_blocks, token_stream, train_text
+    from lib.evaluation.perplexity import perplexity
+    from lib.evaluation.text import load_corpus, sample_blocks, token_stream, train_text
+    from lib.models.load import load
 
     model, tokenizer = load("wiki-a-llama")
     ids = sample_blocks(train_text("wiki-a"), tokenizer, 8, 256, torch.Generator().manual_seed(0), "rows")

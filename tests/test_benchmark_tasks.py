@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from lib import text
-from lib.benchmark_tasks import LOCAL_TASKS, files_record, hub_task, local_documents, local_files, local_task, task_manager
-from lib.evaluate import zero_shot
-from lib.experiment import Protocol
-from lib.models import load
+from lib.evaluation import text
+from lib.evaluation.benchmark_tasks import (
+    LOCAL_TASKS,
+    files_record,
+    hub_task,
+    local_documents,
+    local_files,
+    local_task,
+    task_manager,
+)
+from lib.evaluation.zero_shot import zero_shot
+from lib.models.load import load
+from lib.suite.experiment import Protocol
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of benchmark files beside the repository")

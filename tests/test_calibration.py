@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from lib.anatomy import Anatomy, attention_half, family_of
-from lib.calibration import ResidualStream, check_calibration, enter
+from lib.primitives.anatomy import Anatomy, attention_half, family_of
+from lib.primitives.calibration import ResidualStream, check_calibration, enter
 from tests.conftest import CONFIGS, LAYERS, WIDTH, relative, tiny, token_ids
 
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from invoke import Exit
 
 import tasks
-from lib import checkpoint
-from lib.anatomy import Anatomy
-from lib.checkpoint import CheckpointError, export, is_checkpoint, load_checkpoint, save
 from lib.compress import compress
-from lib.evaluate import zero_shot
-from lib.memory import peak_memory
-from lib.models import load
-from lib.slicegpt import global_axes, slice_globally, slice_model, slice_without_shortcuts, stock_model
-from lib.svd_llm import compress_model
-from lib.text import Calibration
+from lib.evaluation.process import peak_memory
+from lib.evaluation.text import Calibration
+from lib.evaluation.zero_shot import zero_shot
+from lib.models import checkpoint
+from lib.models.checkpoint import CheckpointError, export, is_checkpoint, load_checkpoint, save
+from lib.models.load import load
+from lib.papers.slicegpt import global_axes, slice_globally, slice_model, slice_without_shortcuts, stock_model
+from lib.papers.svd_llm import compress_model
+from lib.primitives.anatomy import Anatomy
 from tests.conftest import CONFIGS, SLICEABLE, relative, tiny, token_ids
 
 
@@ -53,8 +53,8 @@ CASES = [(way, family) for way in WAYS for family in FAMILIES_OF[way]]
 
 FRESH = """
 import sys, torch
-from lib.evaluate import zero_shot
-from lib.models import load
+from lib.evaluation.zero_shot import zero_shot
+from lib.models.load import load
 folder, tokens, dtype = sys.argv[1:]
 model, tokenizer = load(folder, dtype=dtype)
 ids = torch.load(tokens, weights_only=True)["ids"]

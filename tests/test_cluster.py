@@ -12,9 +12,9 @@ import pytest
 from invoke import Exit
 
 import tasks
-from lib import cluster
-from lib.results import Ledger
-from lib.runs import Run, RunError, reproduce
+from lib.suite import cluster
+from lib.suite.results import Ledger
+from lib.suite.runs import Run, RunError, reproduce
 
 package = pytest.importorskip("dask.distributed")
 SLURM = Path(tasks.PROFILES) / "clusters" / "slurm.yaml"

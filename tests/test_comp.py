@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lib import comp
-from lib.anatomy import Anatomy
-from lib.checkpoint import export, load_checkpoint, save
-from lib.comp import Demand, Pruned, Settings, Shape, Sweep
-from lib.cost import count
-from lib.mask_tuning import Sums, System
-from lib.structured import ffn_widths, neuron_params
+from lib.models.checkpoint import export, load_checkpoint, save
+from lib.papers import comp
+from lib.papers.comp import Demand, Pruned, Settings, Shape, Sweep
+from lib.papers.mask_tuning import Sums, System
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.cost import count
+from lib.primitives.structured import ffn_widths, neuron_params
 from tests.conftest import CONFIGS, relative, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact_norms")

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from lib import afr, comp, low_rank, svd_llm
 from lib.baselines import cfsp, flap, fpt, llm_pruner, wanda
 from lib.compress import METHODS, SWEEPS, sweep
+from lib.papers import afr, comp, svd_llm
+from lib.primitives import low_rank
 from tests.conftest import tiny, token_ids
 
 SETTINGS = {

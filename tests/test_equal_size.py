@@ -6,8 +6,8 @@ import copy
 import pytest
 
 from lib.compress import METHODS
-from lib.cost import count
 from lib.equal_size import ASKED, SHAPES, own_ratio
+from lib.primitives.cost import count
 from tests.conftest import tiny, token_ids
 
 SETTINGS = {"slicegpt": {"round_interval": 1}}

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from lib import perplexity as scoring
-from lib.continuation import TASK, continuation_documents
-from lib.cost import count, prefill_macs
-from lib.evaluate import zero_shot
-from lib.memory import peak_memory
-from lib.models import load
-from lib.perplexity import perplexity
-from lib.slicegpt import slice_model
-from lib.speed import self_times, speed, speeds
+from lib.evaluation import perplexity as scoring
+from lib.evaluation.continuation import TASK, continuation_documents
+from lib.evaluation.perplexity import perplexity
+from lib.evaluation.process import peak_memory
+from lib.evaluation.speed import self_times, speed, speeds
+from lib.evaluation.zero_shot import zero_shot
+from lib.models.load import load
+from lib.papers.slicegpt import slice_model
+from lib.primitives.cost import count, prefill_macs
 from tests.conftest import tiny, token_ids
 
 

@@ -7,8 +7,8 @@ import nbformat
 import pytest
 import torch
 
-from lib.exercises import CHECKS, check
-from lib.mask_tuning import System, removals, tuned
+from lib.papers.mask_tuning import System, removals, tuned
+from lib.suite.exercises import CHECKS, check
 from tasks import NOTEBOOKS, papers
 
 CHECK_CALL = re.compile(r'^check\("(.+)", (\w+)\)$')
@@ -256,7 +256,7 @@ def test_an_unknown_exercise_names_the_known_ones():
 
 
 def test_solutions_of_comp_are_the_functions_of_the_library():
-    """The two exercises in the words of the notebook are `lib.mask_tuning` without a ridge."""
+    """The two exercises in the words of the notebook are `lib.papers.mask_tuning` without a ridge."""
     solutions = {exercise: solved(solution, name) for exercise, name, _, solution in implement_exercises()}
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((30, 5), (5, 4)))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
-from lib.checkpoint import load_checkpoint, save
-from lib.finetune import LoRA, linear_layers, merge, next_token_loss, rate, recover, with_adapters
-from lib.perplexity import perplexity
-from lib.slicegpt import slice_model
-from lib.surgery import shell
+from lib.evaluation.perplexity import perplexity
+from lib.models.checkpoint import load_checkpoint, save
+from lib.papers.slicegpt import slice_model
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.finetune import LoRA, linear_layers, merge, next_token_loss, rate, recover, with_adapters
+from lib.primitives.surgery import shell
 from tests.conftest import LAYERS, relative, tiny, token_ids
 
 QUICK = dict(rank=4, warmup=1, steps=4, batch=3, lr=3e-3, evaluate_every=2)
@@ -187,7 +187,9 @@ def test_the_schedule_is_that_of_the_steps_that_run(monkeypatch):
 
 def test_every_sequence_once_a_pass(monkeypatch):
     seen = []
-    monkeypatch.setattr("lib.finetune.next_token_loss", lambda model, ids: seen.append(ids) or next_token_loss(model, ids))
+    monkeypatch.setattr(
+        "lib.primitives.finetune.next_token_loss", lambda model, ids: seen.append(ids) or next_token_loss(model, ids)
+    )
     ids = token_ids(7)
     recover(tiny("llama", torch.float32), ids, LoRA(batch=2, warmup=1, steps=8))
     passes = torch.cat(seen[:4]), torch.cat(seen[4:])
@@ -202,7 +204,7 @@ def test_dropout_works_while_training_and_only_then(monkeypatch):
         modes.append((torch.is_grad_enabled(), {m.training for m in model.modules() if isinstance(m, nn.Dropout)}))
         return next_token_loss(model, ids)
 
-    monkeypatch.setattr("lib.finetune.next_token_loss", spied)
+    monkeypatch.setattr("lib.primitives.finetune.next_token_loss", spied)
     recover(tiny("llama", torch.float32), token_ids(), LoRA(**QUICK), validation=token_ids(3))
     assert [learns for learns, _ in modes] == [False, True, True, False, True, True, False]
     assert all(active == {learns} for learns, active in modes)
@@ -485,7 +487,7 @@ def test_impossible_settings(settings, message):
     ],
 )
 def test_refused_before_any_work(monkeypatch, change, message):
-    monkeypatch.setattr("lib.finetune.with_adapters", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("lib.primitives.finetune.with_adapters", lambda *_: pytest.fail("work began"))
     arguments = dict(ids=token_ids(), settings=LoRA(**QUICK)) | change
     with pytest.raises(ValueError, match=message):
         recover(tiny("llama"), **arguments)
@@ -496,5 +498,5 @@ def test_a_model_in_training_mode_or_of_an_unknown_kind_is_refused():
         recover(tiny("opt").train(), token_ids(), LoRA(**QUICK))
     model = tiny("llama")
     model.config.model_type = "unheard-of"
-    with pytest.raises(ValueError, match="lib/anatomy.py"):
+    with pytest.raises(ValueError, match="lib/primitives/anatomy.py"):
         recover(model, token_ids(), LoRA(**QUICK))

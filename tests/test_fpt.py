@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.anatomy import Anatomy, attention_half, mlp_half
 from lib.baselines import fpt
 from lib.baselines.fpt import Units, masked, rearrange, search, solve
-from lib.calibration import ResidualStream
-from lib.cost import count
-from lib.structured import ffn_widths, group_params, kv_groups, neuron_params
+from lib.primitives.anatomy import Anatomy, attention_half, mlp_half
+from lib.primitives.calibration import ResidualStream
+from lib.primitives.cost import count
+from lib.primitives.structured import ffn_widths, group_params, kv_groups, neuron_params
 from tests.conftest import LAYERS, relative, tiny, token_ids
 
 FAMILIES = ("llama", "qwen2", "qwen3", "opt")

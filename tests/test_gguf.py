@@ -16,11 +16,11 @@ from invoke import Exit
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import tasks
-from lib.checkpoint import export, save
-from lib.gguf_export import SPLITS, to_gguf
-from lib.models import load
-from lib.slicegpt import global_axes, slice_globally, slice_model, stock_model
-from lib.text import load_corpus, sample_blocks
+from lib.evaluation.text import load_corpus, sample_blocks
+from lib.models.checkpoint import export, save
+from lib.models.gguf_export import SPLITS, to_gguf
+from lib.models.load import load
+from lib.papers.slicegpt import global_axes, slice_globally, slice_model, stock_model
 from tests.conftest import relative, tiny, token_ids
 
 ROWS = 2050  # embeddings: two more than the tokenizer of the embedded models has tokens

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import gguf_import
-from lib.checkpoint import export
-from lib.gguf_export import to_gguf
-from lib.gguf_import import GEMMA, cache_folder, gemma_folder, gguf_folder, sha256_of
-from lib.models import load
+from lib.models import gguf_import
+from lib.models.checkpoint import export
+from lib.models.gguf_export import to_gguf
+from lib.models.gguf_import import GEMMA, cache_folder, gemma_folder, gguf_folder, sha256_of
+from lib.models.load import load
 from tests.conftest import relative, tiny, token_ids
 
 
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_nothing_behind(llama, cache, monkeypatch):
 
 
 def test_a_killed_conversion_leaves_no_model_and_is_cleaned_up(llama, cache):
-    code = f"import lib.gguf_import as g; g.gguf_folder({str(llama[1])!r})"
+    code = f"import lib.models.gguf_import as g; g.gguf_folder({str(llama[1])!r})"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
     while not held(cache) and time.time() < deadline:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lib.anatomy import half_names
-from lib.gradients import VIEWS, feature_modules, mean_singular_value, stream, summed
-from lib.losses import LOSSES, next_token_loss
+from lib.primitives.anatomy import half_names
+from lib.primitives.gradients import VIEWS, feature_modules, mean_singular_value, stream, summed
+from lib.primitives.losses import LOSSES, next_token_loss
 from tests.conftest import relative, tiny, token_ids
 
 BOTH = ("refer", "snip")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lib.architectures import meta_model
-from lib.latent_cache import LatentCache, full_bytes, latent_bytes, latent_cache
-from lib.low_rank import merge_to_dense, replay, uniform_ranks
-from lib.surgery import LowRankLinear, shell
-from lib.svd_llm import compress_model
+from lib.papers.latent_cache import LatentCache, full_bytes, latent_bytes, latent_cache
+from lib.papers.svd_llm import compress_model
+from lib.primitives.low_rank import merge_to_dense, replay, uniform_ranks
+from lib.primitives.surgery import LowRankLinear, shell
+from lib.suite.architectures import meta_model
 from tests.conftest import LAYERS, relative, tiny, token_ids
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "phi", "gemma3_text")

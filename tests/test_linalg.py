@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.linalg import (
+from lib.primitives.linalg import (
     add_gram,
     add_squares,
     complete,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.mask_tuning import (
+from lib.papers.mask_tuning import (
     FLOOR,
     METRICS,
     Sums,

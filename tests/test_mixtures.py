@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.mixtures import agreement, heavy_tailed, real_scores
-from lib import mixtures
-from lib.mixtures import (
+from lib.papers import mixtures
+from lib.papers.mixtures import (
     FLOOR,
     cells,
     clipped,

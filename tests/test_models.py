@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import tasks
-from lib import checkpoint, models
-from lib.anatomy import FAMILIES
-from lib.checkpoint import fingerprint
-from lib.models import load, spread
-from lib.perplexity import perplexity
-from lib.slicegpt import slice_model
-from lib.surgery import cast
-from lib.text import load_corpus, sample_blocks, token_stream
+from lib.evaluation.perplexity import perplexity
+from lib.evaluation.text import load_corpus, sample_blocks, token_stream
+from lib.models import checkpoint
+from lib.models import load as models
+from lib.models.checkpoint import fingerprint
+from lib.models.load import load, spread
+from lib.papers.slicegpt import slice_model
+from lib.primitives.anatomy import FAMILIES
+from lib.primitives.surgery import cast
 from tests.conftest import tiny
 
 
@@ -38,8 +39,8 @@ def test_embedded_models_are_plain_folders_with_a_history(name):
 
 @pytest.mark.parametrize("name", models.EMBEDDED)
 def test_embedded_models_have_the_loss_of_their_manifest(name):
-    from lib.text import load_corpus, token_stream, windows
-    from lib.workshop import CONTEXT, mean_loss
+    from lib.evaluation.text import load_corpus, token_stream, windows
+    from lib.suite.workshop import CONTEXT, mean_loss
 
     model, tokenizer = load(name)
     blocks = windows(token_stream(load_corpus("wiki-a", "validation"), tokenizer), CONTEXT)

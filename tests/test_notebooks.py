@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from benchmarks.sections import by_section
-from lib.afr import PAPER
-from lib.runs import LINK
+from lib.papers.afr import PAPER
+from lib.suite.runs import LINK
 from tasks import NOTEBOOKS, RESULTS, papers
 
 STORED = [pytest.param(NOTEBOOKS / f"{paper}.ipynb", id=paper) for paper in papers()]

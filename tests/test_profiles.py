@@ -7,10 +7,10 @@ import torch
 from invoke import Exit
 
 import tasks
-from lib import profiles as counting
-from lib.architectures import ARCHITECTURES, MORE_ARCHITECTURES, meta_model
-from lib.cost import count
-from lib.profiles import (
+from lib.primitives.cost import count
+from lib.suite import profiles as counting
+from lib.suite.architectures import ARCHITECTURES, MORE_ARCHITECTURES, meta_model
+from lib.suite.profiles import (
     REACHED,
     WIKITEXT2_TEST_TOKENS,
     check_machine,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.pruning_memory import ALL_GRADIENTS, measure
+from lib.suite.pruning_memory import ALL_GRADIENTS, measure
 
 SHAPE = {
     "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64,
@@ -47,7 +47,7 @@ def test_a_second_measurement_finds_the_same_peak():
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 def test_the_process_ends_with_the_one_that_asked():
     """Killed in mid-measurement, it must leave nothing behind that waits for ever."""
-    code = f"from lib.pruning_memory import measure\nif __name__ == '__main__':\n    measure('afr', 0.2, {SHAPE}, 32, 64)"
+    code = f"from lib.suite.pruning_memory import measure\nif __name__ == '__main__':\n    measure('afr', 0.2, {SHAPE}, 32, 64)"
     asking = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     deadline = time.time() + 60
     while len(in_session(asking.pid)) < 4 and time.time() < deadline:  # itself, resource tracker, server, worker

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
-from lib.architectures import meta_model
-from lib.checkpoint import export, load_checkpoint, save
-from lib.cost import count
-from lib.quantize import gptq, gptq_matrix, quantize_rtn, quantized_bytes, round_to_nearest
-from lib.slicegpt import slice_model
-from lib.surgery import LowRankLinear
-from lib.svd_llm import compress_model
+from lib.models.checkpoint import export, load_checkpoint, save
+from lib.papers.slicegpt import slice_model
+from lib.papers.svd_llm import compress_model
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.cost import count
+from lib.primitives.quantize import gptq, gptq_matrix, quantize_rtn, quantized_bytes, round_to_nearest
+from lib.primitives.surgery import LowRankLinear
+from lib.suite.architectures import meta_model
 from tests.conftest import CONFIGS, relative, tiny, token_ids
 from tests.test_baselines import block_linears, damped, inputs_in_the_model, literal_rebuild, output_error, problem
 

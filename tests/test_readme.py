@@ -11,17 +11,19 @@ import torch
 import transformers
 
 import tasks
-from lib import anatomy, checkpoint, compress, equal_size
-from lib.anatomy import FAMILIES
-from lib.baselines.moments import walk
+from lib import compress, equal_size
 from lib.compress import METHODS
-from lib.cost import count
 from lib.equal_size import own_ratio
-from lib.models import load
-from lib.perplexity import perplexity
-from lib.slicegpt import slice_model
-from lib.structured import ffn_widths
-from lib.text import load_corpus, sample_blocks, token_stream, train_text
+from lib.evaluation.perplexity import perplexity
+from lib.evaluation.text import load_corpus, sample_blocks, token_stream, train_text
+from lib.models import checkpoint
+from lib.models.load import load
+from lib.papers.slicegpt import slice_model
+from lib.primitives import anatomy
+from lib.primitives.anatomy import FAMILIES
+from lib.primitives.cost import count
+from lib.primitives.moments import walk
+from lib.primitives.structured import ffn_widths
 from tests.conftest import relative
 
 ROOT = Path(__file__).parent.parent

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from lib import results
-from lib.console import Progress
-from lib.results import Ledger, Results, content_key, markdown, write_atomically
+from lib.evaluation.console import Progress
+from lib.suite import results
+from lib.suite.results import Ledger, Results, content_key, markdown, write_atomically
 
 
 def test_a_cell_is_computed_once_per_settings(tmp_path):
@@ -73,7 +73,7 @@ def test_a_record_cut_in_the_middle_is_computed_again(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from lib.results import Results
+from lib.suite.results import Results
 run = Results("toy", Path(sys.argv[1]) / "toy")
 for i in range(5):
     def compute(i=i):

@@ -6,14 +6,23 @@ import pytest
 import torch
 
 import tasks
-from lib.anatomy import Anatomy
-from lib.calibration import ResidualStream
-from lib.checkpoint import save
-from lib.cost import count
-from lib.linalg import random_rotation
-from lib.models import load
-from lib.sliced_network import OUTPUT_NORMS, Junction, MetricNorm, NormFit, rotate_and_slice, shapes_only
-from lib.slicegpt import constant_widths, decompose, fit_norm, junctions, slice_globally, slice_model, sweep, undo_by_regression
+from lib.models.checkpoint import save
+from lib.models.load import load
+from lib.papers.sliced_network import OUTPUT_NORMS, Junction, MetricNorm, NormFit, rotate_and_slice, shapes_only
+from lib.papers.slicegpt import (
+    constant_widths,
+    decompose,
+    fit_norm,
+    junctions,
+    slice_globally,
+    slice_model,
+    sweep,
+    undo_by_regression,
+)
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import ResidualStream
+from lib.primitives.cost import count
+from lib.primitives.linalg import random_rotation
 from tests.conftest import LAYERS, WIDTH, relative, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact_norms")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from lib.models import load
-from lib.perplexity import before_head
-from lib.shared_context import SharedContextLM, shared_batches
-from lib.slicegpt import slice_model
-from lib.structured import remove_blocks
+from lib.evaluation.perplexity import before_head
+from lib.evaluation.shared_context import SharedContextLM, shared_batches
+from lib.models.load import load
+from lib.papers.slicegpt import slice_model
+from lib.primitives.structured import remove_blocks
 from tests.conftest import CONFIGS, VOCABULARY, tiny, token_ids
 
 LONGEST = 40

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
 from lib.baselines.shortgpt import angular_distances, block_influence, blocks_for, chosen_blocks, prune
-from lib.layer_importance import Change, layer_scores, lowest, mean_cosine, pooled_cosine, relative_change
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.layer_importance import Change, layer_scores, lowest, mean_cosine, pooled_cosine, relative_change
 from tests.conftest import CONFIGS, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact_norms")

@@ -12,9 +12,9 @@ from urllib.parse import unquote, urldefrag
 import nbformat
 import pytest
 
-from lib.results import RESULTS
-from lib.site import build_site, find_runs, one_line, read_run, results_page, sortable
-from lib.slides import build_slides, slide_cells
+from lib.suite.results import RESULTS
+from lib.suite.site import build_site, find_runs, one_line, read_run, results_page, sortable
+from lib.suite.slides import build_slides, slide_cells
 from tasks import named_values
 
 PAPERS = ("slicegpt", "structured_afr", "compare")

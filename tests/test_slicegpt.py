@@ -7,14 +7,8 @@ import torch
 from torch import nn
 
 from benchmarks.literal_slicegpt import LiteralSliceGPT
-from lib.anatomy import FAMILIES, Anatomy
-from lib.architectures import ARCHITECTURES
-from lib.architectures import meta_model as build_meta_model
-from lib.calibration import ResidualStream
-from lib.cost import count
-from lib.linalg import random_rotation
-from lib.sliced_network import Junction, rotate_and_slice, shapes_only, slice_embedding, slice_reader
-from lib.slicegpt import (
+from lib.papers.sliced_network import Junction, rotate_and_slice, shapes_only, slice_embedding, slice_reader
+from lib.papers.slicegpt import (
     constant_widths,
     decompose,
     global_axes,
@@ -28,6 +22,12 @@ from lib.slicegpt import (
     variance_widths,
     widths_for_size,
 )
+from lib.primitives.anatomy import FAMILIES, Anatomy
+from lib.primitives.calibration import ResidualStream
+from lib.primitives.cost import count
+from lib.primitives.linalg import random_rotation
+from lib.suite.architectures import ARCHITECTURES
+from lib.suite.architectures import meta_model as build_meta_model
 from tests.conftest import CONFIGS, LAYERS, SLICEABLE, WIDTH, relative, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact_norms")

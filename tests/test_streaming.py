@@ -10,15 +10,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lib import comp, streaming, svd_llm
-from lib.anatomy import Anatomy
 from lib.baselines import sparsegpt, wanda
-from lib.calibration import ResidualStream
-from lib.checkpoint import fingerprint, is_checkpoint, load_checkpoint
 from lib.compress import compress
-from lib.models import load
-from lib.streaming import compress_on_disk, model_on_disk, write_tensors
-from lib.text import Calibration
+from lib.evaluation.text import Calibration
+from lib.models import streaming
+from lib.models.checkpoint import fingerprint, is_checkpoint, load_checkpoint
+from lib.models.load import load
+from lib.models.streaming import compress_on_disk, model_on_disk, write_tensors
+from lib.papers import comp, svd_llm
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import ResidualStream
 from tests.conftest import tiny, token_ids
 
 IDS = token_ids()

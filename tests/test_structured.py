@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lib.anatomy import Anatomy
-from lib.architectures import meta_model
-from lib.checkpoint import export, load_checkpoint, save
-from lib.cost import count
-from lib.structured import (
+from lib.models.checkpoint import export, load_checkpoint, save
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.cost import count
+from lib.primitives.structured import (
     ffn_widths,
     globally,
     group_params,
@@ -24,6 +23,7 @@ from lib.structured import (
     remove_neurons,
     uniform,
 )
+from lib.suite.architectures import meta_model
 from tests.conftest import CONFIGS, relative, tiny, token_ids
 
 FAMILIES = sorted(CONFIGS)

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from lib import checkpoint
-from lib.anatomy import Anatomy
 from lib.baselines import cfsp, flap, lorap, magnitude, random_neurons, wanda
-from lib.baselines.moments import turning_angle
-from lib.structured import ffn_widths, group_params, kept_count, kv_groups, neuron_params
-from lib.surgery import LowRankLinear
+from lib.models import checkpoint
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.moments import turning_angle
+from lib.primitives.structured import ffn_widths, group_params, kept_count, kv_groups, neuron_params
+from lib.primitives.surgery import LowRankLinear
 from tests.conftest import LAYERS, relative, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact_norms")

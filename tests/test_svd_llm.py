@@ -11,18 +11,19 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lib import low_rank, svd_llm
-from lib.anatomy import Anatomy
-from lib.architectures import meta_model as build_meta_model
 from lib.baselines import asvd, fwsvd, svd
-from lib.calibration import ResidualStream
-from lib.checkpoint import export
-from lib.cost import count
-from lib.finetune import LoRA, next_token_loss, recover
-from lib.linalg import add_gram, decompose, decompose_outputs, refit, root_of, singular_values, truncate
-from lib.low_rank import allocate, matrices, merge_to_dense, rank_for, shapes, sweep_of, uniform_ranks
-from lib.surgery import LowRankLinear
-from lib.svd_llm import block_grams, compress_model, original_roots, recover_factors, spectra, sweep
+from lib.models.checkpoint import export
+from lib.papers import svd_llm
+from lib.papers.svd_llm import block_grams, compress_model, original_roots, recover_factors, spectra, sweep
+from lib.primitives import low_rank
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import ResidualStream
+from lib.primitives.cost import count
+from lib.primitives.finetune import LoRA, next_token_loss, recover
+from lib.primitives.linalg import add_gram, decompose, decompose_outputs, refit, root_of, singular_values, truncate
+from lib.primitives.low_rank import allocate, matrices, merge_to_dense, rank_for, shapes, sweep_of, uniform_ranks
+from lib.primitives.surgery import LowRankLinear
+from lib.suite.architectures import meta_model as build_meta_model
 from tests.conftest import CONFIGS, LAYERS, VOCABULARY, WIDTH, relative, tiny, token_ids
 
 meta_model = functools.cache(build_meta_model)

@@ -13,14 +13,14 @@ import pytest
 from invoke import Exit
 
 import tasks
-from lib.profiles import read_profile
-from lib.runs import local_state, relink, tidy
+from lib.suite.profiles import read_profile
+from lib.suite.runs import local_state, relink, tidy
 
 TOY = [
     ("parameters", 'steps = 3\nfolder = ""\nprofile = "workshop"'),
     (
         None,
-        "import time\nfrom lib.results import Results\nrun = Results('toy', folder, profile)\n"
+        "import time\nfrom lib.suite.results import Results\nrun = Results('toy', folder, profile)\n"
         "def work(i):\n    time.sleep(0.3)\n    print('worked', i, flush=True)\n    return i\n"
         "rows = [{'i': run.cell(lambda i=i: work(i), i=i)} for i in range(steps)]\n"
         "run.table('t', rows)\nmanifest = run.finish({'steps': steps})",
@@ -127,16 +127,16 @@ def test_a_change_of_the_notebook_is_not_up_to_date(project):
 
 def test_warnings_lose_the_place_of_the_project(tmp_path):
     cell = nbformat.v4.new_code_cell("1")
-    text = "/home/me/a/lib/comp.py:3: UserWarning: x\n/tmp/ipykernel_12/34.py:1: y\n/v/site-packages/torch/n.py:2: a/b z\n"
+    text = "/home/me/a/lib/papers/comp.py:3: UserWarning: x\n/tmp/ipykernel_12/34.py:1: y\n/v/site-packages/torch/n.py:2: a/b z\n"
     cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text=text)]
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "n.ipynb")
     tidy(tmp_path / "n.ipynb")
     (found,) = nbformat.read(tmp_path / "n.ipynb", as_version=4).cells[0].outputs
-    assert found.text == "lib/comp.py:3: UserWarning: x\nipykernel_12/34.py:1: y\nsite-packages/torch/n.py:2: a/b z\n"
+    assert found.text == "lib/papers/comp.py:3: UserWarning: x\nipykernel_12/34.py:1: y\nsite-packages/torch/n.py:2: a/b z\n"
 
 
 def test_links_lead_from_the_results_to_the_same_files(tmp_path):
-    text = "[a](../lib/afr.py) [b](slicegpt.ipynb#part) [c](https://arxiv.org/abs/1) [d](#here) $f[i](x y)$"
+    text = "[a](../lib/papers/afr.py) [b](slicegpt.ipynb#part) [c](https://arxiv.org/abs/1) [d](#here) $f[i](x y)$"
     cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("table[name](argument)")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
     relink(tmp_path / "n.ipynb")

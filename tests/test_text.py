@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import text
-from lib.models import load
-from lib.text import Corpus, load_corpus, sample_blocks, token_stream, wiki_a_articles, windows
+from lib.evaluation import text
+from lib.evaluation.text import Corpus, load_corpus, sample_blocks, token_stream, wiki_a_articles, windows
+from lib.models.load import load
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of benchmark files beside the repository")

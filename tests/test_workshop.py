@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from lib import workshop
-from lib.models import load
-from lib.text import load_corpus
-from lib.workshop import WORKSHOP_MODELS, Recipe, add_dropout, optimizers, rate, train_workshop_model, untrained
+from lib.evaluation.text import load_corpus
+from lib.models.load import load
+from lib.suite import workshop
+from lib.suite.workshop import WORKSHOP_MODELS, Recipe, add_dropout, optimizers, rate, train_workshop_model, untrained
 
 
 @pytest.mark.parametrize("name", WORKSHOP_MODELS)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from lib.anatomy import replaced, shared_inputs
-from lib.calibration import ResidualStream
-from lib.losses import sequence_losses
-from lib.low_rank import (
+from lib.primitives.anatomy import replaced, shared_inputs
+from lib.primitives.calibration import ResidualStream
+from lib.primitives.losses import sequence_losses
+from lib.primitives.low_rank import (
     Ranks,
     block_name,
     factored,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lib.baselines.moments import measure, turning_angle
-from lib.calibration import ResidualStream
-from lib.low_rank import kept_share
-from lib.structured import keep_highest, remove_neurons
+from lib.primitives.calibration import ResidualStream
+from lib.primitives.low_rank import kept_share
+from lib.primitives.moments import measure, turning_angle
+from lib.primitives.structured import keep_highest, remove_neurons
 
 # The authors divide angles summed over 128 x 1024 tokens by 10,000. Per token that is this, whatever the number of tokens.
 TEMPERATURE = 1e4 / (128 * 1024)

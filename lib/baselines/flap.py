@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
-from lib.baselines.moments import walk
-from lib.low_rank import kept_share
-from lib.structured import channels, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.low_rank import kept_share
+from lib.primitives.moments import walk
+from lib.primitives.structured import channels, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
 
 
 @dataclass(frozen=True)

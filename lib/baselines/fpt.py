@@ -20,14 +20,14 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy, Half, attention_half, mlp_half
-from lib.calibration import ResidualStream, check_calibration
-from lib.cost import count
-from lib.linalg import add_gram
-from lib.losses import sequence_losses
-from lib.low_rank import kept_share
-from lib.structured import ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
-from lib.surgery import shell
+from lib.primitives.anatomy import Anatomy, Half, attention_half, mlp_half
+from lib.primitives.calibration import ResidualStream, check_calibration
+from lib.primitives.cost import count
+from lib.primitives.linalg import add_gram
+from lib.primitives.losses import sequence_losses
+from lib.primitives.low_rank import kept_share
+from lib.primitives.structured import ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
+from lib.primitives.surgery import shell
 
 LEAST_GROUPS, LEAST_NEURONS = 1, 16  # left in every block
 LARGEST = 10.0  # multipliers beyond this end the tuning

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
-from lib.calibration import check_calibration
-from lib.losses import sequence_losses
-from lib.low_rank import matrices, sweep_of, uniform_ranks
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import check_calibration
+from lib.primitives.losses import sequence_losses
+from lib.primitives.low_rank import matrices, sweep_of, uniform_ranks
 
 
 def fisher(

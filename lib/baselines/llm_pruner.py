@@ -13,11 +13,11 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy, half_names, head_size
-from lib.calibration import check_calibration
-from lib.gradients import stream, summed
-from lib.losses import at_least_float32
-from lib.structured import Keep, keep_highest, kept_count, kv_groups, remove_groups, remove_neurons
+from lib.primitives.anatomy import Anatomy, half_names, head_size
+from lib.primitives.calibration import check_calibration
+from lib.primitives.gradients import stream, summed
+from lib.primitives.losses import at_least_float32
+from lib.primitives.structured import Keep, keep_highest, kept_count, kv_groups, remove_groups, remove_neurons
 
 SAMPLES, LENGTH = 10, 64  # calibration of the reference script
 
@@ -123,8 +123,8 @@ def sweep(
 
     All from one set of scores. ids: calibration tokens, of which the first `samples` x `length` are used, 10 x 64 as in the
     reference; None uses all. protect: blocks that stay whole; None for the rule of `protected`. The given model stays intact
-    unless `inplace`, which takes one ratio. Blocks end unequal, so a result is saved by `lib.checkpoint`. Raises ValueError
-    before any work for arguments that cannot work.
+    unless `inplace`, which takes one ratio. Blocks end unequal, so a result is saved by `lib.models.checkpoint`. Raises
+    ValueError before any work for arguments that cannot work.
     """
     check_calibration(Anatomy(model), ids)
     for name, value, least in (("samples", samples, 1), ("length", length, 2)):

@@ -13,11 +13,11 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from lib.baselines.moments import measure
-from lib.calibration import ResidualStream
-from lib.low_rank import block_name, factored, kept_share, put, rank_for
-from lib.structured import cut_neurons, describe, ffn_widths, kept_count, separate_readers
-from lib.surgery import shell
+from lib.primitives.calibration import ResidualStream
+from lib.primitives.low_rank import block_name, factored, kept_share, put, rank_for
+from lib.primitives.moments import measure
+from lib.primitives.structured import cut_neurons, describe, ffn_widths, kept_count, separate_readers
+from lib.primitives.surgery import shell
 
 SPARED = 0.01
 

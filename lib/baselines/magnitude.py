@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
-from lib.layerwise import check_prunable, replace_layers
-from lib.linalg import Sparsity, check_sparsity, keep_mask
-from lib.structured import remove_neurons, uniform
-from lib.surgery import linear
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.layerwise import check_prunable, replace_layers
+from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
+from lib.primitives.structured import remove_neurons, uniform
+from lib.primitives.surgery import linear
 
 
 def magnitude_matrix(weight: torch.Tensor, sparsity: Sparsity = (2, 4)) -> torch.Tensor:

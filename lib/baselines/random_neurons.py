@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lib.structured import ffn_widths, remove_neurons, uniform
+from lib.primitives.structured import ffn_widths, remove_neurons, uniform
 
 
 def scores(model: nn.Module, generator: torch.Generator) -> list[torch.Tensor]:

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
-from lib.calibration import ResidualStream
-from lib.layer_importance import layer_scores, lowest
-from lib.structured import remove_blocks
-from lib.surgery import shell
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import ResidualStream
+from lib.primitives.layer_importance import layer_scores, lowest
+from lib.primitives.structured import remove_blocks
+from lib.primitives.surgery import shell
 
 
 def block_influence(

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from lib.layerwise import GRAM, check_prunable, rebuild
-from lib.linalg import Sparsity, check_sparsity, fix_columns, inverse_factor, keep_mask
-from lib.surgery import linear
+from lib.primitives.layerwise import GRAM, check_prunable, rebuild
+from lib.primitives.linalg import Sparsity, check_sparsity, fix_columns, inverse_factor, keep_mask
+from lib.primitives.surgery import linear
 
 
 def sparsegpt_matrix(
@@ -60,7 +60,7 @@ def prune(
 
     ids: calibration tokens [samples, length]; mask: 1 for real tokens. sparsity: (n, m) keeps n of m consecutive weights of
     a row (the paper's 2:4 and 4:8), a fraction removes that share of each matrix. The result is a stock model with zeros,
-    which `lib.checkpoint.export` writes for anyone to load. Stored dense, as it is here, it saves no memory and no time:
+    which `lib.models.checkpoint.export` writes for anyone to load. Stored dense, as it is here, it saves no memory and no time:
     that takes a sparse format and kernels for it. The given model stays intact, unless `inplace`. Raises ValueError, before
     any work, for a sparsity that does not fit, for ids that cannot be used and for models that are not dense.
     """

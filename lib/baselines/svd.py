@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from lib.low_rank import matrices, sweep_of, uniform_ranks
+from lib.primitives.low_rank import matrices, sweep_of, uniform_ranks
 
 
 def sweep(

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from lib.anatomy import Anatomy
-from lib.baselines.moments import walk
-from lib.layerwise import SQUARES, check_prunable, rebuild
-from lib.linalg import Sparsity, check_sparsity, keep_mask
-from lib.low_rank import kept_share
-from lib.structured import remove_neurons, uniform
-from lib.surgery import linear
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.layerwise import SQUARES, check_prunable, rebuild
+from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
+from lib.primitives.low_rank import kept_share
+from lib.primitives.moments import walk
+from lib.primitives.structured import remove_neurons, uniform
+from lib.primitives.surgery import linear
 
 
 def wanda_matrix(weight: torch.Tensor, squared_norms: torch.Tensor, sparsity: Sparsity = (2, 4)) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Text, perplexity, zero-shot tasks, speed and memory."""

@@ -1,0 +1,109 @@
+"""Token perplexity by the papers' protocol, with its definition, and the head applied to a few positions at a time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+
+from lib.evaluation.text import windows
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A token perplexity together with everything that defines it."""
+
+    perplexity: float
+    tokens: int  # scored: length - 1 in each window
+    windows: int
+    length: int
+    definition: str = "exp of the mean next-token loss in nats, non-overlapping windows, first token of each unscored"
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int | None = None, batch: int = 8) -> Perplexity:
+    """Perplexity by the protocol of the papers (GPTQ, SparseGPT, SliceGPT): one token stream, windows of `length`.
+
+    stream: ids [n_tokens] of the joined text; the tail shorter than a window is dropped; `limit` keeps the first windows.
+    Log-softmax is float32 whatever the model's dtype. Raises ValueError if the window exceeds the model's positions.
+    """
+    positions = model.config.max_position_embeddings
+    if length > positions:
+        raise ValueError(f"windows of {length} tokens exceed the model's {positions} positions: use shorter windows")
+    if length < 2 or (limit is not None and limit < 1):
+        raise ValueError(f"{limit or 'all'} windows of {length} tokens score nothing: use at least 1 window of 2 tokens")
+    blocks = windows(stream, length)[:limit]
+    device = next(model.parameters()).device
+    total = sum(_next_token_loss(model, ids.to(device)) for ids in blocks.split(batch))
+    scored = blocks.shape[0] * (length - 1)
+    return Perplexity(float(torch.tensor(total / scored, dtype=torch.float64).exp()), scored, blocks.shape[0], length)
+
+
+LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 positions of Gemma's vocabulary of 262,144; long products are fast
+
+
+FLOATS_AT_ONCE = 2**23  # of these, in float32 at a time: 32 MB, so that the softmax stays in the processor's cache
+
+
+def head_inputs(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
+    """The model's output for `inputs`, with logits of the last position alone, and what its head would read, [batch, tokens, d].
+
+    None, and all logits, for a model without a head, `model.get_output_embeddings()`; None for one that calls it several times.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return model(**inputs), None
+    seen: list[torch.Tensor] = []
+
+    def last_position(_, given):
+        seen.append(given[0])
+        return (given[0][:, -1:],)
+
+    handle = head.register_forward_pre_hook(last_position)
+    try:
+        output = model(**inputs)
+    finally:
+        handle.remove()
+    return output, seen[0] if len(seen) == 1 else None
+
+
+def before_head(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
+    """`head_inputs`, with None also for a model that changes its logits after the head, which shows at the last position."""
+    output, hidden = head_inputs(model, **inputs)
+    if hidden is None:
+        return output, None
+    # A model spread over devices returns its logits on the first of them, and has them on the last.
+    alone = model.get_output_embeddings()(hidden[:, -1:]).to(output.logits.device)
+    same = torch.allclose(output.logits, alone, rtol=0, atol=0, equal_nan=True)  # a broken model is no other model
+    return output, hidden if same else None
+
+
+def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
+    """Summed cross-entropy of the next tokens in windows ids [batch, tokens], in float32, never with all logits at once.
+
+    The head is applied to the hidden states of a few positions at a time, where the logits are the head's.
+    """
+    output, hidden = before_head(model, input_ids=ids, use_cache=False)
+    if hidden is None:
+        whole = output.logits.shape[1] == ids.shape[1]  # a model without a head has been run in full
+        return _loss_of_logits(output.logits if whole else model(input_ids=ids, use_cache=False).logits, ids)
+    head = model.get_output_embeddings()
+    hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    pieces, rows = (max(1, numbers // output.logits.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))
+    total = 0.0
+    for x, target in zip(hidden.split(pieces), targets.split(pieces), strict=True):
+        for logits, y in zip(head(x).split(rows), target.split(rows), strict=True):
+            total += F.cross_entropy(logits.float(), y.to(logits.device), reduction="sum").item()
+    return total
+
+
+def _loss_of_logits(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """The same from logits [batch, tokens, vocabulary], one window at a time: the float32 copy is the peak."""
+    pairs = zip(logits, ids, strict=True)
+    return sum(F.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item() for row, target in pairs)

@@ -1,0 +1,72 @@
+"""What a compressed model is worth: token perplexity, zero-shot accuracy and speed, each with its definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from lib.evaluation.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, local_task, task_manager
+from lib.evaluation.console import quiet
+from lib.evaluation.continuation import TASK, continuation_task
+
+
+def zero_shot(
+    model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32,
+    data_dir: str | Path | None = None,
+) -> list[dict]:  # fmt: skip
+    """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, documents, limit, ...`.
+
+    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks, on the files of `data_dir`
+    (or of the folder named by PARED_DATA_DIR) where lib/evaluation/benchmark_tasks.py knows them, and from the hub otherwise.
+    `metric` says which of lm-eval's metrics `acc` is, `stderr` belongs to it, `limit` was asked for per task (for MMLU: per
+    subject), `documents` were scored. Raises what `local_task` and `hub_task` raise, before any model runs.
+    """
+    with quiet("lm_eval", "lm-eval", "transformers", "datasets"):
+        import lm_eval
+
+        from lib.evaluation.shared_context import SharedContextLM
+
+        folder, manager = data_folder(data_dir), task_manager(not set(tasks) <= {TASK, *LOCAL_TASKS})
+        built = {name: _build_task(name, manager, folder) for name in tasks}
+        positions = model.config.max_position_embeddings
+        settings = dict(batch_size=batch, max_length=positions, softmax_dtype="float32")
+        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, **settings)
+        loaded = manager.load(list(built.values()))
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+        # Not `simple_evaluate`: it asks pip for all packages after every call, longer than these models take for 25 documents.
+        found = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+    rows = []
+    for name in tasks:
+        scores = found["results"][name]
+        metric = next((m for m in ("acc_mutual_info", "acc") if f"{m},none" in scores), None)
+        if metric is None:
+            raise ValueError(f"lm-eval's task {name!r} reports no accuracy: choose a multiple-choice task")
+        task = built[name]  # a group like mmlu counts the documents of its parts
+        parts = [part.task_name for part in task.get_all_tasks()] if hasattr(task, "get_all_tasks") else [name]
+        accuracy, documents = scores[f"{metric},none"], sum(found["n-samples"][part]["effective"] for part in parts)
+        rows.append(
+            {
+                "task": name,
+                "metric": metric,
+                "acc": accuracy,
+                "acc_norm": scores.get("acc_norm,none"),
+                "stderr": (accuracy * (1 - accuracy) / max(documents - 1, 1)) ** 0.5,
+                "documents": documents,
+                "limit": limit,
+                "harness": f"lm-eval {lm_eval.__version__}",
+            }
+        )
+    return rows
+
+
+def _build_task(name: str, manager, folder: Path | None):
+    if name == TASK:
+        return continuation_task()
+    if folder is not None and name in LOCAL_TASKS:
+        return local_task(name, folder, manager)
+    return hub_task(name, manager)
+
+
+# --- speed --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,253 @@
+"""Save a compressed model and load it again: safetensors, a stock config, the tokenizer, and one record of the edits.
+
+Loading builds the stock model without memory, replays the shape edits from the record and assigns the tensors. Nothing is
+guessed from names or ratios, nothing is unpickled, and the dense model is never allocated. A folder is written whole or
+not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lib.papers import sliced_network
+from lib.primitives import low_rank, structured
+from lib.primitives.anatomy import FAMILIES
+from lib.primitives.surgery import cast
+
+SCHEMA = 2
+RECORD, CONFIG, WEIGHTS = "compression.json", "config.json", "compressed{suffix}.safetensors"
+SHARD_BYTES = 4 * 2**30
+
+# One line per method: the name that its edits carry in `model.edits`, and the function that repeats one on shapes.
+REPLAY = {"slicegpt": sliced_network.replay, "low-rank": low_rank.replay, "structured": structured.replay}
+
+
+class CheckpointError(ValueError):
+    """A folder that is not a checkpoint of this suite, or one that is damaged; the message says what and where."""
+
+
+def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
+    """Write a compressed model to `folder`, which must not exist yet. Returns the folder.
+
+    provenance: what the record should say of where the model comes from (base model, calibration, settings); JSON values.
+    Raises ValueError for a model without edits, FileExistsError for an existing folder, OSError if the disk is full; in
+    every case no folder is left behind.
+    """
+    folder = Path(folder).expanduser()
+    edits = getattr(model, "edits", None)
+    if not edits:
+        raise ValueError("this model carries no record of edits: save a dense model with its own save_pretrained")
+    tensors = {name: value.contiguous() for name, value in stored_tensors(model).items()}
+    shards = _shards(tensors)
+    record = record_of(model, tensors, shards, provenance)
+    text = json.dumps(record, indent=1)  # before anything is written: provenance may hold what JSON cannot
+    with _written_whole(folder) as partial:
+        for file, names in shards.items():
+            save_file({name: tensors[name] for name in names}, partial / file, metadata={"format": "pt"})
+        model.config.to_json_file(partial / CONFIG)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / RECORD).write_text(text + "\n")
+    return folder
+
+
+def record_of(model: nn.Module, tensors: dict[str, torch.Tensor], shards: dict[str, list[str]], provenance: dict) -> dict:
+    """The record of a model's edits and of the tensors in each file; meta tensors do. `shards`: file name -> tensor names."""
+    return {
+        "schema": SCHEMA,
+        "edits": model.edits,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "shards": {
+            file: {name: {"shape": list(tensors[name].shape), "dtype": str(tensors[name].dtype)} for name in names}
+            for file, names in shards.items()
+        },
+        "provenance": provenance,
+    }
+
+
+def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
+    """Write a model that is an ordinary architecture to `folder`, for any runtime that reads Hugging Face folders.
+
+    Raises ValueError, naming the part, for a model that no stock class can hold; FileExistsError for an existing folder.
+    """
+    folder = Path(folder).expanduser()
+    if edits := getattr(model, "edits", None):
+        names = [edit["edit"] for edit in edits]
+        if set(names) == {"low-rank"}:
+            way = "multiply its factors with invoke merge-to-dense (lib.primitives.low_rank.merge_to_dense)"
+        else:
+            way = "compress with method slicegpt-stock, whose result is stock"
+        raise ValueError(
+            f"not a stock model: {', '.join(names)} changed its shapes. Save it with lib.models.checkpoint.save, or {way}"
+        )
+    with _written_whole(folder) as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return folder
+
+
+@contextlib.contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the name `folder` at the end and vanishes if anything fails."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another output folder, or remove this one first")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except SafetensorError as error:  # which is no OSError, also when the disk is full
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone by its new name if all went well
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with a shared tensor (a tied head) under its first name only."""
+    firsts, all_names = (dict(model.named_parameters(remove_duplicate=once)) for once in (True, False))
+    return {name: value for name, value in model.state_dict().items() if name in firsts or name not in all_names}
+
+
+def _shards(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """File name -> tensor names, in order, at most SHARD_BYTES a file (a larger tensor has a file of its own)."""
+    groups, size = [[]], 0
+    for name, value in tensors.items():
+        if groups[-1] and size + value.nbytes > SHARD_BYTES:
+            groups, size = [*groups, []], 0
+        groups[-1].append(name)
+        size += value.nbytes
+    count = len(groups)
+    suffixes = [""] if count == 1 else [f"-{i:05d}-of-{count:05d}" for i in range(1, count + 1)]
+    return {WEIGHTS.format(suffix=suffix): names for suffix, names in zip(suffixes, groups, strict=True)}
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    return (Path(folder) / RECORD).is_file()
+
+
+def load_checkpoint(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """The compressed model saved in `folder`, in eval mode, with the bits that were saved (or cast to `dtype`).
+
+    Raises CheckpointError for anything that does not fit together: schema, edits, config, tensor names, shapes, dtypes.
+    """
+    folder = Path(folder).expanduser()
+    record = read_record(folder)
+    model = _empty_model(folder, record)
+    expected = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
+    recorded = {name: facts for shard in record["shards"].values() for name, facts in shard.items()}
+    _same_names("the record and the edited model", set(recorded), set(expected))
+    tensors = {}
+    for file, names in record["shards"].items():
+        tensors |= _read_shard(folder, file, names, expected)
+    shared = set(model.state_dict()) - set(tensors)
+    model.load_state_dict(tensors, strict=not shared, assign=True)
+    model.tie_weights()  # what was saved once is used twice again; does nothing where the head has a matrix of its own
+    return (cast(model, dtype) if dtype else model).to(device).eval()
+
+
+def read_record(folder: Path) -> dict:
+    """The record of edits and provenance of the compressed model in `folder`. Raises CheckpointError where it is damaged."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{folder} has no readable {RECORD}: it is not a compressed model of this suite") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/{RECORD} is not valid JSON: the record is damaged ({error})") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else None
+        raise CheckpointError(f"{folder}/{RECORD} has schema {found!r}; this version reads schema {SCHEMA}")
+    fits = (
+        isinstance(record.get("edits"), list)
+        and all(isinstance(edit, dict) for edit in record["edits"])
+        and record["edits"]
+        and record.get("dtype") in ("float64", "float32", "bfloat16", "float16")
+        and isinstance(record.get("shards"), dict)
+        and all(isinstance(shard, dict) and Path(file).name == file for file, shard in record["shards"].items())
+        and all(isinstance(facts, dict) for shard in record["shards"].values() for facts in shard.values())
+    )
+    if not fits:
+        raise CheckpointError(f"{folder}/{RECORD} lacks edits, dtype or shards in the form that `save` writes: it was changed")
+    return record
+
+
+def _empty_model(folder: Path, record: dict) -> nn.Module:
+    """The stock model of config.json with its parameters on the meta device, edited as the record says."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}/{CONFIG} cannot be read: {error}") from error
+    if config.model_type not in FAMILIES:
+        raise CheckpointError(f"{folder}/{CONFIG} is of model type {config.model_type!r}, which no method here compresses")
+    try:
+        with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, record["dtype"]))
+    except Exception as error:  # any inconsistent number in a config fails somewhere inside the library
+        raise CheckpointError(f"{folder}/{CONFIG} does not describe a model: {error}") from error
+    model.tie_weights()  # parameters without memory were made one by one, tied ones too
+    for edit in record["edits"]:
+        settings = {name: value for name, value in edit.items() if name != "edit"}
+        if not isinstance(edit.get("edit"), str) or edit["edit"] not in REPLAY:
+            raise CheckpointError(f"unknown edit {edit.get('edit')!r} in {folder}/{RECORD}: known are {', '.join(REPLAY)}")
+        replay = REPLAY[edit["edit"]]
+        try:
+            inspect.signature(replay).bind(model, **settings)
+            model = replay(model, **settings)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise CheckpointError(f"edit {edit} in {folder}/{RECORD} cannot be repeated: {error}") from error
+    return model
+
+
+def _read_shard(folder: Path, file: str, names: dict, expected: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    try:
+        with safe_open(folder / file, framework="pt") as shard:
+            _same_names(file, set(shard.keys()), set(names))
+            for name, facts in names.items():
+                value = shard.get_tensor(name)
+                if tuple(value.shape) != expected[name] or list(value.shape) != facts.get("shape"):
+                    shape = tuple(value.shape)
+                    raise CheckpointError(
+                        f"tensor {name} in {file} has shape {shape}, but the edited model needs {expected[name]}"
+                    )
+                if str(value.dtype) != facts.get("dtype"):
+                    raise CheckpointError(f"tensor {name} in {file} is {value.dtype}, but the record says {facts.get('dtype')}")
+                tensors[name] = value
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}/{file} is missing or damaged: {error}") from error
+    return tensors
+
+
+def _same_names(where: str, found: set[str], wanted: set[str]) -> None:
+    if found != wanted:
+        missing, extra = sorted(wanted - found)[:3], sorted(found - wanted)[:3]
+        raise CheckpointError(f"{where} disagree on tensors: missing {missing}, not expected {extra} (first three of each)")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes and bytes of all tensors: a changed weight is a changed model, whatever its name."""
+    return digest(model.state_dict().items())
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The `fingerprint` of named tensors, one at a time."""
+    found = hashlib.sha256()
+    for name, value in tensors:
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]

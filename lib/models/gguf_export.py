@@ -1,0 +1,366 @@
+"""Write an exported stock model as one GGUF file, for llama.cpp and the programs built on it.
+
+GGUF is a header of typed keys followed by tensors. Every key that a reader could otherwise guess from the width is
+written, because a sliced model breaks the guess: its heads keep their size while the width shrinks. Weights go through
+memory one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lib.models.checkpoint import CONFIG, is_checkpoint
+from lib.primitives.anatomy import head_size
+
+TOKENIZER = "tokenizer.json"
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+DTYPES = {  # ours -> torch's, and GGUF's names for a tensor and for a file of it
+    "float16": (torch.float16, "F16", "MOSTLY_F16"),
+    "bfloat16": (torch.bfloat16, "BF16", "MOSTLY_BF16"),
+    "float32": (torch.float32, "F32", "ALL_F32"),
+}
+ROPE_TYPES = ("default", "linear", "llama3")  # those that do no more than divide each frequency by a constant
+
+# A byte-level tokenizer first splits text into words by an expression, of which GGUF stores the name alone.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
+BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # what SentencePiece writes for characters it does not know
+
+
+def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path:
+    """Convert a stock model folder, such as method slicegpt-stock writes, to the new GGUF file `out`. Returns `out`.
+
+    dtype: float16, bfloat16 or float32, of the matrices; norms and biases are always float32. A sliding window that is
+    shorter than the model's positions becomes the context length: up to there it changes nothing, and readers ignore it.
+
+    Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, ModuleNotFoundError without
+    the package gguf, and ValueError, with the reason, for a model or tokenizer that readers of GGUF would run differently:
+    all before anything is written. A weight too large for `dtype` is a ValueError when its turn comes; the file is complete
+    or absent. Format: docs/gguf.md in the repository of ggml.
+    """
+    folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    _check_arguments(folder, out, dtype)
+    gguf = _library()
+    model = _empty_model(folder)
+    tensors, factors = _stored_tensors(folder, model), _rope_factors(model)
+    writer = gguf.GGUFWriter(None, _architecture(model.config, factors))
+    writer.add_name(folder.resolve().name)
+    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][2]])
+    _add_shape(writer, model.config)
+    _add_tokenizer(writer, folder, model.config)
+    with _written_whole(out) as partial, contextlib.closing(writer):
+        _write(writer, partial, tensors, model.config, factors, dtype)
+    return out
+
+
+def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r} for a GGUF file: choose one of {', '.join(DTYPES)}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another output file, or remove this one first")
+    if is_checkpoint(folder):
+        raise ValueError(
+            f"{folder} is a compressed model of this suite, and no GGUF architecture has its shortcuts: compress with method "
+            "slicegpt-stock, whose result is a stock model, and convert that folder"
+        )
+    for name in (CONFIG, TOKENIZER):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: give a model folder in the Hugging Face format, with its tokenizer")
+
+
+def _library():
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("GGUF files are written by the package gguf: pip install -e '.[gguf]'") from error
+    return gguf
+
+
+@contextlib.contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A new file to write into, which takes the name `out` at the end and vanishes if anything fails."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+# --- what the folder holds ----------------------------------------------------------------------------------------------
+
+
+def _empty_model(folder: Path) -> nn.Module:
+    """The model of config.json without weights. Raises ValueError for one that readers of GGUF would run differently."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(f"model type {config.model_type!r} has no GGUF export here: supported are {', '.join(MODEL_TYPES)}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"activation {config.hidden_act!r} cannot be written: readers of GGUF apply silu in every such model")
+    if (kind := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
+        raise ValueError(f"rotary scaling {kind!r} is not translated to GGUF: supported are {', '.join(ROPE_TYPES)}")
+    with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _stored_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, tuple]]:
+    """File and shape of every tensor by name, in the model's order. Raises ValueError where they are not config.json's."""
+    found = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118, not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): export or download the model again") from error
+        for name, part in parts.items():
+            if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"tensor {name} in {path} is quantised to {part.get_dtype()}: convert the model before that")
+            found[name] = path, tuple(part.get_shape())
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:  # where no head is stored, readers take the embedding
+        for names in (found, expected):
+            names.pop("lm_head.weight", None)
+    shapes = {name: shape for name, (_, shape) in found.items()}
+    if wrong := sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name)):
+        name = wrong[0]
+        raise ValueError(
+            f"the weights in {folder} are not those of its {CONFIG}: {name} has shape {shapes.get(name)} and should have "
+            f"{expected.get(name)} ({len(wrong)} tensors differ). Export or download the model again"
+        )
+    return {name: found[name] for name in expected}
+
+
+def _rope_factors(model: nn.Module) -> torch.Tensor:
+    """By what the model divides each rotary frequency, [head size / 2] in float32: ones, unless its context was stretched."""
+    used, size = model.model.rotary_emb.inv_freq.double(), head_size(model.config)
+    plain = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if used.shape != plain.shape:
+        raise ValueError(f"only {2 * len(used)} of the {size} coordinates of a head are rotated: readers of GGUF rotate all")
+    factors = plain / used
+    return torch.where((factors - 1).abs() < 1e-5, 1.0, factors).float()
+
+
+# --- the header ---------------------------------------------------------------------------------------------------------
+
+
+def _architecture(config, factors: torch.Tensor) -> str:
+    """GGUF's name for the network: a Mistral is a `llama`, and so is a Qwen 2 that readers would otherwise refuse.
+
+    llama.cpp loads a `qwen2` only if its heads together are as wide as the stream, and without rotary factors. Its `llama`
+    has neither limit and takes biases on q, k and v, which are all that sets a Qwen 2 apart.
+    """
+    square = config.num_attention_heads * head_size(config) == config.hidden_size
+    return "qwen2" if config.model_type == "qwen2" and square and factors.eq(1).all() else "llama"
+
+
+def _add_shape(writer, config) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or float("inf")))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(head_size(config))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_tokenizer(writer, folder: Path, config) -> None:
+    """Describe the folder's tokenizer as transformers would use it.
+
+    Byte-level BPE is described by its merges, SentencePiece BPE by scores. Two differences remain at the edges. Readers do
+    not normalise text, while a Qwen 2 composes accents first (NFC): this shows on text that is not composed already. Readers
+    put a space before every text of a SentencePiece model, while some tokenizer files spare a text that starts with one.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    _check_bpe(spec)
+    merges = spec["model"]["merges"]
+    tokens, types = _token_table(spec, config.vocab_size)
+    if spec["model"]["byte_fallback"]:
+        writer.add_tokenizer_model("llama")
+        _check_sentencepiece(spec)
+        writer.add_add_space_prefix(_starts_with_space(spec))
+        writer.add_token_scores(_scores(tokens, merges))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_split_name(spec))
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    _add_special_tokens(writer, tokenizer, config)
+
+
+def _add_special_tokens(writer, tokenizer, config) -> None:
+    ids = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        own, declared = (getattr(source, f"{name}_token_id", None) for source in (tokenizer, config))
+        chosen = declared if own is None else own
+        if chosen is not None:
+            ids[name] = chosen[0] if isinstance(chosen, list) else chosen
+            getattr(writer, f"add_{name}_token_id")(ids[name])
+    bare, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    for bos, eos in itertools.product((False, True), repeat=2):
+        if whole == [ids.get("bos")] * bos + bare + [ids.get("eos")] * eos:
+            break
+    else:
+        raise ValueError(f"the tokenizer turns {bare} into {whole}: GGUF can only put bos before and eos after a text")
+    writer.add_add_bos_token(bos)
+    writer.add_add_eos_token(eos)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------------
+
+
+def _check_bpe(spec: dict) -> None:
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"a tokenizer of type {model['type']} is not written here: GGUF export knows BPE")
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[setting]:
+            raise ValueError(f"the tokenizer's {setting} {model[setting]!r} has no place in GGUF")
+    for token in spec["added_tokens"]:
+        if token["single_word"] or token["lstrip"] or token["rstrip"]:
+            raise ValueError(f"the tokenizer's token {token['content']!r} takes its surroundings along, which GGUF cannot say")
+
+
+def _token_table(spec: dict, rows: int) -> tuple[list[str], list[int]]:
+    """Text and GGUF type of the token of each embedding row; rows without a token are marked unused."""
+    from gguf import TokenType
+
+    table = {i: (f"[unused {i}]", TokenType.UNUSED) for i in range(rows)}
+    falls_back = spec["model"]["byte_fallback"]
+    for token, i in spec["model"]["vocab"].items():
+        table[i] = token, TokenType.BYTE if falls_back and token in BYTE_TOKENS else TokenType.NORMAL
+    for token in spec["added_tokens"]:
+        table[token["id"]] = token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    unknown = spec["model"]["unk_token"]
+    if falls_back and unknown is not None:  # to a byte-level tokenizer nothing is unknown
+        table[spec["model"]["vocab"][unknown]] = unknown, TokenType.UNKNOWN
+    if len(table) > rows:
+        raise ValueError(f"the tokenizer has a token of id {max(table)}, but the model only {rows} embeddings: wrong tokenizer?")
+    tokens, types = zip(*(table[i] for i in range(rows)), strict=True)
+    return list(tokens), [int(kind) for kind in types]
+
+
+def _split_name(spec: dict) -> str:
+    """GGUF's name of the expression by which a byte-level tokenizer splits text into words."""
+    steps = _steps(spec["pre_tokenizer"], "pretokenizers")
+    name = None
+    match steps:
+        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            name = "gpt-2"
+        case [
+            {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+        ]:
+            name = SPLITS.get(words)
+    if name is None or any(step["type"] != "NFC" for step in _steps(spec["normalizer"], "normalizers")):
+        raise ValueError(
+            "the tokenizer splits or normalises text in a way that has no name here (known are those of GPT-2, Llama 3 and "
+            f"Qwen 2): {json.dumps([spec['normalizer'], spec['pre_tokenizer']])}"
+        )
+    if spec["model"]["ignore_merges"] != (name == "llama-bpe"):
+        raise ValueError(f"readers of GGUF try whole words before merges with tokenizers of kind llama-bpe alone, not {name}")
+    return name
+
+
+def _check_sentencepiece(spec: dict) -> None:
+    """Raise ValueError for merges that scores cannot replace: readers join any neighbours whose union is a token."""
+    plain = spec["model"]["vocab"].keys() - {token["content"] for token in spec["added_tokens"]}
+    if absent := BYTE_TOKENS - plain:
+        raise ValueError(f"the tokenizer falls back on bytes, but has no token {min(absent)}: it is damaged")
+    merges = {tuple(pair) for pair in spec["model"]["merges"]}
+    for token in plain:
+        for pair in ((token[:cut], token[cut:]) for cut in range(1, len(token))):
+            if plain.issuperset(pair) and pair not in merges:
+                raise ValueError(
+                    f"the tokenizer never joins {pair[0]!r} and {pair[1]!r} to its token {token!r}, as SentencePiece would: GGUF "
+                    "has no form for a byte fallback with merges of another kind"
+                )
+
+
+def _starts_with_space(spec: dict) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before each text. Raises ValueError if it does more to texts."""
+    metaspace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    match _steps(spec["normalizer"], "normalizers"), _steps(spec["pre_tokenizer"], "pretokenizers"):
+        case [], [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]:
+            return scheme != "never"
+        case [{"type": "Prepend", "prepend": "▁"}, replace], [] if replace == metaspace:
+            return True
+        case [replace], [] if replace == metaspace:
+            return False
+    found = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
+    raise ValueError(f"this SentencePiece tokenizer does more to a text than replace its spaces, which GGUF cannot say: {found}")
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """SentencePiece's score of each token: readers join the neighbours whose union scores highest, so minus the merge's rank."""
+    rank: dict[str, int] = {}
+    for i, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, i)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _steps(stage: dict | None, name: str) -> list[dict]:
+    """The steps of a tokenizer's stage, which is nothing, one step or a sequence."""
+    return [] if stage is None else stage[name] if stage["type"] == "Sequence" else [stage]
+
+
+# --- the tensors --------------------------------------------------------------------------------------------------------
+
+
+def _interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of q or k, [heads · size, ...], from transformers' rotary layout to that of a GGUF `llama`.
+
+    transformers rotates coordinate i of a head together with i + size/2, a `llama` neighbours 2i and 2i + 1.
+    """
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _write(writer, path: Path, tensors: dict[str, tuple], config, factors: torch.Tensor, dtype: str) -> None:
+    """The whole file: keys, the list of tensors, then each tensor, read from its safetensors file when its turn comes."""
+    import gguf
+
+    kind, matrix = DTYPES[dtype][:2]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], config.num_hidden_layers)
+    if stretched := not factors.eq(1).all():
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.numpy().dtype, factors.nbytes)
+    for name, (_, shape) in tensors.items():
+        stored = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else matrix]
+        size = torch.Size(shape).numel() * (4 if len(shape) == 1 else kind.itemsize)
+        writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), shape, None, size, raw_dtype=stored)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if stretched:
+        writer.write_tensor_data(factors.numpy())
+    for name, (file, shape) in tensors.items():
+        with safe_open(file, framework="pt") as shard:
+            value = shard.get_tensor(name).to(torch.float32 if len(shape) == 1 else kind)
+        if not torch.isfinite(value).all():
+            raise ValueError(f"tensor {name} holds NaN, or numbers too large for {dtype}: use bfloat16 or float32")
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if writer.arch == "llama" and f".{part}." in name:
+                value = _interleave(value, heads)
+        writer.write_tensor_data(value.contiguous().view(torch.uint8).numpy())

@@ -1,0 +1,549 @@
+"""Compress a model from disk, block by block, for models larger than memory.
+
+The network is built without weights. A block's tensors are read when a method asks for them (`lib.primitives.calibration`), the
+method edits the block, its tensors go to a file of their own in the output folder, and the block is empty again. In memory are
+one block, what the method keeps of it, and the hidden states; nothing grows with depth. The methods are the very functions that
+run in memory: for a module it makes no difference where its weights come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lib.baselines import sparsegpt, wanda
+from lib.models.checkpoint import CONFIG, RECORD, digest, is_checkpoint, record_of, stored_tensors
+from lib.papers import comp, svd_llm
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import ResidualStream, resident
+from lib.primitives.layer_importance import layer_scores
+from lib.primitives.layerwise import GRAM, SQUARES, Statistic, check_prunable, rebuild_block
+from lib.primitives.linalg import Sparsity, sparsity
+from lib.primitives.low_rank import block_name, matrices, uniform_ranks
+from lib.primitives.structured import describe, ffn_widths
+from lib.primitives.surgery import low_rank, record_edit
+
+INDEX, GENERATION = "model.safetensors.index.json", "generation_config.json"
+JOB, STATE = "job.json", "state.json"
+
+# --- weights on disk -----------------------------------------------------------------------------------------------------
+
+# Parameters in memory by file and name, as long as anyone holds them: teacher and student share the tensors of a block.
+_LOADED: WeakValueDictionary = WeakValueDictionary()
+
+
+@dataclass
+class Stored:
+    """Where the tensors of a module are: its parameters' names -> (file, name in the file). dtype: what they are read as."""
+
+    places: dict[str, tuple[str, str]]
+    dtype: torch.dtype
+
+    @contextlib.contextmanager
+    def held(self, module: nn.Module) -> Iterator[None]:
+        """The module with its weights within the `with`; without them afterwards, unless it had them before."""
+        if not any(p.is_meta for p in module.parameters()):
+            yield
+            return
+        self.load(module)
+        try:
+            yield
+        finally:
+            empty(module)
+
+    def load(self, module: nn.Module) -> None:
+        """Give the module its parameters. Raises ValueError for tensors that are missing, misshapen or not finite."""
+        for name, value in self.read(dict(module.named_parameters())):
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent)._parameters[leaf] = value
+
+    def read(self, wanted: dict[str, torch.Tensor]) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters one by one, of the shapes of `wanted`. Files are mapped, so only what is asked for is read."""
+        for name, like in wanted.items():
+            place = (*self.places[name], self.dtype)
+            value = _LOADED.get(place)
+            if value is None:
+                value = nn.Parameter(_read(*self.places[name]).to(self.dtype), requires_grad=False)
+                if value.shape != like.shape:
+                    raise ValueError(f"{place[1]} in {place[0]} is {tuple(value.shape)}, but the model needs {tuple(like.shape)}")
+                if not finite(value):
+                    raise ValueError(f"weight {place[1]} in {place[0]} holds NaN or infinity: download or train the model again")
+                _LOADED[place] = value
+            yield name, value
+
+
+def _read(file: str, name: str) -> torch.Tensor:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be read from {file}: {error}") from error
+
+
+def finite(value: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, looked at in pieces: the test makes copies, and embeddings are large."""
+    return all(torch.isfinite(part).all() for part in value.detach().flatten().split(2**20))
+
+
+def empty(module: nn.Module) -> None:
+    """Replace every parameter of a module by its shape."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+
+
+def model_on_disk(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The dense model of a Hugging Face folder with safetensors, sharded or not: every parameter a meta tensor, in eval mode.
+
+    Blocks and embeddings carry `stored`, so they have weights where they are `resident`. The whole model's places are
+    `model.stored`. Raises ValueError for a folder that is compressed already or lacks tensors.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(folder).expanduser()
+    if is_checkpoint(folder):
+        raise ValueError(f"{folder} holds a compressed model: stream the dense one")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    dtype = dtype or config.dtype or torch.float32
+    with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.tie_weights()
+    anatomy = Anatomy(model)
+    files = files_of(folder)
+    prefix = f"{model.base_model_prefix}."
+    places = {}
+    for name in stored_tensors(model):
+        # Some published folders name tensors without the prefix of the whole model.
+        found = next((n for n in (name, name.removeprefix(prefix)) if n in files), None)
+        if found is None:
+            raise ValueError(f"{folder} has no tensor {name}: the folder is not complete, or not of this architecture")
+        places[name] = (str(folder / files[found]), found)
+    model.stored = Stored(places, dtype)
+    for i, block in enumerate(anatomy.blocks):
+        block.stored = _part(model.stored, f"{anatomy.family.blocks}.{i}.")
+    for name in anatomy.family.embeddings:
+        anatomy.get(name).stored = _part(model.stored, f"{name}.")
+    return model
+
+
+def _part(whole: Stored, prefix: str) -> Stored:
+    return Stored({n.removeprefix(prefix): place for n, place in whole.places.items() if n.startswith(prefix)}, whole.dtype)
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Name of every tensor in a folder -> its file. Raises ValueError where there are no safetensors."""
+    if (folder / INDEX).is_file():
+        return json.loads((folder / INDEX).read_text())["weight_map"]
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: give a local folder with safetensors")
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        return {name: "model.safetensors" for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What `lib.models.checkpoint.fingerprint` finds for the same model in memory, with one tensor in memory at a time."""
+    shapes = dict(model.named_parameters(remove_duplicate=False))
+    aliases = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in model.state_dict():
+            first = aliases[id(shapes[name])]
+            [(_, value)] = model.stored.read({first: shapes[name]})
+            yield name, value
+
+    return digest(tensors())
+
+
+# The names by which safetensors files know dtypes.
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def write_tensors(file: Path, shapes: dict[str, torch.Tensor], values: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """A safetensors file, written tensor by tensor. shapes: what the file will hold, meta tensors do; values: in that order.
+
+    safetensors' own writer wants all tensors, and copies them, before the first byte is written.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, like in shapes.items():
+        size = like.numel() * like.element_size()
+        header[name] = {"dtype": KINDS[like.dtype], "shape": list(like.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for (name, like), (given, value) in zip(shapes.items(), values, strict=True):
+            if name != given or value.shape != like.shape or value.dtype != like.dtype:
+                raise ValueError(f"expected {name} of shape {tuple(like.shape)}, not {given} of {tuple(value.shape)}")
+            value.detach().contiguous().flatten().view(torch.uint8).numpy().tofile(out)
+
+
+# --- methods -------------------------------------------------------------------------------------------------------------
+#
+# A walk edits block after block of `model`, each with its weights in memory. `streams` are the hidden states it carries; `note()`
+# is what it must remember to go on, in JSON values, and `recall(note, done)` brings a new walk behind `done` blocks, on shapes.
+
+
+class Walk:
+    """Base of the walks: one pass, nothing to remember."""
+
+    model: nn.Module
+    streams: list[ResidualStream]
+    blocks: int
+
+    def approach(self, i: int) -> None:
+        """Bring the streams in front of block i, before its weights are loaded."""
+
+    def step(self, i: int) -> None:
+        """Edit block i of the model, where the streams stand in front of it, and move them behind it."""
+        raise NotImplementedError
+
+    def note(self) -> dict:
+        return {}
+
+    def recall(self, note: dict, done: int) -> None:
+        pass
+
+    def finish(self) -> bool:
+        """Describe the finished model; False if all blocks must be walked once more."""
+        return True
+
+
+class LayerWalk(Walk):
+    """SparseGPT and Wanda."""
+
+    def __init__(self, model, ids, statistic: Statistic, remake: Callable, sparsity: Sparsity, stream_of: Callable):
+        check_prunable(model, sparsity)
+        self.model, self.streams = model, [stream_of(model, ids)]
+        self.blocks = len(Anatomy(model).blocks)
+        self.work = partial(rebuild_block, self.streams[0], statistic=statistic, remake=partial(remake, sparsity))
+
+    def step(self, i: int) -> None:
+        self.work(i)
+
+
+class LowRankWalk(Walk):
+    """SVD-LLM, truncation (variant W) at one ratio for all matrices, in either order."""
+
+    def __init__(self, model, ids, ratio: float, order: str, stream_of: Callable, progress):
+        if order not in svd_llm.ORDERS:
+            raise ValueError(f"unknown order {order!r}: choose one of {', '.join(svd_llm.ORDERS)}")
+        self.model, self.order, self.progress = model, order, progress
+        self.dense, self.ranks = matrices(model), uniform_ranks(model, ratio)
+        self.streams, self.blocks = [stream_of(model, ids)], len(Anatomy(model).blocks)
+
+    def step(self, i: int) -> None:
+        [stream] = self.streams
+        grams = svd_llm.block_grams(stream, i, advance=self.order == "original", outputs=True)
+        for name, layer in svd_llm.truncated_block(self.dense, self.progress, grams, self.ranks).items():
+            self.model.set_submodule(name, layer)
+        self.forget(i)
+        if self.order == "compressed":
+            stream.advance_block(i)
+
+    def forget(self, i: int) -> None:
+        """Let go of the dense layers of a block, which would keep their weights."""
+        for name in list(self.dense):
+            if name.startswith(block_name(Anatomy(self.model).family, i, "")):
+                del self.dense[name]
+
+    def recall(self, note: dict, done: int) -> None:
+        for name, k in self.ranks.items():
+            layer = self.dense[name]
+            if any(name.startswith(block_name(Anatomy(self.model).family, i, "")) for i in range(done)):
+                u, v = (torch.empty(shape, device="meta") for shape in ((layer.out_features, k), (k, layer.in_features)))
+                self.model.set_submodule(name, low_rank(layer, u, v))
+        for i in range(done):
+            self.forget(i)
+
+    def finish(self) -> bool:
+        if self.ranks:
+            record_edit(self.model, edit="low-rank", ranks=self.ranks)
+        return True
+
+
+class CompWalk(Walk):
+    """COMP: a first pass decides, then one sweep or more over the blocks that stay."""
+
+    def __init__(self, model, ids, ratio: float, settings: comp.Settings, batch: int, stream_of: Callable, note: dict):
+        self.dense, self.settings = model, settings
+        if note:
+            self.plan = comp.Plan(**note["plan"])
+        else:
+            comp.check(model, ratio, settings)
+            scores = layer_scores(model, ids, settings.layer_score, batch=batch)
+            self.plan = comp.decide(model, ids, scores, ratio, settings, batch=batch)
+        left = [n for i, n in enumerate(ffn_widths(model)) if i not in self.plan.drop]
+        self.blocks, self.number = len(left), 0
+        self.sweep = comp.first_sweep(self.plan, left, settings)
+        if note:
+            self.number = note["sweep"]
+            self.sweep.demands = [comp.Demand(**d) for d in note["demands"]]
+        self.start = lambda: comp.Walk(model, ids, self.plan, self.sweep, settings, batch=batch, stream_of=stream_of)
+        self.begin()
+
+    def begin(self) -> None:
+        self.walk = self.start()
+        self.model = self.walk.small
+        self.streams = [self.walk.student, *([self.walk.teacher] if self.walk.teacher else [])]
+
+    def approach(self, i: int) -> None:
+        self.walk.approach(i)
+
+    def step(self, i: int) -> None:
+        self.walk.step(i)
+
+    def note(self) -> dict:
+        results = [asdict(r) | {"keep": r.keep.tolist(), "scale": r.scale is not None} for r in self.sweep.results]
+        demands = [asdict(d) for d in self.sweep.demands]
+        return {"plan": asdict(self.plan), "sweep": self.number, "demands": demands, "results": results}
+
+    def recall(self, note: dict, done: int) -> None:
+        for block, facts in zip(self.walk.student.anatomy.blocks, note["results"][:done], strict=False):
+            keep = torch.tensor(facts["keep"])
+            scale = torch.ones(len(keep)) if facts["scale"] else None  # the multipliers are in the weights by now
+            result = comp.Pruned(**facts | {"keep": keep, "scale": scale})
+            comp.cut_result(self.walk.student.anatomy, block, result)
+            self.sweep.paid(result)
+
+    def finish(self) -> bool:
+        following = None
+        if self.number + 1 < self.settings.sweeps:
+            following = comp.next_sweep(self.sweep, self.number + 1, self.settings)
+        if following is None:
+            describe(self.model)
+            return True
+        self.sweep, self.number = following, self.number + 1
+        self.begin()
+        return False
+
+
+def _layers(statistic: Statistic, remake: Callable, model, ids, ratio, note, stream_of, batch, progress, *, pattern: str = ""):
+    return LayerWalk(model, ids, statistic, remake, sparsity(ratio, pattern), stream_of)
+
+
+def _svd_llm(
+    model, ids, ratio, note, stream_of, batch, progress, *, variant: str = "W", order: str = "original", allocation="uniform"
+):
+    if (variant, allocation) != ("W", "uniform"):
+        raise ValueError(
+            "svd-llm runs from disk with variant W and uniform allocation: others need the whole model before they cut"
+        )
+    return LowRankWalk(model, ids, ratio, order, stream_of, progress)
+
+
+def _comp(model, ids, ratio, note, stream_of, batch, progress, **settings):
+    return CompWalk(model, ids, ratio, comp.Settings(**settings), batch, stream_of, note)
+
+
+# SliceGPT is not here: a junction's rotation goes into two neighbouring blocks, its shortcut into a third module, and the first
+# and the last one into embeddings and head, so no block is finished when the walk leaves it. Rivals that rank all units of the
+# model together (FLAP, CFSP, FPT) would need a second pass that cuts.
+METHODS = {
+    "comp": _comp,
+    "svd-llm": _svd_llm,
+    "sparsegpt": partial(_layers, GRAM, sparsegpt.remake),
+    "wanda": partial(_layers, SQUARES, wanda.remake),
+}
+
+
+# --- the driver ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compress_on_disk(
+    source: str | Path,
+    out: str | Path,
+    ids: torch.Tensor,
+    method: str = "comp",
+    ratio: float = 0.2,
+    *,
+    tokenizer=None,
+    dtype: torch.dtype | None = None,
+    batch: int = 8,
+    hidden_on_disk: bool = False,
+    resume: bool = False,
+    facts: Callable[[nn.Module], dict] = lambda small: {},
+    progress: Callable[[str], None] | None = None,
+    **settings,
+) -> nn.Module:
+    """Compress the model in the folder `source` into the new folder `out`; returns its shapes, a model of meta tensors.
+
+    ids: calibration tokens [samples, length]. ratio and settings: those of the method in memory, whose result this is. dtype: of
+    the work and the result (default: the model's own). facts: what a record should say of the result. hidden_on_disk: map
+    the hidden states from files in the partial folder.
+    resume: save the hidden states behind every block; a run that was interrupted goes on behind the last finished one when
+    it is started again with the same arguments. `out` appears when it is complete: as a stock folder where the result is
+    stock, else as a checkpoint of this suite. Raises ValueError or FileExistsError before any long work.
+    """
+    source, out = Path(source).expanduser(), Path(out).expanduser()
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} does not run from disk: choose one of {', '.join(METHODS)}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
+    _return_freed_memory()
+    model = model_on_disk(source, dtype)
+    job = _job(source, ids, method, ratio, model.dtype, settings)
+    partial_folder = out.with_name(f".{out.name}.partial")
+    state = _open(partial_folder, job, resume)
+    try:
+        stream_of = partial(_stream, batch=batch, folder=partial_folder if hidden_on_disk else None)
+        walk = METHODS[method](model, ids, ratio, state.get("note", {}), stream_of, batch, progress, **settings)
+        done = _go_back(walk, partial_folder, state)
+        while True:
+            for i in range(done, walk.blocks):
+                _work(walk, partial_folder, i, resume)
+                if progress:
+                    progress(f"{method}: block {i + 1} of {walk.blocks} on disk")
+            if walk.finish():
+                break
+            done = 0
+        if (source / GENERATION).is_file():
+            shutil.copy(source / GENERATION, partial_folder)
+        _close(walk, model, partial_folder, tokenizer, facts(walk.model))
+        partial_folder.rename(out)
+    except BaseException:
+        if not resume:
+            shutil.rmtree(partial_folder, ignore_errors=True)
+        raise
+    return walk.model
+
+
+def _return_freed_memory() -> None:
+    """Let matrices that are dropped go back to the system at once, for the rest of the process.
+
+    glibc keeps freed pieces of up to 32 MB, the size of a matrix, to itself, where the next matrix may not fit: with a model of a
+    billion parameters 1.6 GB after twenty blocks, and 20 MB of them in use. Other systems have other allocators.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: larger pieces are mapped one by one
+
+
+def _stream(model: nn.Module, ids: torch.Tensor, *_, batch: int, folder: Path | None) -> ResidualStream:
+    if folder is None:
+        return ResidualStream(model, ids, batch=batch)
+    taken = len(list(folder.glob("stream-*.bin")))
+    return ResidualStream(model, ids, batch=batch, file=folder / f"stream-{taken}.bin")
+
+
+def _job(source: Path, ids: torch.Tensor, method: str, ratio: float, dtype: torch.dtype, settings: dict) -> dict:
+    """What a partial folder must have been made for, so that a run may go on in it."""
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.iterdir() if p.is_file())
+    tokens = hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+    job = {"model": str(source.resolve()), "files": files, "tokens": tokens, "samples": list(ids.shape), "method": method}
+    return json.loads(json.dumps(job | {"ratio": ratio, "dtype": str(dtype), "settings": settings}, default=str))
+
+
+def _open(folder: Path, job: dict, resume: bool) -> dict:
+    """Make the partial folder, or come back to it; returns the saved state, empty for a new one."""
+    if folder.exists() and not (resume and (folder / JOB).is_file()):
+        shutil.rmtree(folder)  # left over by a run that could not tidy up
+    if folder.exists():
+        earlier = json.loads((folder / JOB).read_text())
+        other = [name for name in job if earlier.get(name) != job[name]]
+        if other:
+            raise ValueError(
+                f"{folder} is an unfinished run with other {', '.join(other)}: remove it, choose another output folder, or start "
+                "with the arguments of that run"
+            )
+        for file in folder.glob("stream-*.bin"):
+            file.unlink()
+        return json.loads((folder / STATE).read_text()) if (folder / STATE).is_file() else {}
+    folder.mkdir(parents=True)
+    (folder / JOB).write_text(json.dumps(job))
+    return {}
+
+
+def _go_back(walk: Walk, folder: Path, state: dict) -> int:
+    """Bring a walk to where the saved state is; returns the number of finished blocks."""
+    done = state.get("done", 0)
+    if not done:
+        return 0
+    walk.recall(state["note"], done)
+    for i in range(done):
+        _settle(walk, folder, i)
+    for j, stream in enumerate(walk.streams):
+        stream.hidden.copy_(_read(str(folder / state["hidden"]), str(j)))
+    return done
+
+
+def _work(walk: Walk, folder: Path, i: int, resume: bool) -> None:
+    """One block: read, edit, write, drop; then what is needed to go on behind it."""
+    block = Anatomy(walk.model).blocks[i]
+    walk.approach(i)
+    with resident(block):
+        walk.step(i)
+        if broken := [name for name, p in block.named_parameters() if not finite(p)]:
+            raise ValueError(f"compressed weights {', '.join(broken)} of block {i} hold NaN or infinity: work in float32")
+        named = {f"{Anatomy(walk.model).family.blocks}.{i}.{n}": p for n, p in block.named_parameters()}
+        temporary = folder / "block.tmp"
+        write_tensors(temporary, named, named.items())
+        temporary.replace(folder / _shard(i + 1, walk))
+    _settle(walk, folder, i)
+    if resume:
+        _save_state(walk, folder, i + 1)
+
+
+def _settle(walk: Walk, folder: Path, i: int) -> None:
+    """From now on the weights of block i are those in the output folder."""
+    block, prefix = Anatomy(walk.model).blocks[i], f"{Anatomy(walk.model).family.blocks}.{i}."
+    places = {name: (str(folder / _shard(i + 1, walk)), prefix + name) for name, _ in block.named_parameters()}
+    block.stored = Stored(places, block.stored.dtype)
+
+
+def _save_state(walk: Walk, folder: Path, done: int) -> None:
+    """Hidden states first, then the state that names them, then the older ones go: whole at every moment."""
+    hidden = {str(j): stream.hidden for j, stream in enumerate(walk.streams)}
+    note = walk.note()
+    file = f"hidden-{note.get('sweep', 0)}-{done}.safetensors"
+    write_tensors(folder / file, hidden, hidden.items())
+    (folder / "state.tmp").write_text(json.dumps({"done": done, "hidden": file, "note": note}))
+    (folder / "state.tmp").replace(folder / STATE)
+    for old in folder.glob("hidden-*.safetensors"):
+        if old.name != file:
+            old.unlink()
+
+
+def _shard(number: int, walk: Walk) -> str:
+    return f"model-{number:05d}-of-{walk.blocks + 1:05d}.safetensors"
+
+
+def _close(walk: Walk, dense: nn.Module, folder: Path, tokenizer, provenance: dict) -> None:
+    """Copy what no method touched (embeddings, final norm, head), and write index or record, config and tokenizer."""
+    model, prefix = walk.model, f"{Anatomy(walk.model).family.blocks}."
+    model.tie_weights()
+    tensors = stored_tensors(model)
+    rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    write_tensors(folder / _shard(walk.blocks + 1, walk), rest, dense.stored.read(rest))
+    shards: dict[str, list[str]] = {_shard(number, walk): [] for number in range(1, walk.blocks + 2)}
+    for name in tensors:
+        block = int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else walk.blocks
+        shards[_shard(block + 1, walk)].append(name)
+    if getattr(model, "edits", None):
+        (folder / RECORD).write_text(json.dumps(record_of(model, tensors, shards, provenance), indent=1) + "\n")
+    else:
+        total = sum(value.numel() * value.element_size() for value in tensors.values())
+        places = {name: file for file, names in shards.items() for name in names}
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n")
+        model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.to_json_file(folder / CONFIG)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for pattern in ("stream-*.bin", "hidden-*.safetensors", STATE, JOB):
+        for file in folder.glob(pattern):
+            file.unlink()

@@ -1,0 +1,412 @@
+"""Structured AFR (Kobayashi et al., 2025): delete the FFN neurons whose weights have no effect that points anywhere.
+
+Every weight θ has two scores, gradient times weight: of the task's loss (SNIP) and of the summed mean singular values of the
+features (ReFer). The scores S_ij of the weights i of a neuron j are averaged *with their signs*, after values in the tails
+of a Gaussian mixture have been clipped, and the absolute value is taken of the mean: equation (4). SNIP and ReFer are then
+standardised over all neurons of the model and added, and every block loses the same share of its neurons.
+
+    vectors of scores -> one number per neuron -> standardise, add -> choose -> cut
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+from torch import nn
+
+from lib.papers import mixtures
+from lib.primitives.anatomy import half_names
+from lib.primitives.gradients import SCORES, stream
+from lib.primitives.losses import at_least_float32, next_token_loss
+from lib.primitives.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
+
+# Scores of the units of every block: [units] each.
+Blocks = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the paper leaves open, with the readings of this suite as defaults; `PRESETS` has others."""
+
+    aggregation: str = "absolute + GMM"  # see AGGREGATIONS
+    vector: str = "sum3"  # how the matrices' scores become those of a neuron; see VECTORS
+    accumulation: str = "sum_grad"  # see ACCUMULATIONS
+    scores: tuple[str, ...] = ("refer", "snip")
+    loss: str = "lm_shift"  # or "last_unshifted", the released code's
+    features: str = "projections"  # whose outputs ReFer decomposes; or "all", "mlp", "block"
+    view: str = "flat"  # how an output becomes a matrix; or "token", "batch", "l1"
+    z: str = "model"  # over what, or how, the two scores are standardised; see STANDARDS
+    stage: str = "neuron"  # or "weight_signed", "weight_abs": standardise and add the scores of weights, then aggregate
+    snip_power: int = 1
+    batch: int = 1  # sequences per backward pass; what `per_sample` takes for a sample
+    checkpointing: bool = False
+
+    def __post_init__(self):
+        known_values = {
+            "aggregation": AGGREGATIONS, "vector": VECTORS, "accumulation": ACCUMULATIONS, "z": STANDARDS, "stage": STAGES,
+            "snip_power": (1, 2),
+        }  # fmt: skip
+        for name, known in known_values.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(map(str, known))}")
+        if self.stage != "neuron" and (self.accumulation == "per_sample" or self.snip_power != 1 or self.z != "model"):
+            raise ValueError(f"stage {self.stage} standardises summed weight scores: use sum_grad, z 'model' and SNIP power 1")
+
+    def streaming(self) -> dict:
+        """The settings of the backward passes."""
+        return {name: getattr(self, name) for name in ("scores", "loss", "features", "view", "batch", "checkpointing")}
+
+
+# --- from weights to neurons: x [units, m] -> [units] ---------------------------------------------------------------------
+#
+# `clip` gives the vectors clipped by their mixtures, computed when first asked for and shared by the two that need it.
+
+AGGREGATIONS: dict[str, Callable] = {
+    "simple mean": lambda x, clip: x.abs().mean(1),  # equation (2)
+    "absolute only": lambda x, clip: x.mean(1).abs(),
+    "GMM only": lambda x, clip: clip().abs().mean(1),
+    "absolute + GMM": lambda x, clip: clip().mean(1).abs(),  # equation (4), the proposal
+    # Controls: is the mixture needed?
+    "absolute + winsor": lambda x, clip: mixtures.winsorised(x).mean(1).abs(),  # 1 % at each end
+    "absolute + trim": lambda x, clip: mixtures.trimmed_mean(x).abs(),  # 2 % at each end are left out
+}
+PAPER = ("simple mean", "absolute only", "GMM only", "absolute + GMM")  # Table 2
+
+
+def aggregate(x: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Each named aggregation of the score vectors x [parts, units, m]: [units], summed over the parts."""
+    parts, units, m = x.shape
+    flat = x.reshape(parts * units, m)
+    clip = functools.cache(lambda: mixtures.clipped(flat))
+    return {name: AGGREGATIONS[name](flat, clip).view(parts, units).sum(0) for name in names}
+
+
+# The maps of a block's matrices, laid out as [units, weights of one matrix], readers first -> [parts, units, m]. The readers
+# and the writer of an FFN neuron all connect it to the d dimensions of the stream, so they can be added entry by entry.
+VECTORS: dict[str, Callable] = {
+    "sum3": lambda maps: sum(maps[1:], maps[0])[None],  # m = d; the authors' code, whose extremes the paper's Figure 2 shows
+    "pooled": lambda maps: torch.cat(maps, 1)[None],  # m = 3 d
+    "per_matrix": lambda maps: torch.stack(maps),  # aggregate each matrix, then add
+    "down_only": lambda maps: maps[-1][None],
+}
+# sum_grad: add up the signed scores of all sequences, then aggregate once; per_sample: aggregate each sequence's, then add up;
+# one_sample: use the first sequence only.
+ACCUMULATIONS = ("sum_grad", "per_sample", "one_sample")
+
+
+def stream_vectors(
+    model: nn.Module,
+    ids: torch.Tensor,
+    take: Callable[[str, int, torch.Tensor], None],
+    settings: Settings,
+    half: str = "mlp",
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Call `take(score, block, x [parts, units, m])` with signed score vectors, batch by batch and block by block.
+
+    One block's vectors are in memory at a time. Biases of the readers are left out. half `attention`: units are key-value
+    groups, whose matrices differ in shape: their scores are pooled, whatever `vector` says.
+    """
+    names = half_names(model, half)
+    place = {name: (block, i) for block, part in enumerate(names) for i, name in enumerate(part)}
+    units = ffn_widths(model) if half == "mlp" else kv_groups(model)
+    combine = VECTORS[settings.vector if half == "mlp" else "pooled"]
+    waiting: dict[int, dict[int, torch.Tensor]] = {}
+
+    def collect(score: str, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        block, i = place[name]
+        product = at_least_float32(weight) * at_least_float32(gradient)
+        if i == len(names[block]) - 1:
+            product = product.T  # a unit is a set of columns of the writer
+        waiting.setdefault(block, {})[i] = product.reshape(units[block], -1)
+        if len(waiting[block]) == len(names[block]):
+            maps = waiting.pop(block)
+            take(score, block, combine([maps[i] for i in sorted(maps)]))
+
+    stream(model, ids, [name for part in names for name in part], collect, progress=progress, **settings.streaming())
+
+
+def summed_vectors(
+    model: nn.Module, ids: torch.Tensor, settings: Settings, half: str = "mlp", progress: Callable | None = None
+) -> dict[str, Blocks]:
+    """Signed scores S summed over the sequences, {score: [parts, units, m] of every block}.
+
+    With `sum3` they hold a third of the FFN weights for each score, in float32.
+    """
+    totals: dict[str, list] = {score: [None] * len(half_names(model)) for score in settings.scores}
+
+    def take(score: str, block: int, x: torch.Tensor) -> None:
+        known = totals[score][block]
+        totals[score][block] = x if known is None else known.add_(x)
+
+    used = ids[:1] if settings.accumulation == "one_sample" else ids
+    stream_vectors(model, used, take, settings, half, progress)
+    return totals
+
+
+def neuron_scores(
+    model: nn.Module,
+    ids: torch.Tensor,
+    aggregations: Sequence[str] = PAPER,
+    settings: Settings | None = None,
+    *,
+    half: str = "mlp",
+    vectors: dict[str, Blocks] | None = None,
+    progress: Callable | None = None,
+) -> dict[str, dict[str, Blocks]]:
+    """{aggregation: {score: [units] of every block}}, all of them from one run over the calibration set.
+
+    ids: [samples, tokens]. vectors: those of `summed_vectors` under the same settings, where they are at hand already.
+    Raises ValueError for unknown aggregations, and what `lib.primitives.gradients.stream` raises.
+    """
+    settings = settings or Settings()
+    for name in aggregations:
+        if name not in AGGREGATIONS:
+            raise ValueError(f"unknown aggregation {name!r}: choose one of {', '.join(AGGREGATIONS)}")
+    scores = settings.scores if settings.stage == "neuron" else ("afr",)
+    found = {name: {score: [0.0] * len(half_names(model)) for score in scores} for name in aggregations}
+
+    def add(score: str, block: int, x: torch.Tensor) -> None:
+        for name, value in aggregate(x, aggregations).items():
+            found[name][score][block] = found[name][score][block] + value
+
+    if settings.accumulation == "per_sample":
+        stream_vectors(model, ids, add, settings, half, progress)
+        return found
+    vectors = vectors or summed_vectors(model, ids, settings, half, progress)
+    vectors = STAGES[settings.stage](vectors)
+    for score in list(vectors):
+        for block, x in enumerate(vectors[score]):
+            add(score, block, x)
+    return found
+
+
+# --- adding the two scores -----------------------------------------------------------------------------------------------
+
+
+def standardise(values: Blocks) -> Blocks:
+    """(v - mean) / std over all blocks together; zeros where all values are equal."""
+    flat = torch.cat([v.flatten() for v in values]).double()
+    mean, std = flat.mean().item(), flat.std(correction=0).item()
+    return [(v - mean) / std if std > 0 else torch.zeros_like(v) for v in values]
+
+
+def _robust(values: Blocks) -> Blocks:
+    flat = torch.cat(values).double()
+    low, median, high = (flat.quantile(q).item() for q in (0.25, 0.5, 0.75))
+    spread = high - low
+    return [(v - median) / spread if spread > 0 else torch.zeros_like(v) for v in values]
+
+
+def _ranks(values: Blocks) -> Blocks:
+    flat = torch.cat(values)
+    ranks = flat.argsort(stable=True).argsort().to(flat) / len(flat)
+    return list(ranks.split([len(v) for v in values]))
+
+
+STANDARDS: dict[str, Callable[[Blocks], Blocks]] = {
+    "model": standardise,  # Z of equation (1), over all neurons of the model as in the released code
+    "block": lambda values: [standardise([v])[0] for v in values],
+    "robust": _robust,  # median and quartiles
+    "rank": _ranks,
+}
+
+
+def combine(parts: dict[str, Blocks], z: str = "model", snip_power: int = 1) -> Blocks:
+    """The AFR score [units] of every block: the scores in `parts`, each standardised, added.
+
+    snip_power: exponent of SNIP before it is standardised; 2 in the authors' later code.
+    """
+    powered = {name: [v**snip_power for v in values] if name == "snip" else values for name, values in parts.items()}
+    standard = [STANDARDS[z](values) for values in powered.values()]
+    return [sum(blocks[1:], blocks[0]) for blocks in zip(*standard, strict=True)]
+
+
+def _added(vectors: dict[str, Blocks], magnitude: bool) -> dict[str, Blocks]:
+    """Equation (1) taken by its letter: standardise the scores of the *weights* over the whole model and add them."""
+    standard = [standardise([v.abs() for v in values] if magnitude else values) for values in vectors.values()]
+    return {"afr": [sum(parts[1:], parts[0]) for parts in zip(*standard, strict=True)]}
+
+
+STAGES: dict[str, Callable[[dict[str, Blocks]], dict[str, Blocks]]] = {
+    "neuron": lambda vectors: vectors,
+    "weight_signed": functools.partial(_added, magnitude=False),
+    "weight_abs": functools.partial(_added, magnitude=True),
+}
+
+# --- the method ----------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "paper": Settings(),
+    # What the authors released in October 2025: one sequence, every module a feature, no clipping.
+    "code_2025_10": Settings("absolute only", accumulation="one_sample", loss="last_unshifted", features="all"),
+    # And in February 2026: all sequences, 2 % of the scores left out at each end, SNIP squared.
+    "code_2026_02": Settings("absolute + trim", accumulation="per_sample", loss="last_unshifted", snip_power=2),
+}
+ALLOCATIONS = {"uniform": uniform, "global": globally}  # global is the paper's future work, not its method
+
+
+def settings_of(preset: str = "paper", **changes) -> Settings:
+    """A preset with some settings changed. Raises ValueError for names or values that do not exist."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    known = [field.name for field in fields(Settings)]
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"unknown setting {name!r} of AFR: choose one of {', '.join(known)}")
+    return replace(PRESETS[preset], **changes)
+
+
+def scores(
+    model: nn.Module,
+    ids: torch.Tensor,
+    aggregations: Sequence[str] = PAPER,
+    *,
+    preset: str = "paper",
+    half: str = "mlp",
+    progress: Callable | None = None,
+    **changes,
+) -> dict[str, Blocks]:
+    """The AFR score of every neuron under several aggregations, {aggregation: [f] of every block}, from one scoring run.
+
+    They serve every ratio: `lib.primitives.structured.uniform(scores, ratio)` chooses, `remove_neurons` cuts. changes: fields of
+    `Settings`. half `attention` scores key-value groups instead, which the paper leaves alone.
+    """
+    settings = settings_of(preset, **changes)
+    found = neuron_scores(model, ids, aggregations, settings, half=half, progress=progress)
+    return {name: combine(parts, settings.z, settings.snip_power) for name, parts in found.items()}
+
+
+def scores_under(model: nn.Module, ids: torch.Tensor, wanted: Mapping[str, Settings]) -> dict[str, Blocks]:
+    """The AFR score of every neuron under several settings, {name: [f] of every block}.
+
+    What `scores` would give for each alone; settings that differ only in what follows the backward passes share these.
+    """
+    together: dict[Settings, dict[str, Settings]] = defaultdict(dict)
+    for name, s in wanted.items():
+        common = replace(s, aggregation=PAPER[0], scores=SCORES, z="model", stage="neuron", snip_power=1)
+        together[common][name] = s
+    found = {}
+    for common, members in together.items():
+        needed = replace(common, scores=tuple(dict.fromkeys(score for s in members.values() for score in s.scores)))
+        if common.accumulation == "per_sample":
+            every = neuron_scores(model, ids, list({s.aggregation for s in members.values()}), needed)
+            parts = {name: {score: every[s.aggregation][score] for score in s.scores} for name, s in members.items()}
+        else:
+            vectors = summed_vectors(model, ids, needed)
+            parts = {}
+            for name, s in members.items():
+                own = {score: vectors[score] for score in s.scores}
+                parts[name] = neuron_scores(model, ids, [s.aggregation], s, vectors=own)[s.aggregation]
+        found |= {name: combine(parts[name], s.z, s.snip_power) for name, s in members.items()}
+    return {name: found[name] for name in wanted}
+
+
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    *,
+    preset: str = "paper",
+    allocation: str = "uniform",
+    progress: Callable | None = None,
+    **changes,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model) as `prune` makes it, from one scoring run for all ratios; the given model stays intact.
+
+    Raises ValueError, before any long work, for ratios and settings that cannot be used.
+    """
+    settings, choose = settings_of(preset, **changes), _allocation(allocation)
+    for ratio in ratios:
+        choose([torch.zeros(n) for n in ffn_widths(model)], ratio)
+
+    def run() -> Iterator[tuple[float, nn.Module]]:
+        found = scores(model, ids, (settings.aggregation,), progress=progress, **asdict(settings))[settings.aggregation]
+        for ratio in ratios:
+            yield ratio, remove_neurons(model, choose(found, ratio))
+
+    return run()
+
+
+def _allocation(name: str) -> Callable:
+    if name not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {name!r}: choose one of {', '.join(ALLOCATIONS)}")
+    return ALLOCATIONS[name]
+
+
+def prune(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratio: float,
+    *,
+    preset: str = "paper",
+    allocation: str = "uniform",
+    protect: Sequence[int] = (),
+    attention: float = 0.0,
+    inplace: bool = False,
+    progress: Callable | None = None,
+    **changes,
+) -> nn.Module:
+    """A model without a share `ratio` of its FFN neurons, chosen by Structured AFR. The given one stays intact.
+
+    ids: calibration tokens [samples, length]; ratio: share of the neurons of every block, ρ of the paper, so the model as a
+    whole loses less. preset and changes: see `Settings`. Our extras: allocation `global` puts one threshold over all blocks
+    (the paper's future work); `protect` names blocks that stay whole; `attention` removes that share of key-value groups too.
+    The result is a stock architecture where all blocks are equally wide. Raises ValueError before any long work.
+    """
+    settings = settings_of(preset, **changes)
+    choose = _allocation(allocation)
+    if protect and allocation != "uniform":
+        raise ValueError("one threshold over all blocks does not know protected ones: use allocation 'uniform'")
+    options = {"protect": protect} if allocation == "uniform" else {}
+    choose = functools.partial(choose, **options)
+    for share, sizes in ((ratio, ffn_widths(model)), (attention, kv_groups(model) if attention else [1])):
+        choose([torch.zeros(n) for n in sizes], share)  # a share that leaves nothing should fail now
+    name, chosen = settings.aggregation, {}
+    for half, share in (("mlp", ratio), ("attention", attention)):
+        if share:
+            found = scores(model, ids, (name,), half=half, progress=progress, **asdict(settings))[name]
+            chosen[half] = choose(found, share)
+    small = remove_neurons(model, chosen.get("mlp", [None] * len(ffn_widths(model))), inplace=inplace)
+    return remove_groups(small, chosen["attention"], inplace=True) if attention else small
+
+
+# --- is the premise true? -------------------------------------------------------------------------------------------------
+
+
+def consistency(x: torch.Tensor) -> torch.Tensor:
+    """How much the scores of a neuron agree in sign, |Σ S| / Σ |S| in [0, 1], for vectors x [units, m]; 0 where all are 0."""
+    total = x.abs().sum(1)
+    return x.sum(1).abs() / torch.where(total > 0, total, 1)
+
+
+@torch.no_grad()
+def deletion_losses(model: nn.Module, ids: torch.Tensor, neurons: Sequence[Sequence[int]]) -> Blocks:
+    """True change of the mean next-token loss when one neuron alone is deleted: what a score stands in for.
+
+    ids: [samples, tokens]; neurons: for every block those to try, one forward pass each. Result: [neurons of the block] each,
+    float64.
+    """
+
+    def loss() -> torch.Tensor:
+        return next_token_loss(
+            model(input_ids=ids.to(model.device), use_cache=False).logits, ids.to(model.device)
+        ).double() / len(ids)
+
+    dense, found = loss(), []
+    for names, chosen in zip(half_names(model), neurons, strict=True):
+        writer, changes = model.get_submodule(names[-1]), []
+        for j in chosen:
+            hook = writer.register_forward_pre_hook(
+                lambda _, inputs, j=j: (inputs[0].index_fill(-1, torch.tensor(int(j), device=model.device), 0),)
+            )
+            try:
+                changes.append(loss() - dense)
+            finally:
+                hook.remove()
+        found.append(torch.stack(changes))
+    return found

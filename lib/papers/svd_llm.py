@@ -1,0 +1,332 @@
+"""SVD-LLM (Wang et al., arXiv 2403.07378): replace each matrix by the best product of two for its real inputs.
+
+For inputs X with Gram matrix G = X Xᵀ = S Sᵀ the rank-k matrix nearest to W in ‖(W - W')X‖ comes from the singular value
+decomposition of W S, and its loss is exactly the root of the sum of squares of the dropped singular values. The paper
+writes W' = U_k Σ_k V_kᵀ S⁻¹. We use the same matrix in the form U_k U_kᵀ W, which needs no inverse and holds for any G.
+
+Two questions that the paper answers in one way are settings here. `order`: inputs are those of the dense model
+("original", the paper) or of the part already compressed ("compressed"). `variant`: "W" truncates; "W+U" then refits the
+left factors to drifted inputs (the paper's first version); "U" truncates by plain SVD and refits. The current paper's
+update, adapters on the factors (`recover_factors`), starts from any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lib.primitives.anatomy import Anatomy, shared_inputs
+from lib.primitives.calibration import ResidualStream, check_calibration
+from lib.primitives.finetune import LoRA, Recovered, recover
+from lib.primitives.linalg import add_gram, decompose_outputs, eigenvalue_roots, refit, root_of, singular_values
+from lib.primitives.low_rank import (
+    Ranks,
+    allocate_by_type,
+    block_name,
+    factor,
+    kept_share,
+    largest,
+    matrices,
+    narrowed,
+    nested,
+    projected,
+    put,
+    rank_for,
+    uniform_ranks,
+)
+from lib.primitives.surgery import LowRankLinear, low_rank, shell
+
+VARIANTS = ("W", "W+U", "U")
+ORDERS = ("original", "compressed")
+ALLOCATIONS = ("uniform", "loss")
+# The released script, for 7 billion parameters and 50,000 instructions; a round there is three passes, about 2,300 steps.
+LORA = LoRA(
+    rank=8, alpha=16, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, warmup=100, batch=64, evaluate_every=100
+)  # fmt: skip
+
+
+class Grams(NamedTuple):
+    """Gram matrices of a block in float64; whoever uses one takes it out, so that its memory is free again."""
+
+    inputs: dict[tuple[str, ...], torch.Tensor]  # names of the matrices that share an input -> XXᵀ [n, n]
+    outputs: dict[str, torch.Tensor]  # name of a matrix that is judged by its outputs -> WXXᵀWᵀ [m, m]
+
+
+# --- statistics --------------------------------------------------------------------------------------------------------
+
+
+def block_grams(stream: ResidualStream, block: int, advance: bool = False, outputs: bool = False) -> Grams:
+    """The Gram matrix of every distinct input in a block, from the stream where it stands.
+
+    q, k and v share one, and so do gate and up. outputs: for matrices judged `by_outputs` take that of Wx, [m, m], instead: all
+    that truncation has to know, and in a down_proj a fraction of the work and memory. Raises ValueError, naming the module,
+    for activations that are not finite.
+    """
+    family, module = stream.anatomy.family, stream.anatomy.blocks[block]
+    found, inputs, results = Grams({}, {}), {}, {}
+
+    def zeros(n: int) -> torch.Tensor:
+        return torch.zeros(n, n, dtype=torch.float64, device=stream.device)
+
+    for group in shared_inputs(family):
+        layers, names = [module.get_submodule(name) for name in group], [block_name(family, block, name) for name in group]
+        if outputs and by_outputs(layers):
+            gram = found.outputs[names[0]] = zeros(layers[0].out_features)
+            results[group[0]] = partial(add_output_gram, gram, layers[0])
+        else:
+            gram = found.inputs[tuple(names)] = zeros(layers[0].in_features)
+            inputs[group[0]] = partial(add_gram, gram)
+    stream.observe(block, inputs, advance, results=results)
+    for name, gram in [*((names[0], gram) for names, gram in found.inputs.items()), *found.outputs.items()]:
+        if not torch.isfinite(gram.sum()):
+            raise ValueError(f"the activations of {name} hold NaN or infinity: load the model in float32 or bfloat16")
+    return found
+
+
+def by_outputs(layers: Sequence[nn.Linear]) -> bool:
+    """Whether the outputs say all that truncation must know: an input of one matrix alone, which does not widen it."""
+    return len(layers) == 1 and layers[0].out_features <= layers[0].in_features
+
+
+def add_output_gram(total: torch.Tensor, layer: nn.Linear, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Add Wx(Wx)ᵀ of all tokens to `total` [m, m], without the bias. x: [tokens, n], y: [tokens, m], as they go in and out.
+
+    The products are float64. Large models have a few tokens with one channel a thousand times and more above the others
+    (massive activations). In XXᵀ that stays in its row and column; W spreads it over all of y.
+    """
+    if y.dtype in (torch.float16, torch.bfloat16):  # rounded more coarsely than the small singular values bear
+        y = nn.functional.linear(x.float(), layer.weight.float())
+    elif layer.bias is not None:
+        y = y - layer.bias
+    add_gram(total, y, products=torch.float64)
+
+
+def roots(
+    grams: dict[tuple[str, ...], torch.Tensor], report: Callable[[str], None] | None = None
+) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """A root of each Gram matrix, which is given up for it; says where a ridge was needed."""
+    for names in list(grams):
+        root, ridge = root_of(grams.pop(names))
+        if ridge and report:
+            report(f"the inputs of {names[0]} do not span its channels: relative ridge {ridge:.0e}")
+        yield names, root
+
+
+def original_grams(stream_of: Callable[[nn.Module], ResidualStream], model: nn.Module, outputs: bool = False) -> Iterator[Grams]:
+    """The `block_grams` of the dense model, block by block."""
+    stream = stream_of(model)
+    last = len(stream.anatomy.blocks) - 1
+    for block in range(last + 1):
+        yield block_grams(stream, block, block < last, outputs)
+
+
+def original_roots(
+    stream_of: Callable[[nn.Module], ResidualStream], model: nn.Module, report: Callable[[str], None] | None = None
+) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """Roots of every distinct input of the dense model in order, with one block's matrices in memory."""
+    for grams in original_grams(stream_of, model):
+        yield from roots(grams.inputs, report)
+
+
+def spectra(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8) -> dict[str, torch.Tensor]:
+    """Singular values [min(m, n)] of W X for every matrix of the dense model: what truncation to any rank would lose."""
+    dense, found = matrices(model), {}
+    for grams in original_grams(lambda network: ResidualStream(network, ids, mask, batch), model, outputs=True):
+        found |= {name: eigenvalue_roots(grams.outputs.pop(name)) for name in list(grams.outputs)}
+        for names, root in roots(grams.inputs):
+            found |= {name: singular_values(dense[name].weight.detach(), root) for name in names}
+    return {name: found[name] for name in dense}
+
+
+def working_bytes(model: nn.Module, ratio: float) -> int:
+    """Memory that truncation at a ratio needs beside model, residual buffer and result: the peak of a block, in float64.
+
+    First the Gram matrices of the whole block, while those of outputs [m, m] are used up; then those of inputs [n, n], one
+    after another, for a root each (`truncated_block`). An eigenproblem of size s takes 3 s² beside its matrix: the vectors, and
+    LAPACK's own 2 s². What is left out: matrices whose rank the data does not determine, activations of a batch. Counted on
+    shapes, so a meta model will do. Raises ValueError at ratio 0, where nothing is truncated.
+    """
+    anatomy = Anatomy(model)
+    groups = [[anatomy.blocks[0].get_submodule(name) for name in group] for group in shared_inputs(anatomy.family)]
+    judged = [tuple(group[0].weight.shape) for group in groups if by_outputs(group)]
+    rooted = [[tuple(layer.weight.shape) for layer in group] for group in groups if not by_outputs(group)]
+    rest = sum(group[0][1] ** 2 for group in rooted)
+    held, peaks = rest + sum(m * m for m, _ in judged), []
+
+    def factors(m: int, n: int) -> int:
+        k = rank_for(m, n, ratio)
+        return m * n + k * (m + n)  # W in float64, the basis, and what projecting on it gives
+
+    for m, n in judged:
+        peaks += [held + 3 * m * m, held - m * m + factors(m, n)]
+        held -= m * m
+    for group in rooted:
+        for m, n in group:  # the root has taken the place of its Gram matrix
+            small = min(m, n)
+            vectors = small**2 + m * rank_for(m, n, ratio) if m > n else 0
+            peaks += [held + 2 * m * n, held + m * n + max(4 * small**2, vectors), held + factors(m, n)]
+        peaks.append(held + group[0][1] ** 2)
+        held -= group[0][1] ** 2
+    return 8 * max(peaks)
+
+
+# --- the method --------------------------------------------------------------------------------------------------------
+
+
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    *,
+    variant: str = "W",
+    order: str = "original",
+    allocation: str = "uniform",
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[tuple[float, nn.Module]]:
+    """Compress a model at several ratios; yields (ratio, model), each the same function as a run of its own.
+
+    ids: calibration tokens [samples, length]; mask: 1 for real tokens. ratios: share R of the matrices' parameters to remove,
+    0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss for each type of
+    matrix (`allocate_by_type`), which takes a pass and a decomposition more. The dense model is read only, and so
+    are the results, which share tensors with it. Original order: one pass and one decomposition of each matrix for all
+    ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
+    """
+    for name, value, known in (
+        ("variant", variant, VARIANTS), ("order", order, ORDERS), ("allocation", allocation, ALLOCATIONS),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    if order == "compressed" and variant != "W":
+        raise ValueError(
+            f"variant {variant} refits to drifted inputs, but order 'compressed' has truncated for those very inputs already: "
+            "use order 'original', or variant W"
+        )
+    for ratio in ratios:
+        kept_share(ratio)
+    check_calibration(Anatomy(model), ids, mask)
+    dense = matrices(model)
+    if allocation == "loss":
+        found = spectra(model, ids, mask, batch)
+        plans = [allocate_by_type(model, found, ratio) for ratio in ratios]
+    else:
+        plans = [uniform_ranks(model, ratio) for ratio in ratios]
+
+    def stream_of(network: nn.Module) -> ResidualStream:
+        return ResidualStream(network, ids, mask, batch)
+
+    if order == "compressed":
+        fit = partial(truncated_block, dense, progress)
+        return _through_compressed(model, stream_of, fit, ratios, plans, progress, outputs=True)
+    if variant == "U":
+        fit = partial(factor, dense, [([name], None) for name in dense], progress=progress)
+    else:
+        fit = partial(truncated, dense, original_grams(stream_of, model, outputs=True), progress)
+    if variant == "W":
+        return nested(model, fit, ratios, plans)
+    return _refitted(model, stream_of, fit, ratios, plans, progress)
+
+
+def _refitted(model, stream_of, fit, ratios, plans, progress):
+    dense, factors = matrices(model), fit(largest(plans))
+    yield from _through_compressed(model, stream_of, partial(refitted_block, dense, factors, progress), ratios, plans, progress)
+
+
+def _through_compressed(
+    model: nn.Module,
+    stream_of: Callable[[nn.Module], ResidualStream],
+    fit: Callable[[Grams, Ranks], dict[str, LowRankLinear]],
+    ratios: Sequence[float],
+    plans: Sequence[Ranks],
+    progress: Callable[[str], None] | None,
+    outputs: bool = False,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model) for every plan, block after block: measure the dense block's inputs behind compressed ones, fit, replace.
+
+    `fit` makes the two-factor layers of a block from its Gram matrices, which `block_grams` takes of `outputs` or not.
+    """
+    for ratio, ranks in zip(ratios, plans, strict=True):
+        small, layers = shell(model), {}
+        if ranks:
+            stream = stream_of(small)
+            for block in range(len(stream.anatomy.blocks)):
+                fitted = fit(block_grams(stream, block, outputs=outputs), ranks)
+                for name, layer in fitted.items():
+                    small.set_submodule(name, layer)
+                layers |= fitted
+                stream.advance_block(block)
+                if progress:
+                    progress(f"{ratio:.0%}: compressed layer {block + 1} of {len(stream.anatomy.blocks)}")
+        yield ratio, put(small, layers)
+
+
+def truncated_block(dense: dict[str, nn.Linear], report: Callable | None, grams: Grams, ranks: Ranks) -> dict[str, LowRankLinear]:
+    """Layers of a block truncated for what was measured; the Gram matrices are given up for them, those of outputs first."""
+    found = {}
+    for name in [name for name in grams.outputs if name in ranks]:
+        basis, determined = decompose_outputs(dense[name].weight.detach(), grams.outputs.pop(name), ranks[name])
+        found[name] = projected(dense[name], basis)
+        del basis
+        if determined < ranks[name] and report:
+            report(f"the inputs of {name} determine {determined} of {ranks[name]} directions: plain SVD ranks the others")
+    grams.outputs.clear()
+    return found | factor(dense, roots(grams.inputs, report), ranks)
+
+
+def truncated(
+    dense: dict[str, nn.Linear], measured: Iterable[Grams], progress: Callable[[str], None] | None, ranks: Ranks
+) -> dict[str, LowRankLinear]:
+    """Layers of all blocks truncated for the inputs that were measured, block by block."""
+    found = {}
+    for grams in measured:
+        found |= truncated_block(dense, progress, grams, ranks)
+        if progress:
+            progress(f"factored {len(found)} of {len(ranks)} matrices")
+    return found
+
+
+def refitted_block(
+    dense: dict[str, nn.Linear], factors: dict[str, LowRankLinear], report: Callable | None, grams: Grams, ranks: Ranks
+) -> dict[str, LowRankLinear]:
+    """Layers of a block with given right factors and the left factors that fit the measured inputs best (variant W+U, U)."""
+    found = {}
+    for names, root in roots(grams.inputs, report):
+        for name in names:
+            if name in ranks:
+                layer = narrowed(factors[name], ranks[name])
+                u = refit(dense[name].weight.detach(), layer.u.weight.detach(), layer.v.weight.detach(), root)
+                found[name] = low_rank(dense[name], u, layer.v.weight)
+    return found
+
+
+def compress_model(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+    """Compress a model at one ratio; `settings` are those of `sweep`."""
+    return next(sweep(model, ids, [ratio], **settings))[1]
+
+
+def recover_factors(
+    model: nn.Module,
+    ids: torch.Tensor,
+    settings: LoRA,
+    order: Sequence[str] = ("u", "v"),
+    validation: torch.Tensor | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Recovered]:
+    """Fine-tune the factors of a compressed model in rounds, each merged before the next; one result per round.
+
+    order: the factors that each round trains. ("u", "v") and ("v", "u") are the paper's sequential update, in which a
+    factor is fixed while the other learns; ("uv",) trains both at once. Ranks and shapes stay. ids, settings, validation:
+    those of `recover`, once per round. The model given stays as it is; so do matrices that are dense. Raises
+    ValueError before any work for rounds that name no factor and for models without factors. Source: SVD-LLM, section 3.2.
+    """
+    if not order or any(not part or set(part) - {"u", "v"} for part in order):
+        raise ValueError(f'{order!r} are no rounds over factors: use ("u", "v"), ("v", "u"), or ("uv",) for both at once')
+    rounds = []
+    for part in order:
+        rounds.append(recover(rounds[-1].model if rounds else model, ids, settings, tuple(part), validation, progress))
+    return rounds

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the anatomy of models, surgery, calibration, linear algebra, structured and low-rank edits."""

@@ -1,0 +1,267 @@
+"""Gradient scores of weights, streamed: every gradient is used and freed the moment the backward pass has made it.
+
+Two scalars are differentiated: the loss (SNIP) and the summed mean singular values of the features that layers put out
+(ReFer). A hook on each requested matrix W takes its gradient g, hands both on and drops g, so the gradients of one matrix
+are in memory at a time, never those of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import check_calibration
+from lib.primitives.losses import LOSSES, at_least_float32
+
+# What a score is the gradient of: SNIP of the loss, ReFer of the features.
+SCORES = ("refer", "snip")
+
+
+# --- scalars to differentiate --------------------------------------------------------------------------------------------
+
+
+# Below this share of the largest one, an eigenvalue of a float64 Gram matrix is rounding error.
+RANK_TOLERANCE = 1e-13
+
+
+class _MeanSingularValue(torch.autograd.Function):
+    """With G = YYᵀ = Q diag(w) Qᵀ: mean √w, and its gradient Q diag(w^-½) QᵀY / n. No vectors of Y, no 1 / (σ_i² - σ_j²)."""
+
+    @staticmethod
+    def forward(ctx, y: torch.Tensor) -> torch.Tensor:
+        wide = y.detach().double()
+        ctx.tall = y.shape[0] > y.shape[1]
+        gram = wide.T @ wide if ctx.tall else wide @ wide.T
+        if not torch.isfinite(gram).all():
+            raise ValueError("features hold NaN or infinity: score the model in float32 or bfloat16")
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.clamp(min=max(values[-1].item() * RANK_TOLERANCE, torch.finfo(torch.float64).tiny))
+        root = (vectors * values.rsqrt()) @ vectors.T / len(values)
+        ctx.save_for_backward(y, root)
+        return values.sqrt().mean()
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor) -> torch.Tensor:
+        y, root = ctx.saved_tensors
+        wide = y.double()
+        return (upstream * (wide @ root if ctx.tall else root @ wide)).to(y.dtype)
+
+
+def mean_singular_value(y: torch.Tensor) -> torch.Tensor:
+    """Mean of the min(r, c) singular values of a matrix [r, c], as a differentiable float64 scalar.
+
+    Repeated singular values are no problem, and directions of no energy get no gradient: values below √1e-13 of the
+    largest are lifted to it. ReFer, as equation (1) of Structured AFR writes it.
+    """
+    return _MeanSingularValue.apply(y)
+
+
+# How the output [b, t, c] of a layer becomes matrices. The released code calls with one sequence and lays everything in one
+# row, which makes the "mean singular value" the norm ‖Y‖; the words of the paper suggest tokens x channels.
+VIEWS = {
+    "flat": lambda y: sum(mean_singular_value(one.reshape(1, -1)) for one in y),
+    "token": lambda y: sum(mean_singular_value(one) for one in y),
+    "batch": lambda y: mean_singular_value(y.flatten(1)),
+    "l1": lambda y: y.abs().sum(dtype=torch.float64),
+}
+
+
+def feature_modules(model: nn.Module, features: str) -> list[nn.Module]:
+    """The modules whose outputs are ReFer's features.
+
+    `projections`: all matrices of the MLPs (the paper's later code); `all`: every module but the model itself and its
+    containers (the earlier code); `mlp`: what each MLP writes; `block`: what each block returns.
+    """
+    anatomy = Anatomy(model)
+    mlp = anatomy.family.mlp
+    if features == "projections":
+        return [block.get_submodule(name) for block in anatomy.blocks for name in (*mlp.readers, mlp.writer)]
+    if features == "all":
+        return [module for module in model.modules() if module is not model and not isinstance(module, nn.ModuleList)]
+    if features == "mlp":
+        return [block.get_submodule(mlp.writer) for block in anatomy.blocks]
+    if features == "block":
+        return list(anatomy.blocks)
+    raise ValueError(f"unknown features {features!r}: choose one of projections, all, mlp, block")
+
+
+@contextlib.contextmanager
+def _collecting(modules: Sequence[nn.Module], view: Callable, shape: torch.Size) -> Iterator[Callable[[], torch.Tensor]]:
+    """Within the `with`, modules add up the scalars of their outputs until the function that is yielded takes the sum.
+
+    Later forward passes compute their scalars too, since checkpoints must repeat what they did, but nothing holds them.
+    """
+    found: list[torch.Tensor] | None = []
+
+    def hook(_, inputs, output):
+        y = output[0] if isinstance(output, tuple) else output
+        if not isinstance(y, torch.Tensor) or not y.requires_grad:  # does not depend on the weights in question
+            return
+        value = view(y.reshape(shape[0], -1, y.shape[-1]))  # OPT flattens batch and tokens before its MLP
+        if found is not None:
+            found.append(value)
+
+    def total() -> torch.Tensor:
+        nonlocal found
+        taken, found = found, None
+        return sum(taken[1:], taken[0])
+
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield total
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- the backward passes -------------------------------------------------------------------------------------------------
+
+
+def stream(
+    model: nn.Module,
+    ids: torch.Tensor,
+    names: Sequence[str],
+    take: Callable[[str, str, torch.Tensor, torch.Tensor], None],
+    *,
+    scores: Sequence[str] = ("snip",),
+    loss: str = "lm_shift",
+    features: str = "projections",
+    view: str = "flat",
+    batch: int = 1,
+    checkpointing: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Call `take(score, name, W, g)` for every batch of sequences, every score and every named matrix, and free g afterwards.
+
+    ids: [samples, tokens]; names: of linear layers in the model, whose weights W [out, in] get the gradients g [out, in] of
+    the batch, in the model's dtype; their biases are left out. scores: `refer`, `snip` or both, which then share the forward
+    pass. checkpointing: keep only the inputs of the blocks and run each block again on the way back, for each score apart.
+    Which parameters ask for gradients, and what gradients they hold, is afterwards as it was before.
+
+    Raises ValueError, before any work, for unknown settings and for ids that cannot be used; and as soon as a loss or a
+    gradient overflows.
+    """
+    _check(model, ids, scores, loss, view, batch)
+    modules = feature_modules(model, features) if "refer" in scores else []
+    weights = {name: model.get_submodule(name).weight for name in names}
+    current = [""]
+
+    def hook(name: str) -> Callable:
+        def use(weight: torch.Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            if not torch.isfinite(gradient).all():
+                raise ValueError(f"the gradient of {name} overflows in {weight.dtype}: score in float32 or bfloat16")
+            take(current[0], name, weight.detach(), gradient)
+
+        return use
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only(model, list(weights.values())))
+        if checkpointing:
+            stack.enter_context(_checkpointed(Anatomy(model).blocks))
+        for name, weight in weights.items():
+            stack.callback(weight.register_post_accumulate_grad_hook(hook(name)).remove)
+        # Scores share a forward pass by retaining its graph. Checkpoints would then hold what they run again: one pass each.
+        passes = [[score] for score in scores] if checkpointing else [scores]
+        for start in range(0, len(ids), batch):
+            part = ids[start : start + batch].to(model.device)
+            for together in passes:
+                hooked = modules if "refer" in together else ()
+                # Checkpoints run the blocks again, with the same hooks: they stay until all is differentiated.
+                with torch.enable_grad(), _collecting(hooked, VIEWS[view], part.shape) as total:
+                    logits = model(input_ids=part, use_cache=False).logits
+                    scalars = {}
+                    if "refer" in together:
+                        scalars["refer"] = total()
+                    if "snip" in together:
+                        scalars["snip"] = LOSSES[loss](logits, part)
+                    del logits
+                    while scalars:
+                        current[0], scalar = scalars.popitem()
+                        if not torch.isfinite(scalar):
+                            raise ValueError(f"the scalar of {current[0]} is {scalar.item()}: score in float32 or bfloat16")
+                        scalar.backward(retain_graph=bool(scalars), inputs=list(weights.values()))
+            if progress:
+                progress(f"gradients of {min(start + batch, len(ids))} of {len(ids)} sequences")
+
+
+def _check(model: nn.Module, ids: torch.Tensor, scores: Sequence[str], loss: str, view: str, batch: int) -> None:
+    for kind, values, known in (("score", scores, SCORES), ("loss", [loss], LOSSES), ("view", [view], VIEWS)):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"unknown {kind} {value!r}: choose one of {', '.join(known)}")
+    if not scores:
+        raise ValueError(f"no score asked for: choose one or more of {', '.join(SCORES)}")
+    check_calibration(Anatomy(model), ids)
+    if ids.shape[1] < 2:
+        raise ValueError(f"sequences of {ids.shape[1]} token predict nothing: use a longer text, and at least 2 tokens")
+    if batch < 1:
+        raise ValueError(f"a batch has at least 1 sequence, not {batch}")
+
+
+@contextlib.contextmanager
+def _only(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the `with`, exactly the wanted parameters ask for gradients, and none holds one."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    chosen = {id(p) for p in wanted}
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(id(p) in chosen)
+            p.grad = None
+        yield
+    finally:
+        for p, flag, gradient in before:
+            p.requires_grad_(flag)
+            p.grad = gradient
+
+
+@contextlib.contextmanager
+def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Run the forwards of blocks under checkpointing. transformers' own switch acts in training mode alone, with dropout."""
+
+    def wrap(forward: Callable) -> Callable:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    try:
+        for block in blocks:
+            block.forward = wrap(block.forward)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own is behind it
+
+
+# --- sums over sequences -------------------------------------------------------------------------------------------------
+
+PRODUCTS = {
+    "signed": lambda w, g: w * g,
+    "absolute": lambda w, g: (w * g).abs(),
+    "squared": lambda w, g: g.square(),
+}
+
+
+def summed(
+    model: nn.Module, ids: torch.Tensor, names: Sequence[str], product: str = "signed", **settings
+) -> dict[str, dict[str, torch.Tensor]]:
+    """{score: {name: Σ over batches}} of `signed` W g, `absolute` |W g| or `squared` g², at least float32 [out, in].
+
+    The totals have the size of the named matrices: to reduce them on the way, use `stream`, whose settings this takes.
+    """
+    if product not in PRODUCTS:
+        raise ValueError(f"unknown product {product!r}: choose one of {', '.join(PRODUCTS)}")
+    totals: dict[str, dict[str, torch.Tensor]] = {score: {} for score in settings.get("scores", ("snip",))}
+
+    def take(score: str, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        value = PRODUCTS[product](at_least_float32(weight), at_least_float32(gradient))
+        if name in totals[score]:
+            totals[score][name] += value
+        else:
+            totals[score][name] = value
+
+    stream(model, ids, names, take, **settings)
+    return totals

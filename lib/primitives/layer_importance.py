@@ -1,0 +1,106 @@
+"""How much a decoder block changes what passes through it: the scores by which whole blocks are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lib.primitives.calibration import ResidualStream
+
+
+@dataclass
+class Change:
+    """Sums over tokens of what a block did, from which every score is read. Add batches in any cut."""
+
+    cosines: float = 0.0
+    tokens: int = 0
+    inner: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+    moved: float = 0.0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x, y: hidden states [t, d] before and after the block, real tokens only. A zero vector has the cosine 0."""
+        x, y = x.double(), y.double()
+        inner, sizes = (x * y).sum(-1), x.norm(dim=-1) * y.norm(dim=-1)
+        self.cosines += float(torch.where(sizes > 0, inner / sizes.clamp(min=1e-300), torch.zeros_like(inner)).sum())
+        self.tokens += len(x)
+        self.inner += float(inner.sum())
+        self.before += float(x.square().sum())
+        self.after += float(y.square().sum())
+        self.moved += float((y - x).square().sum())
+
+
+def mean_cosine(change: Change) -> float:
+    """1 - mean cosine of a token before and after: ShortGPT's Block Influence. 0 for a block that does nothing, at most 2."""
+    return 1 - change.cosines / change.tokens
+
+
+def pooled_cosine(change: Change) -> float:
+    """1 - |Σ⟨x, y⟩| / ‖X‖‖Y‖: the other reading of COMP's formula. The tokens of huge norm decide."""
+    size = (change.before * change.after) ** 0.5
+    return 1 - abs(change.inner) / size if size else 1.0
+
+
+def relative_change(change: Change) -> float:
+    """‖Y - X‖ / ‖X‖."""
+    return (change.moved / change.before) ** 0.5 if change.before else 0.0
+
+
+SCORES: dict[str, Callable[[Change], float]] = {
+    "mean cosine": mean_cosine,
+    "pooled cosine": pooled_cosine,
+    "relative change": relative_change,
+}
+
+
+def check_score(score: str) -> None:
+    if score not in SCORES:
+        raise ValueError(f"unknown score of a block {score!r}: choose one of {', '.join(SCORES)}")
+
+
+@torch.no_grad()
+def layer_scores(
+    model: nn.Module,
+    ids: torch.Tensor,
+    score: str = "mean cosine",
+    *,
+    mask: torch.Tensor | None = None,
+    batch: int = 8,
+    after_norm: bool = False,
+) -> list[float]:
+    """The score of every block on calibration tokens ids [samples, length]; mask: 1 for real tokens.
+
+    One pass with the stream of one depth in memory. after_norm: compare the last block's input with its output *after* the
+    final norm, as code does that reads a library's tuple of hidden states; by default the block's own output is taken.
+    """
+    check_score(score)
+    stream = ResidualStream(model, ids, mask, batch)
+    final_norm = stream.anatomy.get(stream.anatomy.family.final_norm)
+    scores = []
+    for block in range(len(stream.anatomy.blocks)):
+        change, before = Change(), stream.hidden.clone()
+        stream.advance_block(block)
+        last = after_norm and block == len(stream.anatomy.blocks) - 1
+        for row in range(len(ids)):
+            real = slice(None) if mask is None else mask[row].bool()
+            out = stream.hidden[row][real]
+            change.add(before[row][real], final_norm(out) if last else out)
+        scores.append(SCORES[score](change))
+    return scores
+
+
+def lowest(scores: list[float], count: int, protect: tuple[int, ...] = ()) -> list[int]:
+    """Sorted indices of the `count` blocks of the lowest scores outside `protect`; of equal ones the lower index goes.
+
+    Raises ValueError where so many are not to be had, or a score is NaN.
+    """
+    free = [i for i in range(len(scores)) if i not in protect]
+    if any(score != score for score in scores):
+        raise ValueError("the score of a block is NaN: the model's weights or activations are broken")
+    if not 0 <= count <= len(free):
+        raise ValueError(f"cannot remove {count} of {len(free)} blocks that may go: lower the ratio or the blocks' share of it")
+    return sorted(sorted(free, key=lambda i: scores[i])[:count])

@@ -1,0 +1,55 @@
+"""What the forward-only rules know of a model's activations: mean and mean square of every channel, and turning angles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lib.primitives.calibration import ResidualStream
+
+
+@dataclass
+class Moments:
+    """Of the inputs of one layer over all real tokens, in float64: mean [n] and mean square [n] of each channel."""
+
+    mean: torch.Tensor
+    square: torch.Tensor
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return (self.square - self.mean.square()).clamp(min=0)
+
+
+def measure(stream: ResidualStream, block: int, names: Sequence[str], advance: bool = False) -> dict[str, Moments]:
+    """Moments of the inputs of some layers of a block, by name; `advance` moves the stream behind the block."""
+    module, sums = stream.anatomy.blocks[block], {}
+
+    def add_to(sum_: torch.Tensor):
+        return lambda x: sum_.add_(torch.stack([x.double().sum(0), x.double().square().sum(0)]))
+
+    for name in names:
+        features = module.get_submodule(name).in_features
+        sums[name] = torch.zeros(2, features, dtype=torch.float64, device=stream.device)
+    stream.observe(block, {name: add_to(sum_) for name, sum_ in sums.items()}, advance)
+    tokens = stream.ids.numel() if stream.mask is None else int(stream.mask.bool().sum())
+    return {name: Moments(*(sum_ / tokens)) for name, sum_ in sums.items()}
+
+
+def walk(
+    model: nn.Module, ids: torch.Tensor, names: Sequence[str], mask: torch.Tensor | None = None, batch: int = 8
+) -> Iterator[dict[str, Moments]]:
+    """`measure` of every block of the dense model in turn."""
+    stream = ResidualStream(model, ids, mask, batch)
+    for block in range(len(stream.anatomy.blocks)):
+        yield measure(stream, block, names, advance=True)
+
+
+@torch.no_grad()
+def turning_angle(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """Mean angle over tokens between the residual stream before and after a block, as a share of π. Both: [s, t, d]."""
+    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).clamp(-1, 1)
+    return (cosine if mask is None else cosine[mask.bool()]).arccos().mean().item() / math.pi

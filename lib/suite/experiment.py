@@ -1,0 +1,163 @@
+"""What every notebook measures of every model it makes: size, perplexity and zero-shot accuracy, as one ledger cell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lib.evaluation.benchmark_tasks import files_record
+from lib.evaluation.perplexity import perplexity
+from lib.evaluation.text import Calibration, Corpus, sample_blocks, token_stream, train_text
+from lib.models.checkpoint import fingerprint
+from lib.models.load import DTYPES, fast_bfloat16, load
+from lib.papers.sliced_network import check_sliceable
+from lib.primitives.cost import Count, count
+from lib.primitives.surgery import cast
+from lib.suite.results import Results
+
+SIZE_COLUMNS = ("params", "removed_decoder", "removed_model")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a notebook run evaluates: held-out text, window length and count, zero-shot tasks and their limit, precision.
+
+    dtype: that of the evaluated copy; empty for the model's own; `auto` for bfloat16 where the device computes it fast.
+    """
+
+    text: Corpus
+    length: int
+    windows: int | None = None  # None: all of the text
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    dtype: str = ""
+
+    def record(self) -> dict:
+        return self.text.record() | {
+            "dtype": self.dtype,
+            "length": self.length, "windows": self.windows, "tasks": list(self.tasks), "limit": self.limit,
+            "task_files": files_record(self.tasks),
+        }  # fmt: skip
+
+
+class Subject:
+    """A dense model under study with its tokenizer, size and evaluation text; its measurements go to the ledger of `run`."""
+
+    def __init__(self, name: str, protocol: Protocol, run: Results, device: str = "cpu", dtype: str = "float32"):
+        self.name, self.protocol, self.run = name, protocol, run
+        self.model, self.tokenizer = load(name, device, dtype)
+        self.evaluated_in = evaluation_dtype(protocol.dtype, device) or self.model.dtype
+        self.size: Count = count(self.model)
+        self.stream = token_stream(protocol.text, self.tokenizer)
+        self.fingerprint = fingerprint(self.model)
+
+    def record(self) -> dict:
+        """What identifies this subject and its evaluation in the ledger."""
+        return {
+            "model": self.name,
+            "weights": self.fingerprint,
+            "dtype": str(self.model.dtype),
+            "device": str(self.model.device),
+            "evaluation": self.protocol.record() | {"evaluated_in": str(self.evaluated_in)},
+        }
+
+    def calibration(self, draw: Calibration, samples: int | None = None, seed: int | None = None) -> torch.Tensor:
+        """The calibration set [samples, length] of `draw`, or one of another size or seed."""
+        generator = torch.Generator().manual_seed(draw.seed if seed is None else seed)
+        text = train_text(draw.corpus)
+        return sample_blocks(text, self.tokenizer, samples or draw.samples, draw.length, generator, draw.rule)
+
+    def perplexity(self, model: nn.Module) -> dict:
+        model = self.in_evaluation_dtype(model)
+        return perplexity(model, self.stream, self.protocol.length, self.protocol.windows).record()
+
+    def in_evaluation_dtype(self, model: nn.Module) -> nn.Module:
+        """The model itself, or a copy in the precision that the protocol evaluates in."""
+        return model if model.dtype == self.evaluated_in else cast(copy.deepcopy(model), self.evaluated_in)
+
+    def measure(self, model: nn.Module, zero_shot: bool = True) -> dict:
+        """Size, perplexity and, unless told otherwise, zero-shot rows of a model made from this subject."""
+        found, tasks = count(model), self.protocol.tasks if zero_shot else ()
+        scored = self.in_evaluation_dtype(model)
+        return {
+            "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
+            "zeros": zero_share(model),
+            "perplexity": self.perplexity(scored),
+            "zero_shot": zero_shot(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
+        }
+
+    def dense(self) -> dict:
+        """The baseline of every row: `measure` of the dense model, once per run."""
+        return self.run.cell(lambda: self.measure(self.model), **self.record(), method="dense")
+
+    def baseline(self) -> float:
+        """Perplexity of the dense model, which others are divided by."""
+        return self.dense()["perplexity"]["perplexity"]
+
+    def at_levels(
+        self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, **settings
+    ) -> dict[float, dict]:
+        """One ledger cell per level of a sweep: {level: measured}.
+
+        `make(missing)` yields (level, model) for the levels that the ledger lacks, so one calibration serves them all and a
+        killed sweep goes on where it stopped. `settings` identify the sweep; quiet: no line for each level.
+        """
+        key = self.record() | settings | {"zero_shot": zero_shot}
+        missing = [level for level in levels if self.run.missing(**key, level=level)]
+        found = {}
+        for level, model in make(missing) if missing else ():
+            found[level] = self.run.cell(lambda model=model: self.measure(model, zero_shot), **key, level=level)
+            if not quiet:
+                print(f"{self.name} at {level:.0%}: perplexity {found[level]['perplexity']['perplexity']:.2f}", flush=True)
+        return {level: found[level] if level in found else self.run.cell(None, **key, level=level) for level in levels}
+
+
+def evaluation_dtype(name: str, device: str) -> torch.dtype | None:
+    """What `Protocol.dtype` asks for on a device, or None for the model's own. Raises ValueError for an unknown name."""
+    if name == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else None
+    if name and name not in DTYPES:
+        raise ValueError(f"unknown evaluation dtype {name!r}: choose one of {', '.join(DTYPES)}, auto, or nothing")
+    return DTYPES.get(name)
+
+
+def sliceable(subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects that SliceGPT can be a rival on; prints the reason for each of the others."""
+    found = []
+    for subject in subjects:
+        try:
+            check_sliceable(subject.model)
+            found.append(subject)
+        except ValueError as reason:
+            print(f"{subject.name}: no SliceGPT here, because {reason}")
+    return found
+
+
+def zero_share(model: nn.Module) -> float:
+    """Share of a model's parameters that are exactly zero: what unstructured pruning made, stored dense or not."""
+    zeros, total = zip(*((int((p == 0).sum()), p.numel()) for p in model.parameters()), strict=True)
+    return sum(zeros) / sum(total)
+
+
+def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:
+    """Rows of `perplexity.csv`: the columns that every notebook shares, then the protocol."""
+    rows = []
+    for ratio, cell in found.items():
+        size, value = cell["size"], cell["perplexity"]
+        row = {"model": subject.name, "method": method, "ratio": ratio, "perplexity": value["perplexity"]}
+        row |= {name: size[name] for name in SIZE_COLUMNS} | {"zeros": cell["zeros"]}
+        rows.append(row | {"text": subject.protocol.text.name} | {name: value[name] for name in ("windows", "length", "tokens")})
+    return rows
+
+
+def zero_shot_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:
+    """Rows of `zero_shot.csv`: one per ratio and task."""
+    return [
+        {"model": subject.name, "method": method, "ratio": ratio} | score | {name: cell["size"][name] for name in SIZE_COLUMNS}
+        for ratio, cell in found.items()
+        for score in cell["zero_shot"]
+    ]

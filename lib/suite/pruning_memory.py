@@ -1,0 +1,87 @@
+"""What pruning itself needs: peak memory and time of one method on a random Llama, in a process of its own.
+
+A process that has already worked holds memory from which the next method is served unseen, so every method gets a fresh one.
+Where the system can, it is forked from a server that has imported the libraries and done nothing else, which saves their
+three seconds each time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.compress import METHODS, check_settings
+from lib.evaluation.process import peak_memory
+from lib.suite.runs import end_with_parent
+
+ALL_GRADIENTS = "all gradients"  # LLM-Pruner's memory as its released code has it: one backward pass, every gradient kept
+
+
+def measure(
+    method: str,
+    ratio: float,
+    shape: dict,
+    samples: int,
+    length: int,
+    settings: dict | None = None,
+    seed: int = 0,
+    threads: int = 1,
+) -> dict:
+    """Prune a random float32 Llama in a fresh process: {"weights", "peak", "seconds"}, bytes and wall-clock seconds.
+
+    method: a key of `lib.compress.METHODS`, or `ALL_GRADIENTS`; shape: fields of a LlamaConfig; samples x length random tokens
+    calibrate; settings: arguments of the method. peak: resident bytes beyond the dense model's own `weights`; None where the
+    system has no such counter. Raises ValueError for an unknown method or setting, and RuntimeError if it fails.
+    """
+    if method not in (*METHODS, ALL_GRADIENTS):
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or {ALL_GRADIENTS}")
+    if method != ALL_GRADIENTS:
+        check_settings(method, settings or {})
+    elif settings:
+        raise ValueError(f"{ALL_GRADIENTS} takes no settings, such as {', '.join(settings)}")
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
+        try:
+            return pool.submit(prune_here, method, ratio, shape, samples, length, settings or {}, seed, threads).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(f"{method}: its process died, most often because memory ran out; use a smaller shape") from error
+        except Exception as error:
+            raise RuntimeError(f"{method} failed in its own process: {type(error).__name__}: {error}") from error
+
+
+def keep_all_gradients(model: nn.Module, ids: torch.Tensor) -> None:
+    """One backward pass of the next-token loss over the whole batch ids [samples, length], nothing freed."""
+    model.requires_grad_(True)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+def prune_here(
+    method: str, ratio: float, shape: dict, samples: int, length: int, settings: dict, seed: int, threads: int
+) -> dict:
+    """What `measure` asks of the process that it starts."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
+    ids = torch.randint(model.config.vocab_size, (samples, length))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def run() -> None:
+        if method == ALL_GRADIENTS:
+            keep_all_gradients(model, ids)
+        else:
+            METHODS[method](model, ids, ratio, lambda text: None, **settings)
+
+    # The code of the kernels counts as resident memory once it has run, and it is not what a method needs.
+    keep_all_gradients(LlamaForCausalLM(model.config), ids[:1])
+    start = time.perf_counter()
+    peak = peak_memory(run)
+    return {"weights": weights, "peak": peak, "seconds": time.perf_counter() - start}

@@ -1,0 +1,250 @@
+"""Running a paper's notebook into `results/`: resumable, one run at a time, the new results whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import posixpath
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import nbformat
+
+from lib.suite.results import Ledger
+
+PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # where a warning's file lies on this machine
+
+LINK = re.compile(r"\]\(([^):#\s][^):\s]*)\)")  # in Markdown, to a file
+
+
+class RunError(Exception):
+    """A run that ended without results; the message says why and what is left of it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A notebook with its parameters, and where its results go: `<results>/<profile>/<paper>`, the ledger beside it."""
+
+    notebook: Path
+    parameters: dict
+    results: Path
+    profile: str
+
+    @property
+    def paper(self) -> str:
+        return self.notebook.stem
+
+    @property
+    def target(self) -> Path:
+        return self.results / self.profile / self.paper
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.target.with_name(f"{self.paper}.ledger.jsonl")
+
+    def __str__(self) -> str:
+        return f"{self.paper} ({self.profile})"
+
+
+# Executes a run into a folder; finished cells go to the ledger, which the engine may read and, if the kernel does not, write.
+Engine = Callable[[Run, Path, Ledger], None]
+
+
+def reproduce(run: Run, force: bool = False, engine: Engine | None = None) -> None:
+    """Bring `run.target` up to date: nothing to do if the ledger says that this very run is complete, else run and swap.
+
+    engine: `here` unless a cluster does it. Raises RunError if the notebook fails, if another process is at work on the same
+    results, or if they cannot be written; earlier results stay whole in every case.
+    """
+    try:
+        run.target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(run.target.with_name(f".{run.paper}.lock"), timeout=0):
+            _reproduce(run, force, engine or here)
+    except filelock.Timeout as error:
+        raise RunError(f"{run}: another run is at work on {run.target}; wait until it ends, or stop it") from error
+    except OSError as error:
+        raise RunError(f"{run}: {run.target} could not be written ({error}); earlier results are as they were") from error
+
+
+def reproduce_all(runs: Sequence[Run], force: bool = False, jobs: int = 1) -> None:
+    """`reproduce` for all runs, `jobs` of them side by side: each in a process of its own, on one thread.
+
+    One after another, the first RunError ends it. Side by side, a run that fails says so and does not stop the others; RunError
+    when all have ended, if any failed.
+    """
+    jobs = min(jobs, len(runs))
+    if jobs <= 1:
+        for run in runs:
+            reproduce(run, force)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_one_of_several) as pool:
+        raise_failures(pool.map(functools.partial(attempt, force=force), runs))
+
+
+def _one_of_several() -> None:
+    """Kernels of this process take one thread."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """This process ends when the one that started it does, whatever ends that: a pool's own process would wait for ever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def attempt(run: Run, force: bool = False, engine: Engine | None = None) -> RunError | None:
+    """`reproduce`, with the error printed and returned."""
+    try:
+        reproduce(run, force, engine)
+    except RunError as error:
+        print(error, flush=True)
+        return error
+
+
+def raise_failures(outcomes: Iterable[RunError | None]) -> None:
+    """Wait for all outcomes of `attempt`; RunError that says how many failed, with the first of them."""
+    outcomes = list(outcomes)
+    if failed := [error for error in outcomes if error]:
+        raise RunError(f"{len(failed)} of {len(outcomes)} runs failed: {failed[0]}") from failed[0]
+
+
+def _reproduce(run: Run, force: bool, engine: Engine) -> None:
+    cells = nbformat.read(run.notebook, as_version=4).cells
+    # Settings identify a ledger cell, but a notebook's own code decides what they mean: other code, another ledger.
+    opened = {"opened": run.paper, "code": [cell.source for cell in cells if cell.cell_type == "code"]}
+    if force or (run.ledger_file.is_file() and opened not in Ledger(run.ledger_file)):
+        run.ledger_file.unlink(missing_ok=True)
+    complete = {"run": run.paper, "parameters": run.parameters, "files": local_state(run.parameters)}
+    # Where it ran is part of it: what another engine made is run again here, and cells that depend on threads measured again.
+    complete |= {"text": [cell.source for cell in cells], "engine": getattr(engine, "func", engine).__name__}
+    ledger = Ledger(run.ledger_file)
+    if complete in ledger and (run.target / "manifest.json").is_file():
+        print(f"{run}: up to date in {run.target}, nothing to do; --force computes it again", flush=True)
+        return
+    if opened not in ledger:
+        ledger.append(opened, "opened", 0)
+    # Work in a folder of its own and swap at the end: earlier results stay whole until the new ones are.
+    partial = run.target.with_name(f"{run.paper}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    print(f"{run}: running, progress below; a second start continues where a killed one stopped", flush=True)
+    start = time.time()
+    engine(run, partial, ledger)
+    replace_folder(partial, run.target)
+    Ledger(run.ledger_file).append(complete, "complete", time.time() - start)
+    print(f"{run}: done in {time.time() - start:.0f} s, see {run.target}", flush=True)
+
+
+def here(run: Run, partial: Path, ledger: Ledger) -> None:
+    """The engine of one machine: the notebook's kernel reads and writes the ledger itself."""
+    try:
+        execute(run.notebook, run.parameters, run.profile, partial)
+    except RunError as error:
+        raise RunError(f"{error}\nThe notebook up to there is {partial / run.notebook.name}") from error
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text stream whose lines start with a label: several notebooks may write to it at once."""
+
+    label: str
+    stream: object
+
+    def write(self, text: str) -> None:
+        self.stream.write("".join(f"{self.label}: {line}" for line in text.splitlines(keepends=True)))
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def execute(notebook: Path, parameters: dict, profile: str, folder: Path, place: Path | None = None) -> None:
+    """Execute a notebook into `folder` with papermill. Raises RunError with the failing cell; the notebook up to it is there.
+
+    place: the folder that relative paths in its parameters start from; None for the notebook's own.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    output = folder / notebook.name
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(output), parameters | {"folder": str(folder), "profile": profile},
+            log_output=True, stdout_file=Labelled(notebook.stem, sys.stdout), stderr_file=sys.stderr, progress_bar=False,
+            cwd=str(place or notebook.parent),
+        )  # fmt: skip
+    except DeadKernelError as error:
+        raise RunError(
+            f"{notebook.stem} ({profile}): its kernel died, most often because memory ran out. Finished cells are kept for the "
+            "next start; use a smaller model, fewer samples or a machine with more memory"
+        ) from error
+    except papermill.PapermillExecutionError as error:
+        raise RunError(
+            f"{notebook.stem} ({profile}) failed in cell {error.exec_count}: {error.ename}: {error.evalue}. "
+            "Finished cells are kept for the next start"
+        ) from error
+    tidy(output)
+    relink(output)
+
+
+def relink(path: Path) -> None:
+    """Links of an executed notebook, written for `notebooks/`: from `results/<profile>/<paper>/` to the same files."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(lambda found: f"]({posixpath.normpath('../../../notebooks/' + found[1])})", cell.source)
+    nbformat.write(notebook, path)
+
+
+def tidy(path: Path) -> None:
+    """Take out of an executed notebook what says where and when it ran rather than what it found."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution", "ExecuteTime"):
+            cell.metadata.pop(key, None)
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = PLACE.sub("", output.text)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            lines = cell.source.splitlines()
+            cell.source = "\n".join(line for line in lines if not line.startswith("folder = "))
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.write(notebook, path)
+
+
+def local_state(parameters: dict) -> list[tuple[str, int, int]]:
+    """Name, size and time of every local file that a run would read: models and texts by path, the data directory."""
+    named = [os.environ.get("PARED_DATA_DIR", "")]
+    for value in parameters.values():
+        named += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+    files = []
+    for path in (Path(name).expanduser() for name in named if os.sep in name or name.endswith(".txt")):
+        files += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`."""
+    retired = old.with_name(f"{old.name}.retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    if old.exists():
+        old.rename(retired)
+    new.rename(old)
+    shutil.rmtree(retired, ignore_errors=True)
