@@ -14,6 +14,7 @@ from invoke import Exit, task
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS, RESULTS, SITE = ROOT / "notebooks", ROOT / "results", ROOT / "site"
 PROFILES = NOTEBOOKS / "params"
+FORMER = {"structured_afr": "afr", "on_device_pruning": "comp"}  # names of papers that commands took before, and still do
 
 
 def papers() -> list[str]:
@@ -29,6 +30,10 @@ def choose(kind: str, value: str, known: list[str]) -> str:
     if value not in known:
         raise Exit(f"unknown {kind} {value!r}: choose one of {', '.join(known)}", code=2)
     return value
+
+
+def paper_named(value: str) -> str:
+    return choose("paper", FORMER.get(value, value), papers())
 
 
 def named_values(settings: list[str]) -> dict:
@@ -65,7 +70,8 @@ def papers_of(profile: str, paper: str) -> list[str]:
     found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
     for name in found.papers:
         choose(f"paper of profile {profile}", name, papers())
-    if paper and choose("paper", paper, papers()) not in found.papers:
+    paper = paper_named(paper) if paper else ""
+    if paper and paper not in found.papers:
         reason = found.about.get("refused", {}).get(paper, "it has no parameters for it")
         raise Exit(f"profile {profile} does not run {paper}: {reason}. It runs {', '.join(found.papers) or 'nothing'}", code=2)
     return [paper] if paper else list(found.papers)
@@ -227,7 +233,7 @@ def notebooks(c, paper=""):
 
     from lib.suite.runs import tidy
 
-    for name in [choose("paper", paper, papers())] if paper else papers():
+    for name in [paper_named(paper)] if paper else papers():
         path = NOTEBOOKS / f"{name}.ipynb"
         staged = path.with_suffix(".partial.ipynb")
         print(f"{name}: executing with its default parameters", flush=True)
@@ -435,7 +441,7 @@ def slides(c, paper, profile="workshop", reveal=""):
 
     Each heading of a section starts a slide. Its texts, tables and figures are stacked below it; code is not shown.
     """
-    choose("paper", paper, papers())
+    paper = paper_named(paper)
 
     def work():
         from lib.suite.slides import build_slides

@@ -166,11 +166,11 @@ def rows_at_a_glance() -> list[str]:
     for paper, ratios in (
         ("slicegpt", (0.25, 0.5)),
         ("svd_llm", (0.2,)),
-        ("structured_afr", (0.2,)),
-        ("on_device_pruning", (0.2,)),
+        ("afr", (0.2,)),
+        ("comp", (0.2,)),
     ):
         frame = pd.read_csv(RESULTS / "workshop" / paper / "tables" / "perplexity.csv")
-        if paper == "structured_afr":  # the whole field is in its notebook
+        if paper == "afr":  # the whole field is in its notebook
             frame = frame[frame.method.isin(shown)]
         for row in frame[frame.ratio.isin(ratios) | (frame.method == "dense")].itertuples():
             label = row.method if row.method == "dense" or "2:4" in row.method else f"{row.method}, {row.ratio:.0%}"

@@ -28,7 +28,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-PAPER_LENGTHS = {"slicegpt": 2048, "svd_llm": 2048, "structured_afr": 1024, "on_device_pruning": 512}
+PAPER_LENGTHS = {"slicegpt": 2048, "svd_llm": 2048, "afr": 1024, "comp": 512}
 
 
 def profile(name):
@@ -88,11 +88,11 @@ def test_parameters_before_and_after_are_those_of_real_modules():
 
 def test_parameters_after_pruning_by_hand():
     whole, neuron = PUBLISHED["gemma-3-270m"], 3 * 640
-    parameters = tasks.full_parameters("structured_afr", "gemma-3-270m") | {"ratios": [0.2, 0.5]}
-    found = params_after("structured_afr", parameters, "Gemma-3-270M")
+    parameters = tasks.full_parameters("afr", "gemma-3-270m") | {"ratios": [0.2, 0.5]}
+    found = params_after("afr", parameters, "Gemma-3-270M")
     assert found == {0.2: whole - 18 * 410 * neuron, 0.5: whole - 18 * 1024 * neuron}  # 1,638 of 2,048 stay at 20 %
-    parameters = tasks.full_parameters("on_device_pruning", "llama-2-7b")
-    found, d, inner = params_after("on_device_pruning", parameters, "Llama-2-7B"), 4096, 11008
+    parameters = tasks.full_parameters("comp", "llama-2-7b")
+    found, d, inner = params_after("comp", parameters, "Llama-2-7B"), 4096, 11008
     blocks = 32 * (4 * d * d + 3 * d * inner + 2 * d)
     assert list(found) == [0.1, 0.2, 0.25, 0.3, 0.4, 0.5]
     for ratio, after in found.items():
@@ -101,8 +101,8 @@ def test_parameters_after_pruning_by_hand():
 
 def test_models_to_evaluate_are_those_of_the_committed_run():
     """The run's ledger cells for two models: the variants on the first model only, deletions and the one of all speeds beside."""
-    manifest = json.loads((tasks.RESULTS / "workshop" / "structured_afr" / "manifest.json").read_text())
-    one = counting.WORK["structured_afr"](tasks.full_parameters("structured_afr", "workshop")).evaluated
+    manifest = json.loads((tasks.RESULTS / "workshop" / "afr" / "manifest.json").read_text())
+    one = counting.WORK["afr"](tasks.full_parameters("afr", "workshop")).evaluated
     assert manifest["cells_computed"] + manifest["cells_from_ledger"] == one + (one - 29 * 2) + 2 + 1
 
 
@@ -199,9 +199,9 @@ def test_runs_that_could_not_start_are_refused(monkeypatch):
 
 
 def test_gemma_runs_all_but_slicegpt_and_says_why():
-    with pytest.raises(Exit, match=r"does not run slicegpt: .*sandwich norms.* It runs svd_llm, structured_afr"):
+    with pytest.raises(Exit, match=r"does not run slicegpt: .*sandwich norms.* It runs svd_llm, afr"):
         tasks.reproduce.body(None, paper="slicegpt", profile="gemma-3-270m")
-    assert tasks.papers_of("gemma-3-270m", "") == ["svd_llm", "structured_afr", "on_device_pruning", "compare"]
+    assert tasks.papers_of("gemma-3-270m", "") == ["svd_llm", "afr", "comp", "compare"]
     with pytest.raises(Exit, match="unknown parameter of svd_llm 'ratos'"):
         tasks.reproduce.body(None, paper="svd_llm", profile="gemma-3-270m", set=["ratos=[0.1]"])
 

@@ -17,7 +17,7 @@ from lib.suite.site import build_site, find_runs, one_line, read_run, results_pa
 from lib.suite.slides import build_slides, slide_cells
 from tasks import named_values
 
-PAPERS = ("slicegpt", "structured_afr", "compare")
+PAPERS = ("slicegpt", "afr", "compare")
 RUNS = [RESULTS / "workshop" / paper for paper in PAPERS]
 
 
@@ -85,7 +85,7 @@ def test_links_between_notebooks_lead_to_those_that_are_there(site):
     page = pages[out / "workshop" / "compare" / "notebook.html"]
     assert {link for link in page.links if link.startswith("../") and link.endswith("notebook.html")} == {
         "../slicegpt/notebook.html",
-        "../structured_afr/notebook.html",
+        "../afr/notebook.html",
     }
     assert "SVD-LLM, Structured AFR, COMP." in page.text
 

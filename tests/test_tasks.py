@@ -269,3 +269,8 @@ def test_task_list_is_readable():
     ).stdout
     for name in ("reproduce", "test", "notebooks", "train-workshop-models", "lint", "clean"):
         assert name in listed
+
+
+def test_former_names_of_papers_are_still_taken():
+    assert tasks.papers_of("workshop", "structured_afr") == tasks.papers_of("workshop", "afr") == ["afr"]
+    assert tasks.papers_of("workshop", "on_device_pruning") == ["comp"]

@@ -98,8 +98,8 @@ def _svd_llm_work(p: dict) -> Work:
     return Work(made, evaluated, 1 + 7 * ratios, 2 * rounds * p["lora"]["steps"] * p["lora"]["batch"] * p["lora_length"])
 
 
-def _structured_afr_work(p: dict) -> Work:
-    """Of notebooks/structured_afr.ipynb: six ways of AFR, eleven rivals and random ones, variants. Neurons deleted one by one to
+def _afr_work(p: dict) -> Work:
+    """Of notebooks/afr.ipynb: six ways of AFR, eleven rivals and random ones, variants. Neurons deleted one by one to
     see what they are worth are left out: they cost 4 sequences each, from their block on."""
     ratios, variants = len(p["ratios"]), (len(p["ablations"]) or 25) + 4
     made = (16 + len(p["seeds"]) + variants) * ratios + 4 * len(p["sweep"])
@@ -108,8 +108,8 @@ def _structured_afr_work(p: dict) -> Work:
     return Work(6 + ratios, 1 + made, 1 + 6 * ratios, tokens)
 
 
-def _on_device_pruning_work(p: dict) -> Work:
-    """Of notebooks/on_device_pruning.ipynb: seven methods, five of them swept, draws, splits, metrics, choices."""
+def _comp_work(p: dict) -> Work:
+    """Of notebooks/comp.ipynb: seven methods, five of them swept, draws, splits, metrics, choices."""
     sweep, seeds, sizes = len(p["sweep"]), len(p["seeds"]), len(p["calibration_sizes"])
     splits = 2 if p["whole_blocks"] in p["sweep"] else 4
     pruned = 1 + sweep + 2 * seeds - 1 + splits + 2 + 7 + 9 + sizes * seeds + 1  # COMP: layer scores, then teacher and student
@@ -122,8 +122,8 @@ def _on_device_pruning_work(p: dict) -> Work:
 WORK: dict[str, Callable[[dict], Work]] = {
     "slicegpt": _slicegpt_work,
     "svd_llm": _svd_llm_work,
-    "structured_afr": _structured_afr_work,
-    "on_device_pruning": _on_device_pruning_work,
+    "afr": _afr_work,
+    "comp": _comp_work,
 }
 
 
@@ -148,8 +148,8 @@ def _method(name: str) -> Callable:
 AFTER = {  # the levels of a notebook, and the model at one of them
     "slicegpt": (lambda p: p["levels"], _sliced),
     "svd_llm": (lambda p: p["ratios"], _method("svd-llm")),
-    "structured_afr": (lambda p: p["ratios"], _method("afr")),
-    "on_device_pruning": (lambda p: sorted([p["ratio"], *p["sweep"]]), _method("comp")),
+    "afr": (lambda p: p["ratios"], _method("afr")),
+    "comp": (lambda p: sorted([p["ratio"], *p["sweep"]]), _method("comp")),
 }
 
 
