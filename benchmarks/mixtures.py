@@ -32,7 +32,7 @@ from lib.papers.mixtures import (
     starts,
 )
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.finetune import next_token_loss
+from lib.primitives.losses import mean_loss
 
 NEURONS_8B, WIDTH_8B = 32 * 14336, 4096
 
@@ -42,7 +42,7 @@ def real_scores(rows: int, samples: int = 8, length: int = 128) -> torch.Tensor:
     model, tokenizer = load("wiki-a-llama")
     generator = torch.Generator().manual_seed(0)
     ids = sample_blocks(load_corpus("wiki-a"), tokenizer, samples, length, generator)
-    next_token_loss(model, ids).backward()
+    mean_loss(model, ids).backward()
     scores = []
     for block in Anatomy(model).blocks:
         gate, up, down = (

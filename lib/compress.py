@@ -48,6 +48,7 @@ from lib.papers.slicegpt import (
 )
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import check_length
+from lib.primitives.checks import check_share, choose_one
 from lib.primitives.cost import count
 from lib.primitives.linalg import sparsity
 
@@ -316,8 +317,7 @@ def sweep(
 
 def check_settings(method: str, settings: dict) -> None:
     """Raise ValueError for an unknown method or a setting that it does not take, naming those that it does."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    choose_one("method", method, METHODS)
     known = [p.name for p in inspect.signature(METHODS[method]).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in settings:
         if name not in known:
@@ -346,8 +346,7 @@ def compress(
     Raises ValueError or FileExistsError before any long work for arguments that cannot work.
     """
     check_settings(method, settings)
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.25 means a quarter")
+    check_share(ratio)
     if Path(out).expanduser().exists():
         raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
     network, tokenizer = _open_on_disk(model, method, device, dtype) if streamed else load(model, device, dtype)

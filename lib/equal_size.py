@@ -19,6 +19,7 @@ from lib.papers import comp
 from lib.papers.sliced_network import shapes_only, usual_layout
 from lib.papers.slicegpt import constant_widths
 from lib.primitives.anatomy import Anatomy
+from lib.primitives.checks import check_share
 from lib.primitives.cost import count
 from lib.primitives.low_rank import block_name, replay, uniform_ranks
 from lib.primitives.structured import (
@@ -128,8 +129,7 @@ def own_ratio(method: str, model: nn.Module, removed: float) -> float:
     SliceGPT's shortcuts and norms count; its width and LLM-Pruner's groups change in whole steps, so look at what was reached.
     Raises ValueError for a method whose size the shapes do not tell, and for a share that it cannot reach within 5 points.
     """
-    if not 0 <= removed < 1:
-        raise ValueError(f"the share of the blocks to remove must be in [0, 1), not {removed}")
+    check_share(removed, "the share of the blocks to remove", "0.2 removes a fifth of their parameters")
     if method in ASKED:
         return removed
     if method not in SHAPES:

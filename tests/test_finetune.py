@@ -12,7 +12,7 @@ from lib.evaluation.perplexity import perplexity
 from lib.models.checkpoint import load_checkpoint, save
 from lib.papers.slicegpt import slice_model
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.finetune import LoRA, linear_layers, merge, next_token_loss, rate, recover, with_adapters
+from lib.primitives.finetune import LoRA, linear_layers, mean_loss, merge, rate, recover, with_adapters
 from lib.primitives.surgery import shell
 from tests.conftest import LAYERS, relative, tiny, token_ids
 
@@ -124,7 +124,7 @@ def test_every_target_has_an_adapter_and_receives_gradient(kind):
     adapted = with_adapters(model, names, LoRA(rank=3))
     assert [name for name, m in adapted.named_modules() if hasattr(m, "lora_A")] == names
     randomise(adapted)
-    next_token_loss(adapted, token_ids()).backward()
+    mean_loss(adapted, token_ids()).backward()
     for name, p in adapted.named_parameters():
         assert p.requires_grad == ("lora_" in name)
         assert (p.grad is not None and p.grad.abs().max() > 0) == p.requires_grad
@@ -187,9 +187,7 @@ def test_the_schedule_is_that_of_the_steps_that_run(monkeypatch):
 
 def test_every_sequence_once_a_pass(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "lib.primitives.finetune.next_token_loss", lambda model, ids: seen.append(ids) or next_token_loss(model, ids)
-    )
+    monkeypatch.setattr("lib.primitives.finetune.mean_loss", lambda model, ids: seen.append(ids) or mean_loss(model, ids))
     ids = token_ids(7)
     recover(tiny("llama", torch.float32), ids, LoRA(batch=2, warmup=1, steps=8))
     passes = torch.cat(seen[:4]), torch.cat(seen[4:])
@@ -202,9 +200,9 @@ def test_dropout_works_while_training_and_only_then(monkeypatch):
 
     def spied(model, ids):
         modes.append((torch.is_grad_enabled(), {m.training for m in model.modules() if isinstance(m, nn.Dropout)}))
-        return next_token_loss(model, ids)
+        return mean_loss(model, ids)
 
-    monkeypatch.setattr("lib.primitives.finetune.next_token_loss", spied)
+    monkeypatch.setattr("lib.primitives.finetune.mean_loss", spied)
     recover(tiny("llama", torch.float32), token_ids(), LoRA(**QUICK), validation=token_ids(3))
     assert [learns for learns, _ in modes] == [False, True, True, False, True, True, False]
     assert all(active == {learns} for learns, active in modes)
@@ -230,7 +228,7 @@ def test_checkpointing_does_not_change_a_gradient(kind):
         torch.manual_seed(0)
         adapted = randomise(with_adapters(model, linear_layers(model), settings)).train()
         for ids in (token_ids(seed=4), token_ids(4, 11)):  # the second after a backward pass that left things behind
-            next_token_loss(adapted, ids).backward()
+            mean_loss(adapted, ids).backward()
         grads.append([p.grad for p in adapted.parameters() if p.requires_grad])
     assert all(relative(one, two) < 1e-12 for one, two in zip(*grads, strict=True))
 
@@ -242,7 +240,7 @@ def test_checkpointing_keeps_less(kind):
         adapted = with_adapters(model, linear_layers(model), LoRA(gradient_checkpointing=gradient_checkpointing)).train()
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            next_token_loss(adapted, ids)
+            mean_loss(adapted, ids)
         kept.append(sum(sizes))
     assert kept[1] < 0.5 * kept[0]
 
@@ -401,7 +399,7 @@ def test_adapters_are_at_least_float32(dtype):
     adapted = with_adapters(model, linear_layers(model), LoRA(rank=4))
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {wanted}
-    assert next_token_loss(adapted, token_ids()).dtype == wanted
+    assert mean_loss(adapted, token_ids()).dtype == wanted
     recovered = recover(model, token_ids(), LoRA(lr=0.01, warmup=2, steps=12, batch=6, evaluate_every=4))
     assert recovered.model.dtype == dtype
     assert recovered.history[-1]["train_loss"] < 0.95 * recovered.history[0]["train_loss"]

@@ -5,7 +5,7 @@ import torch
 
 from lib.primitives.anatomy import half_names
 from lib.primitives.gradients import VIEWS, feature_modules, mean_singular_value, stream, summed
-from lib.primitives.losses import LOSSES, next_token_loss
+from lib.primitives.losses import LOSSES
 from tests.conftest import relative, tiny, token_ids
 
 BOTH = ("refer", "snip")
@@ -72,7 +72,7 @@ def test_last_unshifted_is_the_last_token_predicted_from_itself():
     logits, ids = torch.randn(2, 5, 7, dtype=torch.float64), torch.tensor([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])
     chosen = logits[:, -1].log_softmax(-1)[torch.arange(2), ids[:, -1]]
     assert LOSSES["last_unshifted"](logits, ids).item() == pytest.approx(-chosen.sum().item())
-    assert next_token_loss(logits, ids).item() == pytest.approx(
+    assert LOSSES["lm_shift"](logits, ids).item() == pytest.approx(
         -sum(logits[b, t].log_softmax(-1)[ids[b, t + 1]].item() / 4 for b in range(2) for t in range(4))
     )
 

@@ -19,7 +19,7 @@ from lib.primitives import low_rank
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream
 from lib.primitives.cost import count
-from lib.primitives.finetune import LoRA, next_token_loss, recover
+from lib.primitives.finetune import LoRA, mean_loss, recover
 from lib.primitives.linalg import add_gram, decompose, decompose_outputs, refit, root_of, singular_values, truncate
 from lib.primitives.low_rank import allocate, matrices, merge_to_dense, rank_for, shapes, sweep_of, uniform_ranks
 from lib.primitives.surgery import LowRankLinear
@@ -830,7 +830,7 @@ def test_rounds_change_the_factor_that_they_name_and_lower_the_loss(family, orde
     assert [changed(*pair) for pair in itertools.pairwise(models)] == [set(part) for part in trained]
     assert all(torch.equal(p, given[name]) for name, p in small.named_parameters())
     with torch.no_grad():
-        losses = [next_token_loss(model, token_ids()).item() for model in models]
+        losses = [mean_loss(model, token_ids()).item() for model in models]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.05
     for model in models[1:]:

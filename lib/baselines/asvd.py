@@ -13,12 +13,12 @@ from torch import nn
 
 from lib.primitives.anatomy import replaced, shared_inputs
 from lib.primitives.calibration import ResidualStream
+from lib.primitives.checks import kept_share
 from lib.primitives.losses import sequence_losses
 from lib.primitives.low_rank import (
     Ranks,
     block_name,
     factored,
-    kept_share,
     matrices,
     narrowed,
     rank_for,
@@ -31,13 +31,10 @@ ALPHA = 0.5
 CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # removed shares that the search tries on each matrix
 
 
-def mean_magnitudes(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8
-) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+def mean_magnitudes(model: nn.Module, ids: torch.Tensor) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """mean_t |X_jt|, float64 [n], of every distinct input of the dense model, with the names of the matrices that share it."""
-    stream = ResidualStream(model, ids, mask, batch)
+    stream = ResidualStream(model, ids)
     family = stream.anatomy.family
-    tokens = ids.numel() if mask is None else int(mask.bool().sum())
     for i, block in enumerate(stream.anatomy.blocks):
         sums = {
             group: torch.zeros(block.get_submodule(group[0]).in_features, dtype=torch.float64, device=stream.device)
@@ -45,14 +42,12 @@ def mean_magnitudes(
         }
         stream.observe(i, {g[0]: lambda x, total=total: total.add_(x.double().abs().sum(0)) for g, total in sums.items()}, True)
         for group, total in sums.items():
-            yield tuple(block_name(family, i, name) for name in group), total / tokens
+            yield tuple(block_name(family, i, name) for name in group), total / ids.numel()
 
 
-def roots(
-    model: nn.Module, ids: torch.Tensor, alpha: float = ALPHA, mask: torch.Tensor | None = None, batch: int = 8
-) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+def roots(model: nn.Module, ids: torch.Tensor, alpha: float = ALPHA) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """The diagonals of S, by the matrices that share an input; α = 0 is plain SVD."""
-    return ((names, size**alpha) for names, size in mean_magnitudes(model, ids, mask, batch))
+    return ((names, size**alpha) for names, size in mean_magnitudes(model, ids))
 
 
 def sweep(
@@ -62,8 +57,6 @@ def sweep(
     *,
     alpha: float = ALPHA,
     search: bool = False,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) with every matrix truncated by activation-scaled SVD, of uniform rank or with the rank `search`.
@@ -71,9 +64,9 @@ def sweep(
     One set of trials serves all ratios. Exact decompositions in float64, where the authors' code draws random ones.
     """
     plans = [uniform_ranks(model, ratio) for ratio in ratios]
-    found = list(roots(model, ids, alpha, mask, batch))
+    found = list(roots(model, ids, alpha))
     if search:
-        trials = sensitivities(model, ids, found, mask, batch, progress)
+        trials = sensitivities(model, ids, found, progress)
         plans = [search_ranks(trials, shapes(model), ratio) for ratio in ratios]
     return sweep_of(model, found, ratios, plans, progress)
 
@@ -86,8 +79,6 @@ def sensitivities(
     model: nn.Module,
     ids: torch.Tensor,
     roots: Sequence[tuple[Sequence[str], torch.Tensor]],
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
     progress: Callable[[str], None] | None = None,
 ) -> dict[tuple[str, float], float]:
     """Mean loss on the calibration set with one matrix truncated, for every (matrix, removed share).
@@ -101,17 +92,15 @@ def sensitivities(
             widest = factored(layers[name], root, rank_for(m, n, min(CANDIDATES)))
             for share in CANDIDATES:
                 with replaced(model, name, narrowed(widest, rank_for(m, n, share))):
-                    found[name, share] = calibration_loss(model, ids, mask, batch)
+                    found[name, share] = calibration_loss(model, ids)
             if progress:
                 progress(f"tried {len(found) // len(CANDIDATES)} of {len(layers)} matrices")
     return found
 
 
-def calibration_loss(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, batch: int) -> float:
+def calibration_loss(model: nn.Module, ids: torch.Tensor) -> float:
     """Mean next-token loss over the sequences of a calibration set."""
-    masks = [None] * len(ids.split(batch)) if mask is None else mask.to(model.device).split(batch)
-    pairs = zip(ids.to(model.device).split(batch), masks, strict=True)
-    return torch.cat([sequence_losses(model, part, real) for part, real in pairs]).mean().item()
+    return torch.cat([sequence_losses(model, part) for part in ids.to(model.device).split(8)]).mean().item()
 
 
 def search_ranks(trials: Mapping[tuple[str, float], float], shapes: Mapping[str, tuple[int, int]], ratio: float) -> Ranks:

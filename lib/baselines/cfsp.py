@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.low_rank import kept_share
+from lib.primitives.checks import kept_share
 from lib.primitives.moments import measure, turning_angle
 from lib.primitives.structured import keep_highest, remove_neurons
 
@@ -63,18 +63,16 @@ def kept_shares(angles: torch.Tensor, ratio: float, temperature: float = TEMPERA
     return shares
 
 
-def scores(
-    model: nn.Module, ids: torch.Tensor, fine: str = "code", *, mask: torch.Tensor | None = None, batch: int = 8
-) -> Scores:
+def scores(model: nn.Module, ids: torch.Tensor, fine: str = "code") -> Scores:
     """Neuron scores and angles of the dense model, which serve every ratio. fine: "code" or "eq8"."""
     if fine not in ("code", "eq8"):
         raise ValueError(f"fine must be code or eq8, not {fine!r}")
-    stream = ResidualStream(model, ids, mask, batch)
+    stream = ResidualStream(model, ids)
     mlp, neurons, angles = stream.anatomy.family.mlp, [], []
     for i, block in enumerate(stream.anatomy.blocks):
         before = stream.hidden.clone()
         squares = measure(stream, i, [mlp.writer], advance=True)[mlp.writer].square
-        angles.append(turning_angle(before, stream.hidden, None if mask is None else mask.to(stream.device)))
+        angles.append(turning_angle(before, stream.hidden))
         weights = [block.get_submodule(name).weight.detach() for name in (*mlp.readers, mlp.writer)]
         neurons.append(code_scores(squares) if fine == "code" else equation8_scores(weights[:-1], weights[-1], squares))
     return Scores(neurons, torch.tensor(angles, dtype=torch.float64))
@@ -98,17 +96,15 @@ def sweep(
     fine: str = "code",
     coarse: bool = True,
     multiple: int = 1,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of its FFN neurons) for every ratio, from one pass; no repair.
 
-    ids: [samples, tokens]; mask: 1 for real tokens. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids
+    ids: [samples, tokens]. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids
     that cannot be used.
     """
     for ratio in ratios:
         kept_share(ratio)
-    found = scores(model, ids, fine, mask=mask, batch=batch)
+    found = scores(model, ids, fine)
     for ratio in ratios:
         yield ratio, remove_neurons(model, keep(found, ratio, coarse, multiple))
 

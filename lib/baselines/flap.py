@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.low_rank import kept_share
+from lib.primitives.checks import kept_share
 from lib.primitives.moments import walk
 from lib.primitives.structured import channels, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
 
@@ -44,14 +44,12 @@ def group_scores(fluctuations: torch.Tensor, groups: int) -> torch.Tensor:
     return standardised(fluctuations.square()).view(groups, -1).mean(1)
 
 
-def scores(
-    model: nn.Module, ids: torch.Tensor, *, attention: bool = True, mask: torch.Tensor | None = None, batch: int = 8
-) -> Scores:
+def scores(model: nn.Module, ids: torch.Tensor, *, attention: bool = True) -> Scores:
     """Scores and means of the dense model, which serve every ratio. `attention` includes key-value groups."""
     anatomy = Anatomy(model)
     mlp, other = anatomy.family.mlp.writer, anatomy.family.attention.writer
     sizes, found = kv_groups(model) if attention else [], Scores([], [], [], [])
-    for i, moments in enumerate(walk(model, ids, [mlp, other] if attention else [mlp], mask, batch)):
+    for i, moments in enumerate(walk(model, ids, [mlp, other] if attention else [mlp])):
         block = anatomy.blocks[i]
         found.neurons.append(standardised(fluctuation(moments[mlp].variance, block.get_submodule(mlp).weight.detach())))
         found.means.append(moments[mlp].mean)
@@ -129,8 +127,6 @@ def sweep(
     *,
     attention: bool = True,
     compensate: bool = True,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the parameters of neurons and key-value groups) for every ratio, from one pass.
 
@@ -139,7 +135,7 @@ def sweep(
     """
     for ratio in ratios:
         kept_share(ratio)
-    found = scores(model, ids, attention=attention, mask=mask, batch=batch)
+    found = scores(model, ids, attention=attention)
     for ratio in ratios:
         yield ratio, cut(model, found, ratio, compensate=compensate)
 

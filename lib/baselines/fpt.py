@@ -20,17 +20,17 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from lib.papers.mask_tuning import Sums, acceptable
 from lib.primitives.anatomy import Anatomy, Half, attention_half, mlp_half
-from lib.primitives.calibration import ResidualStream, check_calibration
+from lib.primitives.calibration import ResidualStream, check_calibration, inputs_of, run_seeing
+from lib.primitives.checks import kept_share
 from lib.primitives.cost import count
-from lib.primitives.linalg import add_gram
+from lib.primitives.linalg import at_least_float32
 from lib.primitives.losses import sequence_losses
-from lib.primitives.low_rank import kept_share
 from lib.primitives.structured import ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
 from lib.primitives.surgery import shell
 
 LEAST_GROUPS, LEAST_NEURONS = 1, 16  # left in every block
-LARGEST = 10.0  # multipliers beyond this end the tuning
 
 
 @dataclass
@@ -112,24 +112,23 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def mask_gradients(
     model: nn.Module,
     ids: torch.Tensor,
-    mask: torch.Tensor | None = None,
     batch: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Units:
     """∂L_s/∂m at m = 1 for every unit, float64 [sequences, n]; L_s is the mean next-token loss of sequence s.
 
-    ids: [sequences, tokens]; mask: 1 for real tokens. Activations of all blocks are in memory, gradients of weights are not.
+    ids: [sequences, tokens]. Activations of all blocks are in memory, gradients of weights are not.
     """
-    check_calibration(Anatomy(model), ids, mask)
+    check_calibration(Anatomy(model), ids)
     if ids.shape[1] < 2:
         raise ValueError("sequences of 1 token predict nothing: use at least 2 tokens")
     ones, found = units_of(model), []
     for start in range(0, len(ids), batch):
         rows = slice(start, start + batch)
-        part, real = ids[rows].to(model.device), None if mask is None else mask[rows].to(model.device)
+        part = ids[rows].to(model.device)
         leaves = ones.repeated(len(part)).map(torch.Tensor.requires_grad_)
         with torch.enable_grad(), _frozen(model), all_masked(model, leaves):
-            loss = sequence_losses(model, part, real).sum()
+            loss = sequence_losses(model, part).sum()
             gradients = torch.autograd.grad(loss, [*leaves.groups, *leaves.neurons])
         found.append(gradients)
         if progress:
@@ -239,45 +238,26 @@ def rearrange(gradients: torch.Tensor, pruned: int) -> torch.Tensor:
 # --- step 3: tuning ----------------------------------------------------------------------------------------------------
 
 
-class Normal:
-    """Normal equations H m = g of min_m ‖Σ_i m_i vec(X_i W_i) - vec(B)‖² over units of a writer, summed batch by batch.
-
-    A unit is a few neighbouring input channels, as many for each. H = blockwise sums of XᵀX ∘ WᵀW, g_i = Σ (XᵀB)_i ∘ W_iᵀ: the
-    columns are never formed. Products are float32 (float64 input stays float64), sums float64. `sums` and `target_sum` belong to
-    a column of ones, which the released code adds for attention.
-    """
+class WithOnes(Sums):
+    """The sums of a layer with a column of ones beside its units, which the released code adds for attention."""
 
     def __init__(self, weight: torch.Tensor, units: int):
-        """weight: [d, features], the writer's columns that the units have, unit by unit."""
-        self.weight, self.units = weight.detach().double(), units
-        features = weight.shape[1]
-        self.gram = torch.zeros(features, features, dtype=torch.float64, device=weight.device)
-        self.cross = torch.zeros(features, dtype=torch.float64, device=weight.device)
-        self.sums = torch.zeros(features, dtype=torch.float64, device=weight.device)
+        super().__init__(weight, units)
+        self.sums = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
         self.target_sum, self.entries = 0.0, 0
 
-    def add(self, x: torch.Tensor, b: torch.Tensor) -> None:
-        """x: [tokens, features]; b: [tokens, d], what the weighted units should add up to."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, b = x.to(wide), b.to(wide)
-        add_gram(self.gram, x)
-        self.cross += (x * (b @ self.weight.to(wide))).sum(0, dtype=torch.float64)
-        self.sums += x.sum(0, dtype=torch.float64)
-        self.target_sum += float(b.sum(dtype=torch.float64))
-        self.entries += b.numel()
+    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        super().add(x, target)
+        self.sums += at_least_float32(x).sum(0, dtype=torch.float64)
+        self.target_sum += float(target.sum(dtype=torch.float64))
+        self.entries += target.numel()
 
-    def system(self, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(H, g) over the units and, last, the column of ones if wanted."""
-        n = self.units
-        h = (self.gram * (self.weight.T @ self.weight)).view(n, -1, n, len(self.gram) // n).sum((1, 3))
-        g = self.cross.view(n, -1).sum(1)
-        if not intercept:
-            return h, g
-        edge = (self.sums * self.weight.sum(0)).view(n, -1).sum(1)
-        corner = torch.tensor([[float(self.entries)]], dtype=h.dtype, device=h.device)
-        return torch.cat([torch.cat([h, edge[:, None]], 1), torch.cat([edge[None], corner], 1)]), torch.cat(
-            [g, g.new_tensor([self.target_sum])]
-        )
+    def normal(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(H, g) over the units and, last, the column of ones."""
+        h, g = super().normal()
+        edge = (self.sums * self.weight.double().sum(1)).view(len(g), -1).sum(1)[:, None]
+        h = torch.cat([torch.cat([h, edge], 1), torch.cat([edge.T, h.new_full((1, 1), self.entries)], 1)])
+        return h, torch.cat([g, g.new_tensor([self.target_sum])])
 
 
 def solve(h: torch.Tensor, g: torch.Tensor, literal: bool = False) -> torch.Tensor | None:
@@ -305,48 +285,41 @@ def solve(h: torch.Tensor, g: torch.Tensor, literal: bool = False) -> torch.Tens
     return 1 + vectors @ (values / damped * (vectors.T @ r))
 
 
-def acceptable(m: torch.Tensor | None) -> bool:
-    """Whether multipliers [n] exist, are finite and inside [-10, 10]."""
-    return m is not None and bool(torch.isfinite(m).all()) and float(m.abs().max()) <= LARGEST
-
-
 def tune(
     model: nn.Module,
     ids: torch.Tensor,
     student: Units,
     teacher: Units,
-    *,
-    mask: torch.Tensor | None = None,
     literal: bool = False,
-    batch: int = 8,
     progress: Callable[[str], None] | None = None,
 ) -> Units:
     """Multipliers for the kept units of a binary mask, so that each half of a block adds what is missing to the teacher's stream.
 
     B = Y_T + R_T - bias - R_S: outputs and residual streams of teacher and student, so drift from earlier blocks is repaired too.
     In order, attention (not in block 0) then FFN; the first unacceptable solution is discarded and ends the tuning.
-    ids: [samples, tokens]; mask: 1 for real tokens. Raises ValueError for families whose halves run in parallel or are
-    normalised at their end.
+    ids: [samples, tokens]. Raises ValueError for families whose halves run in parallel or are normalised at their end.
     """
     check_tunable(model)
     tuned = Units(list(student.groups), list(student.neurons))
-    streams = [ResidualStream(model, ids, mask, batch) for _ in range(2)]
+    streams = [ResidualStream(model, ids) for _ in range(2)]
     anatomy = streams[0].anatomy
     parts = ((attention_half, tuned.groups, anatomy.family.attention), (mlp_half, tuned.neurons, anatomy.family.mlp))
     for i, block in enumerate(anatomy.blocks):
         for run, masks, half in parts:
+            # 1. The teacher moves over this half, and says what the student's stream should reach.
             reached = _advance_teacher(streams[1], i, run, half, teacher)
+            # 2. The kept units of the student get the multipliers that bring it closest.
             if masks[i].any() and not (i == 0 and half is anatomy.family.attention):
                 kept = masks[i] != 0
-                normal = _measure(streams[0], i, run, half, reached, kept)
-                h, g = normal.system(intercept=literal and half is anatomy.family.attention)
-                m = solve(h, g, literal)
-                m = None if m is None else m[: normal.units]  # that of the column of ones is thrown away
+                sums = _measure(streams[0], i, run, half, reached, kept, literal and half is anatomy.family.attention)
+                m = solve(*sums.normal(), literal)
+                m = None if m is None else m[: sums.units]  # that of the column of ones is thrown away
                 if not acceptable(m):
                     if progress:
                         progress(f"tuning ends at block {i} {half.writer}: no acceptable multipliers; later masks stay binary")
                     return tuned
                 masks[i] = torch.zeros_like(masks[i]).masked_scatter(kept, m)
+            # 3. The student moves over this half as it is now.
             with masked(block, anatomy.halves, tuned.groups[i], tuned.neurons[i]):
                 streams[0].advance(run, i)
         if progress:
@@ -364,6 +337,7 @@ def check_tunable(model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
 def _advance_teacher(stream: ResidualStream, block: int, run: Callable, half: Half, masks: Units) -> torch.Tensor:
     """Move the teacher over a half; what the student's half should reach, R_T + Y_T [samples, tokens, d].
 
@@ -371,47 +345,43 @@ def _advance_teacher(stream: ResidualStream, block: int, run: Callable, half: Ha
     released code records activations before its masks act.
     """
     anatomy = stream.anatomy
-    module = anatomy.blocks[block]
+    module, mask = anatomy.blocks[block], masks.neurons[block]
     if half is anatomy.family.attention:
-        with masked(module, anatomy.halves, masks.groups[block], masks.neurons[block]):
+        with masked(module, anatomy.halves, masks.groups[block], mask):
             stream.advance(run, block)
         return stream.hidden
-    # One pass for both: the masked stream moves on, and what the mask takes is noted on the way and added to the target.
-    mask = masks.neurons[block]
+    # One pass for both: the masked stream moves on, and what the mask takes from it is added to the target.
     less = (mask != 1).nonzero()[:, 0]
     weight = module.get_submodule(half.writer).weight.detach()[:, less].T
-    reached, batches = torch.zeros_like(stream.hidden), stream.batches()
-
-    def note(x: torch.Tensor) -> None:
-        rows, real = next(batches)
-        reached[rows][real] = (x[:, less] * (1 - mask[less]).to(x)) @ weight
-
-    def run_masked(*step) -> torch.Tensor:  # its hook comes after that of `observe`, which sees what is not masked yet
-        with masked(module, anatomy.halves, masks.groups[block], mask):
-            return run(*step)
-
-    stream.observe(block, {half.writer: note}, advance=True, run=run_masked)
-    return reached.add_(stream.hidden)
+    reached = torch.empty_like(stream.hidden)
+    for batch in stream.inputs(block):
+        # The hook that notes the writer's inputs is the first, so it sees them before the mask's does.
+        with inputs_of(module.get_submodule(half.writer)) as seen, masked(module, anatomy.halves, masks.groups[block], mask):
+            output = run(module, anatomy.family, batch.hidden, batch.kwargs)
+        x = seen[0][..., less].view(*output.shape[:2], -1)  # OPT flattens batch and tokens before its FFN
+        reached[batch.rows] = (x * (1 - mask[less]).to(x)) @ weight + output
+        stream.hidden[batch.rows] = output
+    return reached
 
 
-def _measure(stream: ResidualStream, block: int, run: Callable, half: Half, reached: torch.Tensor, kept: torch.Tensor) -> Normal:
-    """Normal equations of the kept units of a half, from the student's inputs and the stream to be reached, without first tokens.
+@torch.no_grad()
+def _measure(
+    stream: ResidualStream, block: int, run: Callable, half: Half, reached: torch.Tensor, kept: torch.Tensor, ones: bool
+) -> Sums:
+    """Sums of the kept units of a half over the student's inputs and the stream to be reached, without first tokens.
 
-    kept: bool [n].
+    kept: bool [n]; ones: with the released code's column of ones.
     """
-    writer = stream.anatomy.blocks[block].get_submodule(half.writer)
+    anatomy = stream.anatomy
+    writer = anatomy.blocks[block].get_submodule(half.writer)
     features = kept.repeat_interleave(writer.in_features // len(kept)).nonzero()[:, 0]
-    normal, batches = Normal(writer.weight[:, features], int(kept.sum())), stream.batches()
+    sums = (WithOnes if ones else Sums)(writer.weight.detach().T[features], int(kept.sum()))
     bias = 0 if writer.bias is None else writer.bias.detach()
-
-    def add(x: torch.Tensor) -> None:
-        rows, real = next(batches)
-        later = real.cumsum(1)[real] > 1  # not the first real token of its sequence
-        target = (reached[rows] - stream.hidden[rows] - bias)[real]
-        normal.add(x[later][:, features], target[later])
-
-    stream.observe(block, {half.writer: add}, run=run)
-    return normal
+    for batch in stream.inputs(block):
+        _, x, _ = run_seeing(run, anatomy.blocks[block], anatomy.family, batch, half.writer)
+        target = reached[batch.rows] - batch.hidden - bias
+        sums.add(x[:, 1:].flatten(0, 1)[:, features], target[:, 1:].flatten(0, 1))
+    return sums
 
 
 # --- the method --------------------------------------------------------------------------------------------------------
@@ -422,16 +392,14 @@ def sweep(
     ids: torch.Tensor,
     ratios: Sequence[float],
     *,
-    mask: torch.Tensor | None = None,
     rearrangement: bool = True,
     tuning: bool = True,
     literal: bool = False,
-    batch: int = 8,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """Prune a model at several ratios with FPT; yields (ratio, model). One set of gradients serves all.
 
-    ids: calibration tokens [sequences, length]; mask: 1 for real tokens. ratios: removed shares of the decoder's parameters, met
+    ids: calibration tokens [sequences, length]. ratios: removed shares of the decoder's parameters, met
     from below to within one neuron. `rearrangement` and `tuning` are the steps after the search; literal: the released solver.
     The given model stays intact. Raises ValueError, before any work, for ratios, ids or families that cannot be used.
     """
@@ -444,7 +412,7 @@ def sweep(
         search(plain, c * units, costs)  # fails now rather than after the gradients
 
     def run() -> Iterator[tuple[float, nn.Module]]:
-        gradients = mask_gradients(model, ids, mask, progress=progress)
+        gradients = mask_gradients(model, ids, progress=progress)
         for ratio, (c, units) in zip(ratios, shares, strict=True):
             if ratio == 0:
                 yield ratio, shell(model)
@@ -457,7 +425,7 @@ def sweep(
                 ))  # fmt: skip
             kept = student.map(lambda m: m.nonzero()[:, 0])
             if tuning:
-                student = tune(model, ids, student, teacher, mask=mask, literal=literal, batch=batch, progress=progress)
+                student = tune(model, ids, student, teacher, literal=literal, progress=progress)
             yield ratio, fold(model, student, kept)
 
     return run()

@@ -21,28 +21,27 @@ from lib.primitives.low_rank import matrices, sweep_of, uniform_ranks
 def fisher(
     model: nn.Module,
     ids: torch.Tensor,
-    mask: torch.Tensor | None = None,
     batch: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Σ_i mean_s (∂L_s/∂W_ij)², float64 [n inputs], for every matrix; L_s is the mean next-token loss of sequence s.
 
-    ids: [samples, tokens]; mask: 1 for real tokens. One backward pass a batch, which needs three times the size of its logits.
+    ids: [samples, tokens]. One backward pass a batch, which needs three times the size of its logits.
     The gradient of a sequence is the product of what a matrix sent forward and what came back, so nothing the size of the
     weights is kept.
     """
-    check_calibration(Anatomy(model), ids, mask)
+    check_calibration(Anatomy(model), ids)
     layers = matrices(model)
     totals = {name: torch.zeros(layer.in_features, dtype=torch.float64, device=model.device) for name, layer in layers.items()}
     table = Anatomy(model).get(Anatomy(model).family.embeddings[0])
     for start in range(0, len(ids), batch):
         rows = slice(start, start + batch)
-        part, real = ids[rows].to(model.device), None if mask is None else mask[rows].to(model.device)
+        part = ids[rows].to(model.device)
         with torch.enable_grad(), contextlib.ExitStack() as watched:
             first = _watch_entry(watched, table)
             for name, layer in layers.items():
                 _watch(watched, layer, totals[name], len(part))
-            loss = sequence_losses(model, part, real).sum()
+            loss = sequence_losses(model, part).sum()
             torch.autograd.grad(loss, first)  # of the embeddings alone: what it passes on its way is what we watch
         if progress:
             progress(f"gradients of {min(start + batch, len(ids))} of {len(ids)} sequences")
@@ -82,11 +81,10 @@ def sweep(
     ids: torch.Tensor,
     ratios: Sequence[float],
     *,
-    mask: torch.Tensor | None = None,
     batch: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) with every matrix truncated by Fisher-weighted SVD, which minimises Σ_j d_j² ‖(W - W')_j‖²."""
     plans = [uniform_ranks(model, ratio) for ratio in ratios]
-    weights = fisher(model, ids, mask, batch, progress)
+    weights = fisher(model, ids, progress)
     return sweep_of(model, (([name], value.sqrt()) for name, value in weights.items()), ratios, plans, progress)

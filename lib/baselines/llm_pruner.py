@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 
 import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy, half_names, head_size
 from lib.primitives.calibration import check_calibration
+from lib.primitives.checks import check_share, choose_one, exact
 from lib.primitives.gradients import stream, summed
 from lib.primitives.losses import at_least_float32
 from lib.primitives.structured import Keep, keep_highest, kept_count, kv_groups, remove_groups, remove_neurons
@@ -35,8 +35,7 @@ def channel_scores(model: nn.Module, ids: torch.Tensor, names: Sequence[str], im
 
     ids: [samples, length]. First order takes one backward pass of the whole batch, second order one of every sequence.
     """
-    if importance not in IMPORTANCES:
-        raise ValueError(f"unknown importance {importance!r}: choose one of {', '.join(IMPORTANCES)}")
+    choose_one("importance", importance, IMPORTANCES)
     samples, found = len(ids), {}
 
     def channels(effect: torch.Tensor) -> list[torch.Tensor]:
@@ -70,8 +69,7 @@ def unit_scores(
     Rows of the readers and columns of the writer, added over the matrices; for attention also over the channels of a head
     and the query heads of a group, see FOLDS.
     """
-    if fold not in FOLDS:
-        raise ValueError(f"unknown fold {fold!r}: choose one of {', '.join(FOLDS)}")
+    choose_one("fold", fold, FOLDS)
     blocks = half_names(model, half)
     found = channel_scores(model, ids, [name for part in blocks for name in part], importance)
     matrices = [[*(found[name][0] for name in part[:-1]), found[part[-1]][1]] for part in blocks]
@@ -101,7 +99,7 @@ def choose(scores: Sequence[torch.Tensor], ratio: float, protect: Sequence[int] 
     """
 
     def kept(n: int) -> int:
-        return n - int(Fraction(ratio).limit_denominator(10**6) * n) if whole else kept_count(n, ratio)
+        return n - int(exact(ratio) * n) if whole else kept_count(n, ratio)
 
     return [None if block in protect else keep_highest(score, kept(len(score))) for block, score in enumerate(scores)]
 
@@ -131,8 +129,7 @@ def sweep(
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, or None for all of the calibration set, not {value}")
     for ratio in ratios:
-        if not 0 <= ratio < 1:
-            raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.25 removes a quarter of the units of the inner blocks")
+        check_share(ratio)
     if inplace and len(ratios) != 1:
         raise ValueError("pruning in place consumes the dense model: give exactly one ratio")
     groups = kv_groups(model) if attention else []  # attention that cannot be cut should fail now

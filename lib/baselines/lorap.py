@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.low_rank import block_name, factored, kept_share, put, rank_for
+from lib.primitives.checks import exact, kept_share
+from lib.primitives.low_rank import block_name, factored, put, rank_for
 from lib.primitives.moments import measure
 from lib.primitives.structured import cut_neurons, describe, ffn_widths, kept_count, separate_readers
 from lib.primitives.surgery import shell
@@ -34,7 +35,7 @@ def keep(scores: torch.Tensor, ratio: float, spared: float = SPARED) -> torch.Te
     """Sorted indices that stay of the scores [f]: the lowest are removed, but for the very lowest share `spared`."""
     f = len(scores)
     removed = f - kept_count(f, ratio)
-    first = min(int(Fraction(spared).limit_denominator(10**6) * f), f - removed)
+    first = min(int(exact(spared) * f), f - removed)
     order = scores.argsort(stable=True)
     return torch.cat([order[:first], order[first + removed :]]).sort().values
 
@@ -64,8 +65,6 @@ def prune(
     *,
     mlp_only: bool = False,
     spared: float = SPARED,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
 ) -> nn.Module:
     """Remove a share of the neurons and, unless `mlp_only`, of the parameters of attention. The given model stays intact.
 
@@ -73,7 +72,7 @@ def prune(
     """
     for width in ffn_widths(model):
         kept_count(width, ratio)
-    stream = ResidualStream(shell(model), ids, mask, batch)
+    stream = ResidualStream(shell(model), ids)
     anatomy, layers = stream.anatomy, {}
     mlp, attention = anatomy.family.mlp, anatomy.family.attention
     names = [] if mlp_only or ratio == 0 else [*separate_readers(anatomy), attention.writer]

@@ -14,20 +14,18 @@ from lib.primitives.structured import remove_blocks
 from lib.primitives.surgery import shell
 
 
-def block_influence(
-    model: nn.Module, ids: torch.Tensor, *, mask: torch.Tensor | None = None, batch: int = 8, after_norm: bool = False
-) -> list[float]:
+def block_influence(model: nn.Module, ids: torch.Tensor, *, after_norm: bool = False) -> list[float]:
     """Block Influence of every block, 1 - the mean cosine of a token before and after it (equation 1).
 
     ids: [samples, length]; after_norm: score the last block as the published code does (see `layer_scores`).
     """
-    return layer_scores(model, ids, mask=mask, batch=batch, after_norm=after_norm)
+    return layer_scores(model, ids, after_norm=after_norm)
 
 
 @torch.no_grad()
-def angular_distances(model: nn.Module, ids: torch.Tensor, run: int, batch: int = 8) -> list[float]:
+def angular_distances(model: nn.Module, ids: torch.Tensor, run: int) -> list[float]:
     """arccos(cosine)/π between the last token's states before block i and before block i + run, for every i (Gromov et al.)."""
-    stream = ResidualStream(model, ids, batch=batch)
+    stream = ResidualStream(model, ids)
     blocks = len(stream.anatomy.blocks)
     if not 1 <= run <= blocks:
         raise ValueError(f"cannot remove a run of {run} from {blocks} blocks")
@@ -44,8 +42,6 @@ def chosen_blocks(
     ids: torch.Tensor,
     count: int,
     *,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
     choice: str = "one-shot",
     after_norm: bool = False,
 ) -> list[int]:
@@ -57,19 +53,19 @@ def chosen_blocks(
     if choice == "angular":
         if not count:
             return []
-        distances = angular_distances(model, ids, count, batch)
+        distances = angular_distances(model, ids, count)
         first = distances.index(min(distances))
         return list(range(first, first + count))
     if choice == "iterative":
         left, current = list(range(total)), shell(model)
         for _ in range(count):
-            [worst] = lowest(layer_scores(current, ids, mask=mask, batch=batch, after_norm=after_norm), 1)
+            [worst] = lowest(layer_scores(current, ids, after_norm=after_norm), 1)
             left.pop(worst)
             remove_blocks(current, [worst], inplace=True)
         return sorted(set(range(total)) - set(left))
     if choice != "one-shot":
         raise ValueError(f"unknown choice {choice!r}: choose one-shot, iterative or angular")
-    return lowest(block_influence(model, ids, mask=mask, batch=batch, after_norm=after_norm), count)
+    return lowest(block_influence(model, ids, after_norm=after_norm), count)
 
 
 def prune(model: nn.Module, ids: torch.Tensor, count: int, *, inplace: bool = False, **choice) -> nn.Module:

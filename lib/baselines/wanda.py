@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
+from lib.primitives.checks import kept_share
 from lib.primitives.layerwise import SQUARES, check_prunable, rebuild
 from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
-from lib.primitives.low_rank import kept_share
 from lib.primitives.moments import walk
 from lib.primitives.structured import remove_neurons, uniform
 from lib.primitives.surgery import linear
@@ -38,8 +38,6 @@ def prune(
     ids: torch.Tensor,
     sparsity: Sparsity = (2, 4),
     *,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
     inplace: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
@@ -49,7 +47,7 @@ def prune(
     accumulated, so this runs where a Gram matrix would not fit.
     """
     check_prunable(model, sparsity)
-    return rebuild(model, ids, SQUARES, partial(remake, sparsity), mask=mask, batch=batch, inplace=inplace, progress=progress)
+    return rebuild(model, ids, SQUARES, partial(remake, sparsity), inplace=inplace, progress=progress)
 
 
 # --- whole neurons (Wanda-sp) --------------------------------------------------------------------------------------------
@@ -60,27 +58,25 @@ def wanda_sp_scores(writer: torch.Tensor, squared_norms: torch.Tensor) -> torch.
     return writer.double().abs().mean(0) * squared_norms.double().sqrt()
 
 
-def neuron_scores(model: nn.Module, ids: torch.Tensor, *, mask: torch.Tensor | None = None, batch: int = 8) -> list[torch.Tensor]:
+def neuron_scores(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
     """`wanda_sp_scores` of every block of the dense model, which serve every ratio."""
     anatomy = Anatomy(model)
     name = anatomy.family.mlp.writer
-    statistics = walk(model, ids, [name], mask, batch)
+    statistics = walk(model, ids, [name])
     return [
         wanda_sp_scores(block.get_submodule(name).weight.detach(), moments[name].square)
         for block, moments in zip(anatomy.blocks, statistics, strict=True)
     ]
 
 
-def sweep_neurons(
-    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], *, mask: torch.Tensor | None = None, batch: int = 8
-) -> Iterator[tuple[float, nn.Module]]:
+def sweep_neurons(model: nn.Module, ids: torch.Tensor, ratios: Sequence[float]) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block by Wanda-sp) for every ratio, from one pass.
 
-    ids: [samples, tokens]; mask: 1 for real tokens. Raises ValueError, before any work, for a ratio outside [0, 1).
+    ids: [samples, tokens]. Raises ValueError, before any work, for a ratio outside [0, 1).
     """
     for ratio in ratios:
         kept_share(ratio)
-    found = neuron_scores(model, ids, mask=mask, batch=batch)
+    found = neuron_scores(model, ids)
     for ratio in ratios:
         yield ratio, remove_neurons(model, uniform(found, ratio))
 

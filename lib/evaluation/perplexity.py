@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from lib.evaluation.text import windows
+from lib.primitives.losses import next_token_losses
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
     output, hidden = before_head(model, input_ids=ids, use_cache=False)
     if hidden is None:
         whole = output.logits.shape[1] == ids.shape[1]  # a model without a head has been run in full
-        return _loss_of_logits(output.logits if whole else model(input_ids=ids, use_cache=False).logits, ids)
+        logits = output.logits if whole else model(input_ids=ids, use_cache=False).logits
+        return float(next_token_losses(logits, ids).sum(dtype=torch.float64))
     head = model.get_output_embeddings()
     hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     pieces, rows = (max(1, numbers // output.logits.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))
@@ -101,9 +103,3 @@ def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
         for logits, y in zip(head(x).split(rows), target.split(rows), strict=True):
             total += F.cross_entropy(logits.float(), y.to(logits.device), reduction="sum").item()
     return total
-
-
-def _loss_of_logits(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """The same from logits [batch, tokens, vocabulary], one window at a time: the float32 copy is the peak."""
-    pairs = zip(logits, ids, strict=True)
-    return sum(F.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item() for row, target in pairs)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from lib.primitives.checks import choose_one
+
 DATA_DIR_VARIABLE = "PARED_DATA_DIR"
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "\n\n"  # how the papers of the suite join rows before tokenising
@@ -53,8 +55,7 @@ def load_corpus(name: str, split: str = "train", data_dir: str | Path | None = N
     Raises ValueError for an unknown name or split or an empty corpus, FileNotFoundError for a missing file.
     """
     name = "wikitext2" if name == "wikitext-2" else name
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    choose_one("split", split, SPLITS)
     if str(name).endswith(".txt"):
         path = Path(name).expanduser()
         if not path.is_file():
@@ -287,8 +288,7 @@ def sample_blocks(
       borders and adds the tokenizer's BOS; cut to `length` once more.
     - `offsets`: the rule of GPTQ and SVD-LLM. Tokenise the joined text once and cut at random offsets (overlaps happen).
     """
-    if rule not in SAMPLING_RULES:
-        raise ValueError(f"unknown sampling rule {rule!r}: choose one of {', '.join(SAMPLING_RULES)}")
+    choose_one("sampling rule", rule, SAMPLING_RULES)
     if samples < 1 or length < 2:
         raise ValueError(f"a calibration set needs at least 1 sample of 2 tokens, not {samples} of {length}")
     if rule == "offsets":

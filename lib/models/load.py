@@ -11,6 +11,7 @@ from lib.evaluation.console import no_progress_bars
 from lib.models.checkpoint import is_checkpoint, load_checkpoint
 from lib.models.gguf_import import GEMMA, gemma_folder, gguf_folder
 from lib.primitives.anatomy import Anatomy
+from lib.primitives.checks import choose_one
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("wiki-a-llama", "wiki-a-opt")
@@ -28,8 +29,7 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        choose_one("dtype", dtype, DTYPES)
         dtype = DTYPES[dtype]
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no GPU: use device cpu")

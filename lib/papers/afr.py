@@ -20,8 +20,10 @@ from torch import nn
 
 from lib.papers import mixtures
 from lib.primitives.anatomy import half_names
+from lib.primitives.checks import choose_one
 from lib.primitives.gradients import SCORES, stream
-from lib.primitives.losses import at_least_float32, next_token_loss
+from lib.primitives.linalg import at_least_float32
+from lib.primitives.losses import sequence_losses
 from lib.primitives.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
 
 # Scores of the units of every block: [units] each.
@@ -51,8 +53,7 @@ class Settings:
             "snip_power": (1, 2),
         }  # fmt: skip
         for name, known in known_values.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(map(str, known))}")
+            choose_one(name, getattr(self, name), known)
         if self.stage != "neuron" and (self.accumulation == "per_sample" or self.snip_power != 1 or self.z != "model"):
             raise ValueError(f"stage {self.stage} standardises summed weight scores: use sum_grad, z 'model' and SNIP power 1")
 
@@ -165,8 +166,7 @@ def neuron_scores(
     """
     settings = settings or Settings()
     for name in aggregations:
-        if name not in AGGREGATIONS:
-            raise ValueError(f"unknown aggregation {name!r}: choose one of {', '.join(AGGREGATIONS)}")
+        choose_one("aggregation", name, AGGREGATIONS)
     scores = settings.scores if settings.stage == "neuron" else ("afr",)
     found = {name: {score: [0.0] * len(half_names(model)) for score in scores} for name in aggregations}
 
@@ -252,8 +252,7 @@ ALLOCATIONS = {"uniform": uniform, "global": globally}  # global is the paper's 
 
 def settings_of(preset: str = "paper", **changes) -> Settings:
     """A preset with some settings changed. Raises ValueError for names or values that do not exist."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    choose_one("preset", preset, PRESETS)
     known = [field.name for field in fields(Settings)]
     for name in changes:
         if name not in known:
@@ -333,8 +332,7 @@ def sweep(
 
 
 def _allocation(name: str) -> Callable:
-    if name not in ALLOCATIONS:
-        raise ValueError(f"unknown allocation {name!r}: choose one of {', '.join(ALLOCATIONS)}")
+    choose_one("allocation", name, ALLOCATIONS)
     return ALLOCATIONS[name]
 
 
@@ -393,9 +391,7 @@ def deletion_losses(model: nn.Module, ids: torch.Tensor, neurons: Sequence[Seque
     """
 
     def loss() -> torch.Tensor:
-        return next_token_loss(
-            model(input_ids=ids.to(model.device), use_cache=False).logits, ids.to(model.device)
-        ).double() / len(ids)
+        return sequence_losses(model, ids.to(model.device)).sum().double() / len(ids)
 
     dense, found = loss(), []
     for names, chosen in zip(half_names(model), neurons, strict=True):

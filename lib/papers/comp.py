@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lib.papers.mask_tuning import LARGEST, METRICS, SEQUENTIAL, Sums, System, removals
-from lib.primitives.anatomy import Anatomy, Family
-from lib.primitives.calibration import ResidualStream, resident
+from lib.papers.mask_tuning import LARGEST, METRICS, SEQUENTIAL, Sums, System, acceptable, removals
+from lib.primitives.anatomy import Anatomy, Family, whole_block
+from lib.primitives.calibration import Batch, ResidualStream, resident, run_seeing
+from lib.primitives.checks import check_share, choose_one, exact
 from lib.primitives.layer_importance import check_score, layer_scores, lowest
+from lib.primitives.layerwise import Walk, go
 from lib.primitives.structured import cut_neurons, describe, ffn_widths, globally, remove_blocks, unit_params
 from lib.primitives.surgery import shell
 
@@ -58,21 +62,20 @@ class Settings:
     checks: int = 8  # of the variance, per block
     reference: str = "residual"  # teacher's output with the residual's error repaired; or: teacher, same input
     drop_first: bool = True  # leave each sequence's first token, whose activations are massive, out of the sums
-    sweeps: int = 4
+    rounds: int = 4
     precision: torch.dtype = torch.float64  # of the n x n matrices
     seed: int = 0  # of the random control
 
     def __post_init__(self):
         check_score(self.layer_score)
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+            choose_one(name, getattr(self, name), known)
         if not 0 <= self.rho <= 1 or not 0 < self.largest_cut < 1:
             raise ValueError(f"rho is a share in [0, 1] and largest_cut one in (0, 1), not {self.rho} and {self.largest_cut}")
         if not self.epsilon > 0 or not self.variance_bound > 0:
             raise ValueError("epsilon and variance_bound must be positive; variance_bound=math.inf switches the check off")
-        if min(self.multiple, self.checks, self.sweeps) < 1:
-            raise ValueError("multiple, checks and sweeps count from 1")
+        if min(self.multiple, self.checks, self.rounds) < 1:
+            raise ValueError("multiple, checks and rounds count from 1")
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------------
@@ -104,14 +107,14 @@ class Plan:
 
 def blocks_to_drop(ratio: float, blocks: int, rho: float) -> int:
     """⌊rho ratio L⌋ in exact arithmetic; whole blocks only (rho = 1): ratio L to the nearest block."""
-    exact = Fraction(ratio).limit_denominator(10**6) * blocks
-    return round(exact) if rho == 1 else math.floor(exact * Fraction(rho).limit_denominator(10**6))
+    wanted = exact(ratio) * blocks
+    return round(wanted) if rho == 1 else math.floor(wanted * exact(rho))
 
 
 def neurons_to_cut(shape: Shape, drop: Sequence[int], ratio: float, settings: Settings) -> int:
     """Neurons that the remaining blocks must lose together, so that `ratio` of all blocks' parameters is gone.
 
-    None where whole blocks alone are asked for. Raises ValueError for a ratio that neurons cannot pay.
+    0 where whole blocks alone are asked for. Raises ValueError for a ratio that neurons cannot pay.
     """
     if settings.rho == 1:
         return 0
@@ -186,9 +189,7 @@ def protected(blocks: int, settings: Settings) -> tuple[int, ...]:
     return (0, blocks - 1) if settings.protect_ends else ()
 
 
-def choose_blocks(
-    model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings, mask=None, batch: int = 8
-) -> list[int]:
+def choose_blocks(model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings) -> list[int]:
     """The sorted blocks that go, by the importance of all blocks in the dense model."""
     ends = protected(len(scores), settings)
     count = blocks_to_drop(ratio, len(scores), settings.rho)
@@ -197,7 +198,7 @@ def choose_blocks(
     lowest(scores, count, ends)  # raises where so many cannot go
     left, current = list(range(len(scores))), shell(model)
     for _ in range(count):
-        now = layer_scores(current, ids, settings.layer_score, mask=mask, batch=batch)
+        now = layer_scores(current, ids, settings.layer_score)
         [worst] = lowest(now, 1, tuple(i for i, block in enumerate(left) if block in ends))
         left.pop(worst)
         remove_blocks(current, [worst], inplace=True)
@@ -207,54 +208,35 @@ def choose_blocks(
 # --- one block ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Batch:
-    """One batch of a block's calibration: what enters it in the pruned model, and what the dense model makes of its own.
+class Pair(NamedTuple):
+    """A batch in front of a block of the pruned model, and what the dense model makes of its own batch there.
 
-    hidden: [b, t, d], with the block's keyword arguments; real: bool [b, t], the tokens that count; output: [b, t, d], the
-    dense block's output on the dense model's stream; ffn: [b, t, d], that of its FFN alone. None where no teacher runs.
+    output: [b, t, d], the dense block's output on the dense model's stream; ffn: [b, t, d], that of its FFN alone. None where
+    no teacher runs.
     """
 
-    hidden: torch.Tensor
-    kwargs: dict
-    real: torch.Tensor
+    batch: Batch
     output: torch.Tensor | None = None
     ffn: torch.Tensor | None = None
 
 
 @torch.no_grad()
-def run_block(block: nn.Module, family: Family, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, ...]:
-    """Output [b, t, d] of a block, the activations [b, t, n] that enter its FFN's writer, and what that puts out [b, t, d]."""
-    seen = {}
-
-    def see(_, inputs, output):
-        seen["x"], seen["y"] = inputs[0], output
-
-    handle = block.get_submodule(family.mlp.writer).register_forward_hook(see)
-    try:
-        output = block(hidden, **kwargs)
-    finally:
-        handle.remove()
-    rows = hidden.shape[:2]  # OPT flattens batch and tokens before its FFN
-    return output, seen["x"].reshape(*rows, -1), seen["y"].reshape(*rows, -1)
-
-
-@torch.no_grad()
-def block_system(block: nn.Module, family: Family, batches: Iterable[Batch], settings: Settings) -> System:
-    """The least-squares system of one block's neurons, from its calibration batches.
+def block_system(block: nn.Module, family: Family, pairs: Iterable[Pair], settings: Settings) -> System:
+    """The least-squares system of one block's neurons, from its calibration.
 
     The wanted output is Y_T + R_T - R_S (`residual`), Y_T (`teacher`), or what the block itself puts out (`same input`): T is
     the dense model on its own stream, S the pruned one, Y the FFN's output, R the residual that it is added to.
     """
-    sums = Sums(block.get_submodule(family.mlp.writer).weight.T, settings.precision)
-    for batch in batches:
-        output, x, y = run_block(block, family, batch.hidden, batch.kwargs)
+    sums = Sums(block.get_submodule(family.mlp.writer).weight.T, precision=settings.precision)
+    for batch, wanted_output, wanted_ffn in pairs:
+        output, x, y = run_seeing(whole_block, block, family, batch, family.mlp.writer)
+        counted = slice(1 if settings.drop_first and x.shape[1] > 1 else 0, None)  # tokens
         beyond = None
         if settings.reference == "residual":  # Y_T + R_T is the dense block's output, Y + R_S the pruned prefix's
-            beyond = (batch.output - output)[batch.real]
+            beyond = wanted_output - output
         elif settings.reference == "teacher":
-            beyond = (batch.ffn - y)[batch.real]
-        sums.add(x[batch.real], beyond)
+            beyond = wanted_ffn - y
+        sums.add(x[:, counted].flatten(0, 1), None if beyond is None else beyond[:, counted].flatten(0, 1))
     return sums.system(keep_gram=settings.metric == "C1-G")
 
 
@@ -274,44 +256,52 @@ class Pruned:
 def prune_system(system: System, quota: int, settings: Settings, epsilon: float, bound: float) -> Pruned:
     """Remove up to `quota` neurons of a block; the most at which the variance of the multipliers is within `bound` count.
 
-    The variance and the largest multiplier are checked `settings.checks` times on the way. A violation does not end the walk:
-    what the wanted output asks of a weak neuron can lift the variance, and goes when the neuron goes. A block whose neurons
-    put out nothing loses them by index, with a warning and without tuning.
+    A block whose neurons put out nothing loses them by index, with a warning and without tuning.
     """
-    n = len(system.h)
     if not system.h.trace() > 0:
         warnings.warn("an FFN puts out nothing on the calibration tokens: its neurons go in order, untuned", stacklevel=2)
-        return Pruned(torch.arange(quota, n), None, quota)
-    if not settings.tune:
-        bound = math.inf
-    order = None
+        return Pruned(torch.arange(quota, len(system.h)), None, quota)
+    order = None  # C1 chooses as it goes
     if METRICS[settings.metric] is not None:
         score = METRICS[settings.metric](system, epsilon=epsilon, gamma=settings.gamma, seed=settings.seed)
         order = score.argsort(stable=True).tolist()
-    step = -(-max(1, quota // settings.checks) // settings.multiple) * settings.multiple
-    if not settings.tune and order is not None:  # no multiplier is asked for: nothing to solve
-        return _finish(system, order[:quota], torch.ones_like(system.drift), settings)
-    steps, m = _start(system, epsilon, order, bound) if settings.tune else _removals(system, epsilon, order)
+    if settings.tune:
+        return _prune_tuned(system, quota, order, settings, epsilon, bound)
+    if order is None:
+        order = [neuron for neuron, _ in islice(removals(system, epsilon), 1, quota + 1)]
+    return _finish(system, order[:quota], torch.ones_like(system.drift), settings)
+
+
+def _prune_tuned(
+    system: System, quota: int, order: Sequence[int] | None, settings: Settings, epsilon: float, bound: float
+) -> Pruned:
+    """Remove neurons one by one, the others tuned after each, and go back to the last check that passed.
+
+    The variance and the largest multiplier are checked `settings.checks` times on the way. If a check fails, removal continues:
+    a weak neuron can receive a large multiplier that raises the variance, and the variance falls again when that neuron is
+    removed.
+    """
+    every = -(-max(1, quota // settings.checks) // settings.multiple) * settings.multiple
+    steps, m = _start(system, epsilon, order, bound)
     gone, accepted = [], (0, m.clone())
-    stays = torch.ones(n, dtype=torch.bool, device=m.device)
-    while len(gone) < quota:
-        neuron, m = next(steps)
+    stays = torch.ones(len(m), dtype=torch.bool, device=m.device)
+    for neuron, m in islice(steps, quota):
         gone.append(neuron)
         stays[neuron] = False
-        checked = len(gone) % step == 0 or len(gone) == quota
+        checked = len(gone) % every == 0 or len(gone) == quota
         if checked and (bound == math.inf or _calm(m[stays], bound)):  # without a bound the quota must be met
             accepted = (len(gone), m.clone())
     return _finish(system, gone[: accepted[0]], accepted[1], settings)
 
 
 def _removals(system: System, epsilon: float, order: Sequence[int] | None) -> tuple[Iterator, torch.Tensor]:
-    """The walk of `removals`, and the multipliers before its first removal."""
+    """The steps of `removals`, and the multipliers before its first removal."""
     steps = removals(system, epsilon, order)
     return steps, next(steps)[1]
 
 
 def _start(system: System, epsilon: float, order: Sequence[int] | None, bound: float) -> tuple[Iterator, torch.Tensor]:
-    """The walk under the first of ε, 10ε, 100ε, ... at which the multipliers are within bounds before anything is removed.
+    """The removals under the first of ε, 10ε, 100ε, ... at which the multipliers are within bounds before anything is removed.
 
     Where the reference differs from what the block puts out, repairing the difference alone moves the multipliers, deep in a
     model far beyond the bound. Fewer removals would not mend that; a larger ridge does, and lets the check see the cut alone.
@@ -328,7 +318,7 @@ def _start(system: System, epsilon: float, order: Sequence[int] | None, bound: f
 
 def _calm(m: torch.Tensor, bound: float) -> bool:
     """Whether the multipliers of kept neurons are finite, at most `LARGEST` in size and of a variance within the bound."""
-    return bool(torch.isfinite(m).all()) and float(m.var(correction=0)) <= bound and float(m.abs().max()) <= LARGEST
+    return acceptable(m) and float(m.var(correction=0)) <= bound
 
 
 def _finish(system: System, gone: list[int], m: torch.Tensor, settings: Settings) -> Pruned:
@@ -339,11 +329,11 @@ def _finish(system: System, gone: list[int], m: torch.Tensor, settings: Settings
     untuned, scale = system.error(plain), None
     if settings.tune and not (m[stays] == 1).all():
         full = m * plain
-        sound = bool(torch.isfinite(full).all()) and float(full.abs().max()) <= LARGEST
+        sound = acceptable(full)
         if sound and system.loss(full) <= system.loss(plain):
             scale = m[stays].clone()
         else:
-            reason = "exceed 10 or are not finite" if not sound else "raise the loss"
+            reason = f"exceed {LARGEST:g} or are not finite" if not sound else "raise the loss"
             warnings.warn(f"tuned multipliers of an FFN {reason}: its neurons keep the multiplier 1", stacklevel=3)
     keep = stays.nonzero()[:, 0]
     if scale is None:
@@ -352,41 +342,32 @@ def _finish(system: System, gone: list[int], m: torch.Tensor, settings: Settings
     return Pruned(keep, scale, len(gone), float(scale.var(correction=0)), largest, error, untuned)
 
 
-def prune_block(
-    block: nn.Module,
-    family: Family,
-    batches: Iterable[Batch],
-    quota: int,
-    settings: Settings,
-    epsilon: float | None = None,
-    bound: float | None = None,
-) -> Pruned:
-    """Which neurons of one block stay, and their multipliers. The block itself is not changed.
-
-    batches: the block's calibration, read once. epsilon and bound: those of the sweep, by default those of the settings. Holds
-    two n x n matrices, whatever the number of tokens and blocks.
-    """
-    epsilon, bound = epsilon or settings.epsilon, settings.variance_bound if bound is None else bound
-    if quota == 0 and (settings.reference == "same input" or not settings.tune):
-        return Pruned(torch.arange(block.get_submodule(family.mlp.writer).in_features), None, 0)
-    return prune_system(block_system(block, family, batches, settings), quota, settings, epsilon, bound)
-
-
 # --- all blocks -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one sweep asks of one block."""
+    """What one round asks of one block."""
 
     quota: int
     epsilon: float
     bound: float
 
 
+def prune_block(block: nn.Module, family: Family, pairs: Iterable[Pair], demand: Demand, settings: Settings) -> Pruned:
+    """Which neurons of one block stay, and their multipliers. The block itself is not changed.
+
+    pairs: the block's calibration, read once. Holds two n x n matrices, whatever the number of tokens and blocks.
+    """
+    if demand.quota == 0 and (settings.reference == "same input" or not settings.tune):
+        return Pruned(torch.arange(block.get_submodule(family.mlp.writer).in_features), None, 0)
+    system = block_system(block, family, pairs, settings)
+    return prune_system(system, demand.quota, settings, demand.epsilon, demand.bound)
+
+
 @dataclass
-class Sweep:
-    """One walk over the blocks: what each is asked for, and what those before could not pay.
+class Round:
+    """One pass over the blocks: what each is asked for, and what those before could not pay.
 
     `ask(i)` before a block and `paid(result)` after it, in order. A shortfall is spread evenly over the blocks to come.
     """
@@ -411,40 +392,44 @@ class Sweep:
         return sum(d.quota for d in self.demands[:done]) - sum(r.removed for r in self.results)
 
 
-def first_sweep(plan: Plan, widths: Sequence[int], settings: Settings) -> Sweep:
-    """Quotas as planned. The variance is not checked where widths must stay equal, nor in a sweep that is also the last."""
-    bound = math.inf if settings.equal_widths or settings.sweeps == 1 else settings.variance_bound
+def first_round(plan: Plan, widths: Sequence[int], settings: Settings) -> Round:
+    """Quotas as planned. The variance is not checked where widths must stay equal, nor in a round that is also the last."""
+    bound = math.inf if settings.equal_widths or settings.rounds == 1 else settings.variance_bound
     demands = [Demand(quota, settings.epsilon, bound) for quota in plan.quotas]
-    return Sweep(demands, [most(n, settings) for n in widths], settings.multiple)
+    return Round(demands, [most(n, settings) for n in widths], settings.multiple)
 
 
-def next_sweep(last: Sweep, number: int, settings: Settings) -> Sweep | None:
-    """The sweep after one that came short (None: it did not): ten times the ridge, twice the variance; the last has no bound.
+def next_round(last: Round, number: int, settings: Settings) -> Round | None:
+    """The round after one that came short, or None where it did not.
 
-    The calmer half of the blocks (by the variance reached) is asked for the shortfall; if it has no room, the others are too.
+    1. What is missing is spread over the blocks that took the last round calmly (`redistributed`).
+    2. Blocks that are asked for more get ten times the ridge and twice the bound on the variance; in the last round all do,
+       and there is no bound.
     """
     if last.short <= 0:
         return None
-    quotas = [result.removed for result in last.results]
+    final = number == settings.rounds - 1
+    demands = []
+    for quota, result, before in zip(redistributed(last), last.results, last.demands, strict=True):
+        relaxed = Demand(quota, before.epsilon * 10, math.inf if final else before.bound * 2)
+        demands.append(relaxed if final or quota > result.removed else replace(before, quota=quota))
+    return Round(demands, last.room, last.step)
+
+
+def redistributed(last: Round) -> list[int]:
+    """Quotas that make up for a shortfall.
+
+    The calmer half of the blocks, by the variance reached, loses one step more each, again and again until it is paid; the
+    other blocks are asked only when these have no room.
+    """
+    quotas, short = [result.removed for result in last.results], last.short
     calm = sorted(range(len(quotas)), key=lambda i: last.results[i].variance)
     for asked in (calm[: -(-len(calm) // 2)], calm):
-        short = last.short + sum(r.removed for r in last.results) - sum(quotas)
-        while short > 0:
-            free = [i for i in asked if quotas[i] + last.step <= last.room[i]]
-            if not free:
-                break
+        while short > 0 and (free := [i for i in asked if quotas[i] + last.step <= last.room[i]]):
             for i in free[: -(-short // last.step)]:
                 quotas[i] += last.step
                 short -= last.step
-    final = number == settings.sweeps - 1
-    before = [result.removed for result in last.results]
-    demands = [
-        Demand(quota, d.epsilon * 10, math.inf if final else d.bound * 2)
-        if quota > old or final
-        else Demand(quota, d.epsilon, d.bound)
-        for quota, old, d in zip(quotas, before, last.demands, strict=True)
-    ]
-    return Sweep(demands, last.room, last.step)
+    return quotas
 
 
 @dataclass
@@ -454,7 +439,7 @@ class Report:
     scores: list[float]
     plan: Plan
     results: list[Pruned]
-    sweeps: int
+    rounds: int
 
     def rows(self) -> list[dict]:
         """One row per block of the dense model."""
@@ -474,8 +459,7 @@ def check(model: nn.Module, ratio: float, settings: Settings) -> None:
     """Raise ValueError for a ratio that cannot be met, or a model whose wanted output is not known."""
     if Anatomy(model).family.mlp.output_norm and settings.reference != "same input":
         raise ValueError("this family normalises what its FFN puts out before adding it: use reference='same input'")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.2 removes a fifth of the blocks' parameters")
+    check_share(ratio)
     shape = shape_of(model)
     count = blocks_to_drop(ratio, len(shape.params), settings.rho)
     ends = protected(len(shape.params), settings)
@@ -484,38 +468,27 @@ def check(model: nn.Module, ratio: float, settings: Settings) -> None:
     neurons_to_cut(shape, middle[:count], ratio, settings)
 
 
-def decide(
-    model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings, mask=None, batch: int = 8
-) -> Plan:
+def decide(model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings) -> Plan:
     """The plan for a ratio, from the importance of every block (`layer_scores`)."""
-    drop = choose_blocks(model, ids, scores, ratio, settings, mask, batch)
+    drop = choose_blocks(model, ids, scores, ratio, settings)
     plan = make_plan(shape_of(model), scores, drop, ratio, settings)
     if settings.allocation == "global":
-        plan = replace(plan, quotas=_global_quotas(model, ids, plan, settings, mask, batch))
+        plan = replace(plan, quotas=_global_quotas(model, ids, plan, settings))
     return plan
 
 
-@torch.no_grad()
 def prune(
-    model: nn.Module,
-    ids: torch.Tensor,
-    ratio: float,
-    settings: Settings | None = None,
-    *,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
-    progress=None,
+    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings | None = None, progress: Callable | None = None
 ) -> tuple[nn.Module, Report]:
     """A model with about `ratio` of its blocks' parameters removed by COMP, and a report. The given model stays intact.
 
-    ids: calibration tokens [samples, length]; mask: 1 for real tokens (None: all). ratio: removed share of the parameters of
-    all decoder blocks, met to within one neuron (or `settings.multiple`); with rho = 1, to the nearest block. Raises
-    ValueError, before any long work, for a ratio that cannot be met and for ids, weights or families that cannot be used.
+    ids: calibration tokens [samples, length]. ratio: removed share of the parameters of all decoder blocks, met to within one
+    neuron (or `settings.multiple`); with rho = 1, to the nearest block. Raises ValueError, before any long work, for a ratio
+    that cannot be met and for ids, weights or families that cannot be used.
     """
     settings = settings or Settings()
     check(model, ratio, settings)
-    scores = layer_scores(model, ids, settings.layer_score, mask=mask, batch=batch)
-    return _prune(model, ids, scores, ratio, settings, mask, batch, progress)
+    return _prune(model, ids, layer_scores(model, ids, settings.layer_score), ratio, settings, progress)
 
 
 def sweep(
@@ -523,10 +496,7 @@ def sweep(
     ids: torch.Tensor,
     ratios: Sequence[float],
     settings: Settings | None = None,
-    *,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
-    progress=None,
+    progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, what `prune` makes of the model) for every ratio; the importance of the blocks is measured once.
 
@@ -537,49 +507,43 @@ def sweep(
         check(model, ratio, settings)
 
     def run() -> Iterator[tuple[float, nn.Module]]:
-        scores = layer_scores(model, ids, settings.layer_score, mask=mask, batch=batch)
+        scores = layer_scores(model, ids, settings.layer_score)
         for ratio in ratios:
-            yield ratio, _prune(model, ids, scores, ratio, settings, mask, batch, progress)[0]
+            yield ratio, _prune(model, ids, scores, ratio, settings, progress)[0]
 
     return run()
 
 
-@torch.no_grad()
-def _prune(model, ids, scores: list[float], ratio: float, settings: Settings, mask, batch, progress) -> tuple[nn.Module, Report]:
+def _prune(
+    model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings, progress: Callable | None
+) -> tuple[nn.Module, Report]:
     """`prune` with known importance of the blocks."""
-    plan = decide(model, ids, scores, ratio, settings, mask, batch)
-    left = [n for i, n in enumerate(ffn_widths(model)) if i not in plan.drop]
+    plan = decide(model, ids, scores, ratio, settings)
     if not plan.drop and not sum(plan.quotas):
-        return shell(model), Report(scores, plan, [Pruned(torch.arange(n), None, 0) for n in left], 0)
-    turn, number = first_sweep(plan, left, settings), 0
-    while True:
-        walk = Walk(model, ids, plan, turn, settings, mask, batch)
-        for i in range(len(left)):
-            walk.approach(i)
-            walk.step(i)
-            if progress:
-                progress(f"pruned block {i + 1} of {len(left)}")
-        following = next_sweep(turn, number + 1, settings) if number + 1 < settings.sweeps else None
-        if following is None:
-            return describe(walk.small), Report(scores, plan, turn.results, number + 1)
-        turn, number = following, number + 1
+        return shell(model), Report(scores, plan, [Pruned(torch.arange(n), None, 0) for n in ffn_widths(model)], 0)
+    walk = CompWalk(model, ids, plan, settings)
+    small = go(walk, "pruned", progress)
+    return small, Report(scores, plan, walk.round.results, walk.number + 1)
 
 
-class Walk:
-    """One sweep over the blocks: a copy of the dense model that is pruned in place, its stream, and the dense model's.
+class CompWalk(Walk):
+    """COMP's rounds over the blocks that stay: a copy of the dense model that is pruned in place, and two streams.
 
-    `approach(i)` and `step(i)` for every block of `small` in order. One block is needed in memory at a time.
+    The student's is that of the copy, the teacher's that of the dense model. One block of each is needed in memory at a time.
     """
 
-    def __init__(
-        self, model: nn.Module, ids, plan: Plan, sweep: Sweep, settings: Settings, mask=None, batch: int = 8,
-        stream_of=ResidualStream,
-    ):  # fmt: skip
-        self.small = remove_blocks(model, plan.drop) if plan.drop else shell(model)
-        self.sweep, self.settings = sweep, settings
-        self.student = stream_of(self.small, ids, mask, batch)
-        self.teacher = None if settings.reference == "same input" else stream_of(model, ids, mask, batch)
+    def __init__(self, model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Settings, stream_of: Callable = ResidualStream):
+        self.dense, self.ids, self.plan, self.settings, self.stream_of = model, ids, plan, settings, stream_of
         self.kept = [i for i in range(len(Anatomy(model).blocks)) if i not in plan.drop]
+        widths = ffn_widths(model)
+        self._begin(first_round(plan, [widths[i] for i in self.kept], settings), 0)
+
+    def _begin(self, turn: Round, number: int) -> None:
+        self.round, self.number = turn, number
+        self.model = remove_blocks(self.dense, self.plan.drop) if self.plan.drop else shell(self.dense)
+        self.student = self.stream_of(self.model, self.ids)
+        self.teacher = None if self.settings.reference == "same input" else self.stream_of(self.dense, self.ids)
+        self.streams = [stream for stream in (self.student, self.teacher) if stream]
 
     def approach(self, i: int) -> None:
         """Bring the dense model's stream through the removed blocks in front of block i."""
@@ -587,19 +551,53 @@ class Walk:
             for skipped in range(self.kept[i - 1] + 1 if i else 0, self.kept[i]):
                 self.teacher.advance_block(skipped)
 
+    @torch.no_grad()
     def step(self, i: int) -> None:
-        """Prune block i, where both streams stand in front of it, and move them behind it."""
-        student, teacher, dense = self.student, self.teacher, self.kept[i]
-        demand, block = self.sweep.ask(i), student.anatomy.blocks[i]
-        with resident(block, *([teacher.anatomy.blocks[dense]] if teacher else [])):
-            batches = _batches(student, i, teacher, dense, self.settings)
-            family = student.anatomy.family
-            result = prune_block(block, family, batches, demand.quota, self.settings, demand.epsilon, demand.bound)
-            for _ in batches:  # the teacher moves on even where nothing was asked
+        anatomy, dense = self.student.anatomy, self.kept[i]
+        block = anatomy.blocks[i]
+        with resident(block, *([self.teacher.anatomy.blocks[dense]] if self.teacher else [])):
+            pairs = _pairs(self.student, i, self.teacher, dense)
+            result = prune_block(block, anatomy.family, pairs, self.round.ask(i), self.settings)
+            for _ in pairs:  # the teacher moves on even where nothing was asked
                 pass
-        self.sweep.paid(result)
-        cut_result(student.anatomy, block, result)
-        student.advance_block(i)
+        self.round.paid(result)
+        cut_result(anatomy, block, result)
+        self.student.advance_block(i)
+
+    def finish(self) -> bool:
+        following = None
+        if self.number + 1 < self.settings.rounds:
+            following = next_round(self.round, self.number + 1, self.settings)
+        if following is None:
+            describe(self.model)
+            return True
+        self._begin(following, self.number + 1)
+        return False
+
+    def note(self) -> dict:
+        results = [asdict(r) | {"keep": r.keep.tolist(), "scale": r.scale is not None} for r in self.round.results]
+        demands = [asdict(d) for d in self.round.demands]
+        return {"plan": asdict(self.plan), "round": self.number, "demands": demands, "results": results}
+
+    def recall(self, note: dict, done: int) -> None:
+        self.number, self.round.demands = note["round"], [Demand(**d) for d in note["demands"]]
+        for block, facts in zip(self.student.anatomy.blocks, note["results"][:done], strict=False):
+            keep = torch.tensor(facts["keep"])
+            scale = torch.ones(len(keep)) if facts["scale"] else None  # the multipliers are in the weights by now
+            result = Pruned(**facts | {"keep": keep, "scale": scale})
+            cut_result(self.student.anatomy, block, result)
+            self.round.paid(result)
+
+
+def on_disk(
+    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, stream_of: Callable, note: dict | None = None
+) -> CompWalk:
+    """The walk over a model on disk: a first pass decides what each block loses, unless the `note` of an earlier start says it."""
+    if note:
+        return CompWalk(model, ids, Plan(**note["plan"]), settings, stream_of)
+    check(model, ratio, settings)
+    scores = layer_scores(model, ids, settings.layer_score)
+    return CompWalk(model, ids, decide(model, ids, scores, ratio, settings), settings, stream_of)
 
 
 def cut_result(anatomy: Anatomy, block: nn.Module, result: Pruned) -> None:
@@ -608,37 +606,29 @@ def cut_result(anatomy: Anatomy, block: nn.Module, result: Pruned) -> None:
         cut_neurons(anatomy, block, result.keep, result.scale)
 
 
-def _batches(student: ResidualStream, i: int, teacher: ResidualStream | None, dense: int, settings: Settings) -> Iterator[Batch]:
+def _pairs(student: ResidualStream, i: int, teacher: ResidualStream | None, dense: int) -> Iterator[Pair]:
     """The calibration of block i of the pruned model, block `dense` of the teacher, which moves on batch by batch."""
-    for rows in student._slices():
-        real = counted(student.ids[rows], None if student.mask is None else student.mask[rows], settings.drop_first)
-        batch = Batch(student.hidden[rows], student._block_kwargs(rows, i), real.to(student.device))
-        if teacher:
-            block, kwargs = teacher.anatomy.blocks[dense], teacher._block_kwargs(rows, dense)
-            batch.output, _, batch.ffn = run_block(block, teacher.anatomy.family, teacher.hidden[rows], kwargs)
-            teacher.hidden[rows] = batch.output
-        yield batch
+    if teacher is None:
+        yield from map(Pair, student.inputs(i))
+        return
+    block, family = teacher.anatomy.blocks[dense], teacher.anatomy.family
+    for batch, own in zip(student.inputs(i), teacher.inputs(dense), strict=True):
+        output, _, ffn = run_seeing(whole_block, block, family, own, family.mlp.writer)
+        teacher.hidden[own.rows] = output
+        yield Pair(batch, output, ffn)
 
 
-def counted(ids: torch.Tensor, mask: torch.Tensor | None, drop_first: bool) -> torch.Tensor:
-    """Which tokens [samples, length] count: the real ones without each sequence's first, unless it has no other."""
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool().clone()
-    if drop_first:
-        first = real.to(torch.int64).argmax(1)
-        longer = (real.sum(1) > 1).nonzero()[:, 0]
-        real[longer, first[longer]] = False
-    return real
-
-
-def _global_quotas(model, ids, plan, settings, mask, batch) -> list[int]:
+@torch.no_grad()
+def _global_quotas(model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Settings) -> list[int]:
     """Quotas by one threshold over all blocks' scores, each divided by the norm of its FFN's output; one pass, dense model."""
     small = remove_blocks(model, plan.drop) if plan.drop else shell(model)
-    stream, alone = ResidualStream(small, ids, mask, batch), replace(settings, reference="same input")
+    stream, alone = ResidualStream(small, ids), replace(settings, reference="same input")
     rank = METRICS[settings.metric] or METRICS["C1 once"]
     scores = []
     for i, block in enumerate(stream.anatomy.blocks):
-        system = block_system(block, stream.anatomy.family, _batches(stream, i, None, i, alone), alone)
-        found = rank(system, epsilon=settings.epsilon, gamma=settings.gamma, seed=settings.seed)
+        with resident(block):
+            system = block_system(block, stream.anatomy.family, _pairs(stream, i, None, i), alone)
+            found = rank(system, epsilon=settings.epsilon, gamma=settings.gamma, seed=settings.seed)
         scores.append(found / max(system.wanted, 1e-300) ** 0.5)
         stream.advance_block(i)
     widths, total = ffn_widths(small), sum(plan.quotas)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.primitives.linalg import add_gram
+from lib.primitives.linalg import add_gram, at_least_float32
 
 DEAD = 1e-12  # a neuron whose H_ii is at most this share of the mean contributes nothing
 FLOOR = 0.01  # the ridge's scale of a neuron is at least this share of the mean H_ii
@@ -59,42 +59,55 @@ class System:
 
 
 class Sums:
-    """Builds a `System` from batches of activations, in any order and any cut. precision: the dtype of its n x n matrix."""
+    """What least squares needs to know of a layer's multipliers, summed over batches of activations in any order and any cut.
 
-    def __init__(self, weight: torch.Tensor, precision: torch.dtype = torch.float64):
-        """weight: W [n, d]."""
+    weight: W [features, d], one row per input channel. units: a multiplier for every channel, or for this many groups of
+    neighbouring channels, equally large. precision: the dtype of the matrix of the sums, [features, features].
+    """
+
+    def __init__(self, weight: torch.Tensor, units: int | None = None, precision: torch.dtype = torch.float64):
         n = len(weight)
-        self.weight = weight.detach()
+        self.weight, self.units = weight.detach(), units or n
         self.gram = torch.zeros(n, n, dtype=precision, device=weight.device)
-        self.drift = torch.zeros(n, dtype=torch.float64, device=weight.device)
+        self.cross = torch.zeros(n, dtype=torch.float64, device=weight.device)
         self.gap, self.tokens = 0.0, 0
 
-    def add(self, x: torch.Tensor, beyond: torch.Tensor | None = None) -> None:
-        """x: activations [t, n]; beyond: [t, d], what the wanted output is more than xW (None: nothing)."""
+    def add(self, x: torch.Tensor, target: torch.Tensor | None = None) -> None:
+        """x: activations [t, features]; target: [t, d], what the weighted channels should add up to (None: 0).
+
+        Where it is given as what the wanted output is *more* than xW, the sums are those of the change of the multipliers.
+        """
         if x.dtype == self.gram.dtype:
             self.gram.addmm_(x.T, x)
         else:
             add_gram(self.gram, x)
         self.tokens += len(x)
-        if beyond is not None:
-            size = torch.promote_types(x.dtype, torch.float32)
-            x, beyond = x.to(size), beyond.to(size)
-            self.drift += (x * (beyond @ self.weight.to(size).T)).sum(0)
-            self.gap += float(beyond.double().square().sum())
+        if target is not None:
+            x, target = at_least_float32(x), at_least_float32(target)
+            self.cross += (x * (target @ self.weight.to(x).T)).sum(0, dtype=torch.float64)
+            self.gap += float(target.double().square().sum())
 
-    def system(self, keep_gram: bool = False, columns: int = 1024) -> System:
-        """The system of everything added; the sums' matrix is overwritten, a panel of `columns` at a time."""
-        if not self.tokens:
-            raise ValueError("no token to calibrate on: give longer sequences, or a mask with more real tokens")
-        if not torch.isfinite(self.gram.diagonal()).all() or not math.isfinite(self.gap):
-            raise ValueError("activations hold NaN or infinity: run the model in float32 or bfloat16, and check its weights")
-        h = self.gram.div_(self.tokens)
-        gram, energy = h.clone() if keep_gram else None, h.diagonal().clone()
-        weight = self.weight.to(h.dtype)
+    def normal(self, columns: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+        """(H, g) over the units: Σ XᵀX ∘ WWᵀ and Σ x ∘ (target Wᵀ). The matrix of the sums is overwritten, panel by panel."""
+        h, weight = self.gram, self.weight.to(self.gram.dtype)
         for start in range(0, len(h), columns):
             part = slice(start, start + columns)
             h[:, part] *= weight @ weight[part].T
-        return System(h, (self.drift / self.tokens).to(h), self.gap / self.tokens, self.weight, energy, gram)
+        if self.units == len(h):
+            return h, self.cross
+        each = len(h) // self.units
+        return h.view(self.units, each, self.units, each).sum((1, 3)), self.cross.view(self.units, each).sum(1)
+
+    def system(self, keep_gram: bool = False) -> System:
+        """The system of a layer with a multiplier per channel, whose targets were what is wanted *beyond* its own output."""
+        if not self.tokens:
+            raise ValueError("no token to calibrate on: give longer sequences")
+        if not torch.isfinite(self.gram.diagonal()).all() or not math.isfinite(self.gap):
+            raise ValueError("activations hold NaN or infinity: run the model in float32 or bfloat16, and check its weights")
+        self.gram /= self.tokens
+        gram, energy = self.gram.clone() if keep_gram else None, self.gram.diagonal().clone()
+        h, drift = self.normal()
+        return System(h, (drift / self.tokens).to(h), self.gap / self.tokens, self.weight, energy, gram)
 
 
 # --- solving --------------------------------------------------------------------------------------------------------------
@@ -128,6 +141,11 @@ def ridged_inverse(h: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     if failed:
         raise ValueError("the neurons' system is singular under so small a ridge: use a larger epsilon, 0.01 by default")
     return torch.cholesky_inverse(ridged, out=ridged).T
+
+
+def acceptable(m: torch.Tensor | None) -> bool:
+    """Whether multipliers [n] exist, are finite and at most `LARGEST` in size."""
+    return m is not None and bool(torch.isfinite(m).all()) and float(m.abs().max()) <= LARGEST
 
 
 def tuned(system: System, keep: torch.Tensor, epsilon: float = 0.01) -> torch.Tensor:
@@ -229,30 +247,6 @@ def removal_condition(u: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
     trace, inverse = values.sum(), values.reciprocal().sum()
     after = (trace - z.sum(1)) * (inverse + (z / values.square()).sum(1) / (1 - leverage))
     return (after.clamp(min=0) / (trace * inverse)).sqrt()
-
-
-def extreme_eigenvalues_without(u: torch.Tensor, epsilon: float = 1e-6, steps: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest eigenvalue [n] each of B - u_i u_iᵀ for every row of u [n, d]: roots of the secular equation.
-
-    f(μ) = 1 - Σ_j z_ij²/(λ_j - μ) falls between poles; the smallest root lies in [0, λ_min], the largest in [λ_2, λ_1]. All
-    rows are bisected at once. B carries the ridge of `removal_condition`. Raises ValueError for d < 2.
-    """
-    if u.shape[1] < 2:
-        raise ValueError("the secular roots need at least two output directions")
-    u = u.double()
-    values, vectors = torch.linalg.eigh(u.T @ u)
-    values = values.clamp(min=0) + epsilon * values.sum() / len(values)
-    z = (u @ vectors).square()
-
-    def bisect(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        low, high = low.expand(len(u)).clone(), high.expand(len(u)).clone()
-        for _ in range(steps):
-            middle = (low + high) / 2
-            above = 1 - (z / (values - middle[:, None])).sum(1) > 0  # the root is further up
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return (low + high) / 2
-
-    return bisect(torch.zeros_like(values[0]), values[0]), bisect(values[-2], values[-1])
 
 
 def _scaled_weights(system: System) -> torch.Tensor:

@@ -18,6 +18,8 @@ from fractions import Fraction
 
 import torch
 
+from lib.primitives.linalg import at_least_float32
+
 COMPONENTS = (1, 2, 3, 4, 5)
 # Least variance of a component, in robust units. Lower, and one extreme score gets a component of its own, looks dense, and
 # is not clipped: just where clipping is needed.
@@ -282,7 +284,7 @@ def _better(a: Mixtures, b: Mixtures) -> Mixtures:
 def _tails(z: torch.Tensor, density: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Lengths of the low runs at both ends of sorted rows."""
     m = z.shape[1]
-    place = math.ceil(_fraction(share) * (m - 1))  # below the interpolated quantile is below the next order statistic
+    place = math.ceil(exact(share) * (m - 1))  # below the interpolated quantile is below the next order statistic
     low = density < density.kthvalue(place + 1, dim=1, keepdim=True).values
     return _run(low), _run(low.flip(1))
 
@@ -331,22 +333,18 @@ def _chunks(x: torch.Tensor) -> Iterator[torch.Tensor]:
     cells = min(x.shape[1], 2 * SINGLES + 2 * BINS) * max(COMPONENTS)
     work = WORK["cpu" if x.device.type == "cpu" else "cuda"]
     for rows in x.detach().split(max(1, work // cells)):
-        yield _floating(rows)
-
-
-def _floating(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        yield at_least_float32(rows)
 
 
 def _joined(parts: list[Mixtures]) -> Mixtures:
     return Mixtures(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
-def _fraction(share: float) -> Fraction:
+def exact(share: float) -> Fraction:
     if not 0 <= share < 0.5:
         raise ValueError(f"the share of a tail must be in [0, 0.5), not {share}: 0.02 is two per cent")
     return Fraction(share).limit_denominator(10**6)
 
 
 def _count(x: torch.Tensor, share: float) -> int:
-    return int(_fraction(share) * x.shape[1])
+    return int(exact(share) * x.shape[1])

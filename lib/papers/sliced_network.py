@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy, Family, Half, norm_epsilon, norm_gain, norm_offset
-from lib.primitives.linalg import complete, remove_mean, symmetric_shortcut
+from lib.primitives.checks import choose_one
+from lib.primitives.linalg import at_least_float32, complete, remove_mean, symmetric_shortcut
 from lib.primitives.surgery import embedding, linear, parameter, record_edit, shape_shell, shell, untie_head
 
 # low-rank: shortcuts I - CCᵀ, C stored. dense: AᵀB stored, as published. tied: low-rank, and the embedding table stays whole
@@ -90,7 +91,7 @@ class JunctionNorm(nn.Module):
             self.extra = None
         elif self.remembers:
             self.residual = x
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = at_least_float32(x)
         scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) / self.d + self.epsilon)
         out = (wide * scale)[..., : self.width].to(x.dtype)
         out = out if self.weight is None else out * self.weight
@@ -172,7 +173,7 @@ class MetricNorm(nn.Module):
         return self.root.numel()
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        wide = y if y.dtype == torch.float64 else y.float()
+        wide = at_least_float32(y)
         energy = F.linear(wide, self.root.to(wide)).square().sum(-1, keepdim=True) + self.floor.to(wide).square()
         out = (wide * torch.rsqrt(energy + self.epsilon)).to(y.dtype)
         return out if self.bias is None else out + self.bias
@@ -465,8 +466,7 @@ def sandwich_norms(family: Family) -> list[str]:
 def check_sliceable(model: nn.Module, output_norms: str = "refuse") -> None:
     """Raise ValueError, with the reason, for architectures whose residual stream cannot be rotated freely."""
     anatomy = Anatomy(model)
-    if output_norms not in OUTPUT_NORMS:
-        raise ValueError(f"unknown output_norms {output_norms!r}: choose one of {', '.join(OUTPUT_NORMS)}")
+    choose_one("output_norms", output_norms, OUTPUT_NORMS)
     if any(isinstance(module, JunctionNorm) for module in model.modules()):
         raise ValueError("this model is already sliced: slice the dense model at a higher level instead")
     norms = sandwich_norms(anatomy.family)
@@ -500,8 +500,7 @@ def usual_layout(model: nn.Module, slice_head: bool = False) -> str:
 def check_widths(dense: Anatomy, widths: Sequence[int], layout: str) -> None:
     """Raise ValueError for widths or a layout that this model cannot be given."""
     d, wanted = dense.width, dense.junctions
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    choose_one("layout", layout, LAYOUTS)
     whole = all(isinstance(k, int) and not isinstance(k, bool) and 0 < k <= d for k in widths)
     if len(widths) != wanted or not whole:
         raise ValueError(f"this model has {wanted} junctions of width {d}: give as many widths from 1 to {d}, not {list(widths)}")

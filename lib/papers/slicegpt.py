@@ -15,7 +15,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
 
 import torch
 from accelerate import init_empty_weights
@@ -34,8 +33,17 @@ from lib.papers.sliced_network import (
 )
 from lib.primitives.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
 from lib.primitives.calibration import ResidualStream
+from lib.primitives.checks import check_share, choose_one, exact
 from lib.primitives.cost import count
-from lib.primitives.linalg import add_gram, coordinate_axes, principal_axes, random_rotation, remove_mean, root_of
+from lib.primitives.linalg import (
+    add_gram,
+    at_least_float32,
+    coordinate_axes,
+    principal_axes,
+    random_rotation,
+    remove_mean,
+    root_of,
+)
 from lib.primitives.surgery import parameter
 
 SIGNALS = ("raw", "normalised")
@@ -50,13 +58,12 @@ def kept_width(d: int, level: float, round_interval: int = 8) -> int:
     Computed on the fraction that the float stands for: (1 - 0.8) 5120 is 1024, which binary arithmetic rounds to 1023 (and
     the published code then to 1016). Level 0 keeps d. Raises ValueError where nothing would be left.
     """
-    if not 0 <= level < 1:
-        raise ValueError(f"slicing level must be in [0, 1), not {level}: 0.25 deletes a quarter of the directions")
+    check_share(level, "slicing level", "0.25 deletes a quarter of the directions")
     if level == 0:
         return d
     if round_interval < 1:
         raise ValueError(f"widths are rounded to multiples of {round_interval}, which is not a positive number: use 1 for none")
-    k = int((1 - Fraction(level).limit_denominator(10**6)) * d)
+    k = int((1 - exact(level)) * d)
     k -= k % round_interval
     if k < 1:
         raise ValueError(f"slicing {d} by {level} in steps of {round_interval} leaves nothing: use a lower level or step")
@@ -77,8 +84,7 @@ def variance_widths(energies: torch.Tensor, discarded: float, round_interval: in
     anything is sliced (the paper reads each spectrum as it slices). discarded: share of the energy, in [0, 1). Widths are
     rounded up to multiples of `round_interval`, at most d.
     """
-    if not 0 <= discarded < 1:
-        raise ValueError(f"the discarded share of energy must be in [0, 1), not {discarded}")
+    check_share(discarded, "the discarded share of energy", "0.01 discards a hundredth")
     d = energies.shape[1]
     kept = energies.double().cumsum(1) / energies.double().sum(1, keepdim=True)
     widths = [1 + int((share < 1 - discarded - 1e-12).sum()) for share in kept]
@@ -119,7 +125,7 @@ def widths_for_size(
 
 def rms_normalise(x: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
     """Each row of x [..., d] divided by its root mean square; at least float32."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = at_least_float32(x)
     return x * (x.square().mean(-1, keepdim=True) + epsilon).clamp(min=1e-30).rsqrt()
 
 
@@ -311,7 +317,7 @@ def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy) -> Callable:
     """
 
     def project(x: torch.Tensor) -> torch.Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = at_least_float32(x)
         wide = remove_mean(wide) if anatomy.family.subtracts_mean else wide
         if k < anatomy.width:
             a = axes[:, :k].to(wide)
@@ -337,7 +343,6 @@ def sweep(
     ids: torch.Tensor,
     cuts: Sequence[float | Sequence[int]],
     *,
-    mask: torch.Tensor | None = None,
     round_interval: int = 8,
     layout: str = "low-rank",
     signal: str = "raw",
@@ -355,7 +360,7 @@ def sweep(
 ) -> Iterator[tuple[float | Sequence[int], nn.Module]]:
     """Slice a model at several levels; yields (cut, sliced model), each the same function as a run of its own.
 
-    ids: calibration tokens [samples, length]; mask: 1 for real tokens. A cut is a slicing level, or a schedule: one width
+    ids: calibration tokens [samples, length]. A cut is a slicing level, or a schedule: one width
     per junction, the last one the head's (`variance_widths`, or `widths` from the record of a saved model). The dense model
     is read only; first junction and residual buffer are shared by all cuts.
 
@@ -372,8 +377,7 @@ def sweep(
         ("layout", layout, LAYOUTS), ("signal", signal, SIGNALS), ("orientation", orientation, ORIENTATIONS),
         ("statistics", statistics, STATISTICS),
     ):  # fmt: skip
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        choose_one(name, value, known)
     if layout == "global":
         raise ValueError("one basis for all junctions is measured in another way: use global_axes and slice_globally")
     if orientation == "random" and generator is None:
@@ -390,7 +394,7 @@ def sweep(
         level = isinstance(cut, int | float)
         schedules.append(constant_widths(model, cut, round_interval, slice_head) if level else list(cut))
         check_widths(Anatomy(model), schedules[-1], layout)
-    stream = ResidualStream(model, ids, mask, batch)
+    stream = ResidualStream(model, ids, batch)
 
     def run() -> Iterator[tuple[float | Sequence[int], nn.Module]]:
         first = decompose(stream, signal, precision)

@@ -21,6 +21,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, shared_inputs
 from lib.primitives.calibration import ResidualStream, check_calibration
+from lib.primitives.checks import choose_one, kept_share
 from lib.primitives.finetune import LoRA, Recovered, recover
 from lib.primitives.linalg import add_gram, decompose_outputs, eigenvalue_roots, refit, root_of, singular_values
 from lib.primitives.low_rank import (
@@ -28,7 +29,6 @@ from lib.primitives.low_rank import (
     allocate_by_type,
     block_name,
     factor,
-    kept_share,
     largest,
     matrices,
     narrowed,
@@ -132,10 +132,10 @@ def original_roots(
         yield from roots(grams.inputs, report)
 
 
-def spectra(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, batch: int = 8) -> dict[str, torch.Tensor]:
+def spectra(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Singular values [min(m, n)] of W X for every matrix of the dense model: what truncation to any rank would lose."""
     dense, found = matrices(model), {}
-    for grams in original_grams(lambda network: ResidualStream(network, ids, mask, batch), model, outputs=True):
+    for grams in original_grams(lambda network: ResidualStream(network, ids), model, outputs=True):
         found |= {name: eigenvalue_roots(grams.outputs.pop(name)) for name in list(grams.outputs)}
         for names, root in roots(grams.inputs):
             found |= {name: singular_values(dense[name].weight.detach(), root) for name in names}
@@ -185,13 +185,11 @@ def sweep(
     variant: str = "W",
     order: str = "original",
     allocation: str = "uniform",
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """Compress a model at several ratios; yields (ratio, model), each the same function as a run of its own.
 
-    ids: calibration tokens [samples, length]; mask: 1 for real tokens. ratios: share R of the matrices' parameters to remove,
+    ids: calibration tokens [samples, length]. ratios: share R of the matrices' parameters to remove,
     0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss for each type of
     matrix (`allocate_by_type`), which takes a pass and a decomposition more. The dense model is read only, and so
     are the results, which share tensors with it. Original order: one pass and one decomposition of each matrix for all
@@ -200,8 +198,7 @@ def sweep(
     for name, value, known in (
         ("variant", variant, VARIANTS), ("order", order, ORDERS), ("allocation", allocation, ALLOCATIONS),
     ):  # fmt: skip
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        choose_one(name, value, known)
     if order == "compressed" and variant != "W":
         raise ValueError(
             f"variant {variant} refits to drifted inputs, but order 'compressed' has truncated for those very inputs already: "
@@ -209,16 +206,16 @@ def sweep(
         )
     for ratio in ratios:
         kept_share(ratio)
-    check_calibration(Anatomy(model), ids, mask)
+    check_calibration(Anatomy(model), ids)
     dense = matrices(model)
     if allocation == "loss":
-        found = spectra(model, ids, mask, batch)
+        found = spectra(model, ids)
         plans = [allocate_by_type(model, found, ratio) for ratio in ratios]
     else:
         plans = [uniform_ranks(model, ratio) for ratio in ratios]
 
     def stream_of(network: nn.Module) -> ResidualStream:
-        return ResidualStream(network, ids, mask, batch)
+        return ResidualStream(network, ids)
 
     if order == "compressed":
         fit = partial(truncated_block, dense, progress)
@@ -302,6 +299,54 @@ def refitted_block(
                 u = refit(dense[name].weight.detach(), layer.u.weight.detach(), layer.v.weight.detach(), root)
                 found[name] = low_rank(dense[name], u, layer.v.weight)
     return found
+
+
+class LowRankWalk(Walk):
+    """Truncation (variant W) at one ratio for all matrices, block by block, in either order."""
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, ratio: float, order: str, stream_of: Callable = ResidualStream):
+        self.model, self.order = model, order
+        self.dense, self.ranks = matrices(model), uniform_ranks(model, ratio)
+        self.streams = [stream_of(model, ids)]
+
+    def step(self, i: int) -> None:
+        [stream] = self.streams
+        grams = block_grams(stream, i, advance=self.order == "original", outputs=True)
+        for name, layer in truncated_block(self.dense, None, grams, self.ranks).items():
+            self.model.set_submodule(name, layer)
+        self._forget(i)
+        if self.order == "compressed":
+            stream.advance_block(i)
+
+    def _forget(self, i: int) -> list[str]:
+        """Let go of the dense layers of a block, which would keep their weights; returns their names."""
+        own = [name for name in self.dense if name.startswith(block_name(Anatomy(self.model).family, i, ""))]
+        for name in own:
+            del self.dense[name]
+        return own
+
+    def recall(self, note: dict, done: int) -> None:
+        for i in range(done):
+            for name in self._forget(i):
+                if name in self.ranks:
+                    layer = self.model.get_submodule(name)
+                    self.model.set_submodule(name, empty_factors(layer, self.ranks[name]))
+
+    def finish(self) -> bool:
+        if self.ranks:
+            record_edit(self.model, edit="low-rank", ranks=self.ranks)
+        return True
+
+
+def on_disk(
+    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, stream_of: Callable, note: dict | None = None
+) -> LowRankWalk:
+    """The walk over a model on disk. Raises ValueError for settings that need the whole model before they cut."""
+    if (settings.variant, settings.allocation) != ("W", "uniform"):
+        raise ValueError(
+            "svd-llm runs from disk with variant W and uniform allocation: others need the whole model before they cut"
+        )
+    return LowRankWalk(model, ids, ratio, settings.order, stream_of)
 
 
 def compress_model(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:

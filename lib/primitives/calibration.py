@@ -7,14 +7,13 @@ through the model's own blocks, and measures them. Nothing that it stores grows 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lib.primitives.anatomy import Anatomy, whole_block
+from lib.primitives.anatomy import Anatomy, Family, whole_block
 from lib.primitives.linalg import add_gram, remove_mean
 
 
@@ -61,7 +60,7 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[dict]]:
+def enter(anatomy: Anatomy, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
     """What the model hands to its blocks: the first residual stream [batch, tokens, d] and each block's keyword arguments.
 
     The model's own forward runs with every block replaced by a recorder, so positions, rotary angles and masks are
@@ -74,7 +73,7 @@ def enter(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None)
         for i, block in enumerate(originals):
             blocks[i] = _Recorder(block, first, seen, len(originals))
         with resident(*tables(anatomy)), contextlib.suppress(_Enough):
-            anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            anatomy.model(input_ids=ids, use_cache=False)
     finally:
         for i, block in enumerate(originals):
             blocks[i] = block
@@ -86,58 +85,48 @@ def tables(anatomy: Anatomy) -> list[nn.Module]:
     return [anatomy.get(name) for name in anatomy.family.embeddings]
 
 
+class Batch(NamedTuple):
+    """Some sequences of a calibration set in front of a block."""
+
+    rows: slice  # which sequences
+    hidden: torch.Tensor  # [b, tokens, d], a view of the stream's buffer
+    kwargs: dict  # what the block is called with beside them: positions, rotary angles, masks
+
+
 class ResidualStream:
     """Hidden states of a calibration set at one junction, advanced in place.
 
-    ids: [samples, tokens]; mask: the same shape, 1 for real tokens (None: all are real). Rows of padding are carried
-    along but never measured. `hidden` is the one buffer, [samples, tokens, d], in the model's dtype; with `file`, a path, it is
-    mapped from a new file there. Blocks whose weights are on disk are `resident` while they run.
+    ids: [samples, tokens], every position a real token. `hidden` is the one buffer, [samples, tokens, d], in the model's dtype.
+    Blocks whose weights are on disk are `resident` while they run.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        batch: int = 8,
-        file: str | Path | None = None,
-    ):
+    def __init__(self, model: nn.Module, ids: torch.Tensor, batch: int = 8):
         self.anatomy = Anatomy(model)
-        check_calibration(self.anatomy, ids, mask)
+        check_calibration(self.anatomy, ids)
         device = next(model.parameters()).device
         self.device = torch.device("cpu") if device.type == "meta" else device  # weights on disk are loaded to the CPU
-        self.ids, self.mask, self.batch = ids, mask, batch
-        self._unpadded_kwargs: dict[int, list[dict]] = {}
-        shape = (*ids.shape, self.anatomy.width)
-        if file is None:
-            self.hidden = torch.empty(shape, dtype=model.dtype, device=self.device)
-        else:
-            self.hidden = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=model.dtype).view(shape)
+        self.ids, self.batch = ids, batch
+        self._kwargs: dict[int, list[dict]] = {}  # sequences in a batch -> keyword arguments of every block
+        self.hidden = torch.empty(*ids.shape, self.anatomy.width, dtype=model.dtype, device=self.device)
         self.restart()
 
     @torch.no_grad()
     def restart(self) -> None:
         """Return to the first junction, the output of the embeddings."""
         with resident(*tables(self.anatomy)):
-            for rows in self._slices():
-                self.hidden[rows], kwargs = enter(self.anatomy, *self._batch(rows))
-                if self.mask is None:
-                    self._unpadded_kwargs.setdefault(rows.stop - rows.start, kwargs)
+            for rows in self.rows():
+                self.hidden[rows], kwargs = enter(self.anatomy, self.ids[rows].to(self.device))
+                self._kwargs.setdefault(rows.stop - rows.start, kwargs)
 
-    def _slices(self) -> Iterator[slice]:
+    def rows(self) -> Iterator[slice]:
+        """Which sequences each batch holds, in the order of all that goes through the batches."""
         for start in range(0, len(self.ids), self.batch):
             yield slice(start, min(start + self.batch, len(self.ids)))
 
-    def _batch(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ids = self.ids[rows].to(self.device)
-        return ids, None if self.mask is None else self.mask[rows].to(self.device)
-
-    def _block_kwargs(self, rows: slice, block: int) -> dict:
-        """Masks and positions of one batch: asked of the model again for padded batches, remembered for full ones."""
-        ids, mask = self._batch(rows)
-        if mask is not None:
-            return enter(self.anatomy, ids, mask)[1][block]
-        return self._unpadded_kwargs[len(ids)][block]
+    def inputs(self, block: int) -> Iterator[Batch]:
+        """What a block is called with where the stream stands in front of it, batch by batch."""
+        for rows in self.rows():
+            yield Batch(rows, self.hidden[rows], self._kwargs[rows.stop - rows.start][block])
 
     @torch.no_grad()
     def advance(self, run: Callable, block: int, before: Callable | None = None, after: torch.Tensor | None = None) -> None:
@@ -147,9 +136,8 @@ class ResidualStream:
         """
         module, family = self.anatomy.blocks[block], self.anatomy.family
         with resident(module):
-            for rows in self._slices():
-                x = self.hidden[rows]
-                out = run(module, family, x if before is None else before(x), self._block_kwargs(rows, block))
+            for rows, x, kwargs in self.inputs(block):
+                out = run(module, family, x if before is None else before(x), kwargs)
                 self.hidden[rows] = out if after is None else out + after.to(out)
 
     def advance_block(self, block: int) -> None:
@@ -162,27 +150,21 @@ class ResidualStream:
         block: int,
         see: dict[str, Callable[[torch.Tensor], None]],
         advance: bool = False,
-        run: Callable = whole_block,
         results: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] | None = None,
     ) -> None:
         """Run a block on the stream to look inside. The stream stays where it is, or moves behind the block with `advance`.
 
-        run: the whole block, or the half in front of which the stream stands (`Anatomy.steps`).
-
-        see: for names of modules inside the block, what to do with the inputs [n, features] that each of them gets for the
-        real tokens, batch by batch. Modules that share an input (q, k, v) need only one of them to be named. results: the same
-        for inputs and outputs [n, features] together. Without `advance` the pass ends at the last of all these.
+        see: for names of modules inside the block, what to do with the inputs [n, features] that each of them gets, batch by
+        batch. Modules that share an input (q, k, v) need only one of them to be named. results: the same for inputs and
+        outputs [n, features] together. Without `advance` the pass ends at the last of all these.
         """
-        module = self.anatomy.blocks[block]
-        kept: list[torch.Tensor | None] = [None]  # which rows of the present batch are real
-        results = results or {}
+        module, results = self.anatomy.blocks[block], results or {}
         places = [*((name, "in") for name in see), *((name, "out") for name in results)]
         unseen: set[tuple[str, str]] = set()  # where the present batch has not come to
 
         def hook(place: tuple[str, str], use: Callable) -> Callable:
             def give(_, inputs, *output):
-                rows = [x.flatten(0, -2) for x in (inputs[0], *output)]
-                use(*(x if kept[0] is None else x[kept[0]] for x in rows))
+                use(*(x.flatten(0, -2) for x in (inputs[0], *output)))
                 unseen.discard(place)
                 if not unseen and not advance:
                     raise _Enough
@@ -194,31 +176,23 @@ class ResidualStream:
         handles += [inside(name).register_forward_hook(hook((name, "out"), use)) for name, use in results.items()]
         try:
             with resident(module):
-                for rows in self._slices():
-                    kept[0] = None if self.mask is None else self.mask[rows].bool().flatten().to(self.device)
+                for rows, x, kwargs in self.inputs(block):
                     unseen.update(places)
                     with contextlib.suppress(_Enough):
-                        output = run(module, self.anatomy.family, self.hidden[rows], self._block_kwargs(rows, block))
+                        output = module(x, **kwargs)
                         if advance:
                             self.hidden[rows] = output
         finally:
             for handle in handles:
                 handle.remove()
 
-    def batches(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows of every batch, in the order in which `observe` hands them on, and which of their tokens are real [b, tokens]."""
-        for rows in self._slices():
-            real = torch.ones_like(self.ids[rows]) if self.mask is None else self.mask[rows]
-            yield rows, real.bool().to(self.device)
-
     def tokens(self) -> Iterator[torch.Tensor]:
-        """The stream's real tokens [n, d], batch by batch.
+        """The stream's tokens [n, d], batch by batch.
 
         For a family whose norm subtracts the mean, the mean is taken out: that is the stream the rotated network has.
         """
-        for rows in self._slices():
-            x = self.hidden[rows]
-            x = x.flatten(0, 1) if self.mask is None else x[self.mask[rows].bool().to(self.device)]
+        for rows in self.rows():
+            x = self.hidden[rows].flatten(0, 1)
             yield remove_mean(x) if self.anatomy.family.subtracts_mean else x
 
     @torch.no_grad()
@@ -231,6 +205,29 @@ class ResidualStream:
         return total
 
 
+@contextlib.contextmanager
+def inputs_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """What a module is given within the `with`, call by call; nothing without a module."""
+    seen: list[torch.Tensor] = []
+    hook = contextlib.nullcontext()
+    if module is not None:
+        hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with hook:  # torch's handles remove themselves
+        yield seen
+
+
+@torch.no_grad()
+def run_seeing(
+    run: Callable, block: nn.Module, family: Family, batch: Batch, name: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [b, t, d] of a step of a block, what its module `name` read on the way [b, t, n] and what that put out [b, t, m]."""
+    seen = []
+    with block.get_submodule(name).register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))):
+        output = run(block, family, batch.hidden, batch.kwargs)
+    x, y = (part.reshape(*batch.hidden.shape[:2], -1) for part in seen)  # OPT flattens batch and tokens before its FFN
+    return output, x, y
+
+
 def check_length(anatomy: Anatomy, length: int) -> None:
     """Raise ValueError for calibration sequences of more tokens than the model has positions."""
     if length > anatomy.positions:
@@ -239,12 +236,10 @@ def check_length(anatomy: Anatomy, length: int) -> None:
         )
 
 
-def check_calibration(anatomy: Anatomy, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+def check_calibration(anatomy: Anatomy, ids: torch.Tensor) -> None:
     """Raise ValueError, before any long work, for token ids or weights that cannot be calibrated on."""
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(f"calibration ids must be [samples, tokens] and not empty, not {tuple(ids.shape)}")
-    if mask is not None and (mask.shape != ids.shape or not mask.any()):
-        raise ValueError(f"the mask must have the shape of the ids, {tuple(ids.shape)}, and mark at least one real token")
     check_length(anatomy, ids.shape[1])
     if anatomy.model.training:
         raise ValueError("the model is in training mode, where dropout disturbs the statistics: call model.eval() first")

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import check_calibration
+from lib.primitives.losses import mean_loss
 from lib.primitives.surgery import parameter, shell
 
 MAX_NORM = 1.0  # of the gradient; default of the trainer that the released script of SliceGPT uses
@@ -183,12 +183,6 @@ def merge(adapted: nn.Module, names: Sequence[str], into: nn.Module) -> None:
         adapted.set_submodule(name, nn.Identity())
 
 
-def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Mean loss in nats of predicting each next token of ids [batch, length]; at least float32."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), ids[:, 1:].flatten())
-
-
 def rate(step: int, warmup: int, steps: int) -> float:
     """Factor of the learning rate at `step` of `steps`: up in a line over `warmup` steps, then down to zero after the last.
 
@@ -230,7 +224,7 @@ def _train(
             if step == steps or stale == settings.patience:
                 break
         adapted.train()
-        loss = next_token_loss(adapted, next(batches).to(adapters[0].device))
+        loss = mean_loss(adapted, next(batches).to(adapters[0].device))
         losses.append(_checked(loss.item(), "loss", step, settings))
         optimizer.zero_grad()
         loss.backward()
@@ -255,7 +249,7 @@ def _batches(ids: torch.Tensor, settings: LoRA) -> Iterator[torch.Tensor]:
 def _mean_loss(adapted: nn.Module, ids: torch.Tensor, batch: int) -> float:
     adapted.eval()
     device = next(adapted.parameters()).device
-    return sum(next_token_loss(adapted, part.to(device)).item() * len(part) for part in ids.split(batch)) / len(ids)
+    return sum(mean_loss(adapted, part.to(device)).item() * len(part) for part in ids.split(batch)) / len(ids)
 
 
 def _checked(value: float, what: str, step: int, settings: LoRA) -> float:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import check_calibration
+from lib.primitives.checks import choose_one
 from lib.primitives.losses import LOSSES, at_least_float32
 
 # What a score is the gradient of: SNIP of the loss, ReFer of the features.
@@ -193,8 +194,7 @@ def stream(
 def _check(model: nn.Module, ids: torch.Tensor, scores: Sequence[str], loss: str, view: str, batch: int) -> None:
     for kind, values, known in (("score", scores, SCORES), ("loss", [loss], LOSSES), ("view", [view], VIEWS)):
         for value in values:
-            if value not in known:
-                raise ValueError(f"unknown {kind} {value!r}: choose one of {', '.join(known)}")
+            choose_one(kind, value, known)
     if not scores:
         raise ValueError(f"no score asked for: choose one or more of {', '.join(SCORES)}")
     check_calibration(Anatomy(model), ids)
@@ -252,8 +252,7 @@ def summed(
 
     The totals have the size of the named matrices: to reduce them on the way, use `stream`, whose settings this takes.
     """
-    if product not in PRODUCTS:
-        raise ValueError(f"unknown product {product!r}: choose one of {', '.join(PRODUCTS)}")
+    choose_one("product", product, PRODUCTS)
     totals: dict[str, dict[str, torch.Tensor]] = {score: {} for score in settings.get("scores", ("snip",))}
 
     def take(score: str, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lib.primitives.calibration import ResidualStream
+from lib.primitives.checks import choose_one
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Change:
     moved: float = 0.0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x, y: hidden states [t, d] before and after the block, real tokens only. A zero vector has the cosine 0."""
+        """x, y: hidden states [t, d] before and after the block. A zero vector has the cosine 0."""
         x, y = x.double(), y.double()
         inner, sizes = (x * y).sum(-1), x.norm(dim=-1) * y.norm(dim=-1)
         self.cosines += float(torch.where(sizes > 0, inner / sizes.clamp(min=1e-300), torch.zeros_like(inner)).sum())
@@ -58,8 +59,7 @@ SCORES: dict[str, Callable[[Change], float]] = {
 
 
 def check_score(score: str) -> None:
-    if score not in SCORES:
-        raise ValueError(f"unknown score of a block {score!r}: choose one of {', '.join(SCORES)}")
+    choose_one("score of a block", score, SCORES)
 
 
 @torch.no_grad()
@@ -68,17 +68,15 @@ def layer_scores(
     ids: torch.Tensor,
     score: str = "mean cosine",
     *,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
     after_norm: bool = False,
 ) -> list[float]:
-    """The score of every block on calibration tokens ids [samples, length]; mask: 1 for real tokens.
+    """The score of every block on calibration tokens ids [samples, length].
 
     One pass with the stream of one depth in memory. after_norm: compare the last block's input with its output *after* the
     final norm, as code does that reads a library's tuple of hidden states; by default the block's own output is taken.
     """
     check_score(score)
-    stream = ResidualStream(model, ids, mask, batch)
+    stream = ResidualStream(model, ids)
     final_norm = stream.anatomy.get(stream.anatomy.family.final_norm)
     scores = []
     for block in range(len(stream.anatomy.blocks)):
@@ -86,9 +84,8 @@ def layer_scores(
         stream.advance_block(block)
         last = after_norm and block == len(stream.anatomy.blocks) - 1
         for row in range(len(ids)):
-            real = slice(None) if mask is None else mask[row].bool()
-            out = stream.hidden[row][real]
-            change.add(before[row][real], final_norm(out) if last else out)
+            out = stream.hidden[row]
+            change.add(before[row], final_norm(out) if last else out)
         scores.append(SCORES[score](change))
     return scores
 

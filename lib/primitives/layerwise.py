@@ -1,7 +1,8 @@
-"""Rebuild a model layer by layer: measure the inputs of a block's linear layers, replace the layers, walk on.
+"""Walk over a model block by block: measure the inputs of a block's layers, replace the layers, go on behind it.
 
-SparseGPT, Wanda and GPTQ share this walk. All layers of a block are measured in one pass, before any of them is replaced;
-the next block then sees what the rebuilt ones hand it. One block's statistics are in memory at a time.
+A `Walk` edits a model in memory (`go`) as well as one whose weights are on disk, a block at a time (`lib.models.streaming`).
+SparseGPT, Wanda and GPTQ share one, `LayerWalk`: all layers of a block are measured in one pass, before any of them is
+replaced; the next block then sees what the rebuilt ones hand it. One block's statistics are in memory at a time.
 """
 
 from __future__ import annotations
@@ -61,39 +62,83 @@ def replace_layers(model: nn.Module, remake: Callable[[nn.Module], nn.Module], i
     return anatomy.model
 
 
+class Walk:
+    """One pass over the blocks of `model`, each of which is edited while the `streams` stand in front of it.
+
+    `note()` is what a new walk must be told to go on behind the first `done` blocks, in JSON values; `recall(note, done)` tells
+    it, on shapes.
+    """
+
+    model: nn.Module
+    streams: list[ResidualStream]
+
+    @property
+    def blocks(self) -> int:
+        return len(Anatomy(self.model).blocks)
+
+    def approach(self, i: int) -> None:
+        """Bring the streams in front of block i, before its weights are loaded."""
+
+    def step(self, i: int) -> None:
+        """Edit block i and move the streams behind it."""
+        raise NotImplementedError
+
+    def note(self) -> dict:
+        return {}
+
+    def recall(self, note: dict, done: int) -> None:
+        pass
+
+    def finish(self) -> bool:
+        """Describe the finished model; False if all blocks must be walked once more."""
+        return True
+
+
 @torch.no_grad()
+def go(walk: Walk, what: str, progress: Callable[[str], None] | None = None) -> nn.Module:
+    """Take all steps of a walk in memory; returns its model. what: a word for what is done to a block, such as `pruned`."""
+    while True:
+        for i in range(walk.blocks):
+            walk.approach(i)
+            walk.step(i)
+            if progress:
+                progress(f"{what} block {i + 1} of {walk.blocks}")
+        if walk.finish():
+            return walk.model
+
+
+class LayerWalk(Walk):
+    """Replaces every reader and writer by `remake(layer, total)`, with `total` the statistic of the layer's inputs."""
+
+    def __init__(self, stream: ResidualStream, statistic: Statistic, remake: Callable[[nn.Module, torch.Tensor], nn.Module]):
+        self.model, self.streams = stream.anatomy.model, [stream]
+        self.statistic, self.remake = statistic, remake
+
+    def step(self, i: int) -> None:
+        [stream] = self.streams
+        block = stream.anatomy.blocks[i]
+        for names, total in _measure(stream, i, self.statistic):
+            for name in names:
+                block.set_submodule(name, self.remake(block.get_submodule(name), total))
+        stream.advance_block(i)
+
+
 def rebuild(
     model: nn.Module,
     ids: torch.Tensor,
     statistic: Statistic,
     remake: Callable[[nn.Module, torch.Tensor], nn.Module],
     *,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
     inplace: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
-    """A model whose readers and writers are `remake(layer, total)`, with `total` the statistic of the layer's inputs.
+    """`LayerWalk` of a model in memory, on calibration tokens ids [samples, length].
 
-    ids: calibration tokens [samples, length]; mask: 1 for real tokens (None: all). The given model stays intact, unless
-    `inplace`. Raises ValueError, before any work, for ids or weights that cannot be calibrated on.
+    The given model stays intact, unless `inplace`. Raises ValueError, before any work, for ids or weights that cannot be
+    calibrated on.
     """
-    stream = ResidualStream(model if inplace else shell(model), ids, mask, batch)
-    blocks = stream.anatomy.blocks
-    for i in range(len(blocks)):
-        rebuild_block(stream, i, statistic, remake)
-        if progress:
-            progress(f"rebuilt block {i + 1} of {len(blocks)}")
-    return stream.anatomy.model
-
-
-def rebuild_block(stream: ResidualStream, i: int, statistic: Statistic, remake: Callable) -> None:
-    """Measure block i where the stream stands in front of it, replace its layers, and move the stream behind it."""
-    block = stream.anatomy.blocks[i]
-    for names, total in _measure(stream, i, statistic):
-        for name in names:
-            block.set_submodule(name, remake(block.get_submodule(name), total))
-    stream.advance_block(i)
+    stream = ResidualStream(model if inplace else shell(model), ids)
+    return go(LayerWalk(stream, statistic, remake), "rebuilt", progress)
 
 
 def _measure(stream: ResidualStream, block: int, statistic: Statistic) -> list[tuple[tuple[str, ...], torch.Tensor]]:

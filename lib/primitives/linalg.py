@@ -6,12 +6,18 @@ Nothing here knows about models. Functions take and return tensors on the device
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 
 import torch
 
+from lib.primitives.checks import check_share, exact
+
 GRAM_CHUNK = 4096  # rows; float32 sums stay short, float64 carries the total
 SPLIT_WIDTH = 256  # columns; below, one product is as fast as three small ones
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or as it is where it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor, products: torch.dtype = torch.float32) -> torch.Tensor:
@@ -42,8 +48,7 @@ def _add_symmetric(total: torch.Tensor, x: torch.Tensor) -> None:
 
 def add_squares(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Add the column sums of squares of x to `total` in place, the diagonal of `add_gram`. total: float64 [d]; x: [n, d]."""
-    x = x if x.dtype == torch.float64 else x.float()
-    for chunk in x.split(GRAM_CHUNK):
+    for chunk in at_least_float32(x).split(GRAM_CHUNK):
         total += chunk.square().sum(0)
     return total
 
@@ -253,8 +258,7 @@ Sparsity = tuple[int, int] | float
 def check_sparsity(sparsity: Sparsity, width: int) -> None:
     """Raise ValueError for a sparsity that does not exist, or a pattern that does not fit rows of `width` weights."""
     if isinstance(sparsity, (int, float)):
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), not {sparsity}: 0.5 removes half of the weights")
+        check_share(sparsity, "sparsity", "0.5 removes half of the weights")
         return
     if not isinstance(sparsity, (tuple, list)) or [type(number) for number in sparsity] != [int, int]:
         raise ValueError(f"sparsity must be a pair like (2, 4) or a fraction like 0.5, not {sparsity!r}")
@@ -273,7 +277,7 @@ def keep_mask(scores: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
     """
     rows, k = scores.shape
     if isinstance(sparsity, (int, float)):
-        return _keep_largest(scores, k - int(Fraction(sparsity).limit_denominator(10**6) * k))
+        return _keep_largest(scores, k - int(exact(sparsity) * k))
     n, m = sparsity
     return _keep_largest(scores.reshape(rows, k // m, m), n).view(rows, k)
 

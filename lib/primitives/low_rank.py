@@ -8,12 +8,12 @@ SVD), a diagonal (FWSVD, ASVD), or the true Gram matrix (SVD-LLM).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fractions import Fraction
 
 import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy, Family, shared_inputs
+from lib.primitives.checks import kept_share
 from lib.primitives.linalg import decompose, truncate
 from lib.primitives.surgery import LowRankLinear, linear, low_rank, record_edit, set_edits, shell
 
@@ -52,13 +52,6 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------------
-
-
-def kept_share(ratio: float) -> Fraction:
-    """1 - R as the fraction that the float R stands for. Raises ValueError for an R outside [0, 1)."""
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), not {ratio}: 0.2 removes a fifth of the parameters")
-    return 1 - Fraction(ratio).limit_denominator(10**6)
 
 
 def rank_for(m: int, n: int, ratio: float) -> int:
@@ -217,10 +210,14 @@ def replay(model: nn.Module, ranks: Ranks) -> nn.Module:
     for name, k in ranks.items():
         if name not in dense or type(k) is not int or not 0 < k <= min(dense[name].weight.shape):
             raise ValueError(f"no such truncation of this model: {name!r} to rank {k!r}")
-        layer = dense[name]
-        u, v = torch.empty(layer.out_features, k, device="meta"), torch.empty(k, layer.in_features, device="meta")
-        layers[name] = low_rank(layer, u, v)
+        layers[name] = empty_factors(dense[name], k)
     return put(model, layers)
+
+
+def empty_factors(layer: nn.Linear, k: int) -> LowRankLinear:
+    """The two-factor layer of rank k in the place of a layer, as shapes."""
+    u, v = (torch.empty(shape, device="meta") for shape in ((layer.out_features, k), (k, layer.in_features)))
+    return low_rank(layer, u, v)
 
 
 def merge_to_dense(model: nn.Module) -> nn.Module:

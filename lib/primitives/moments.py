@@ -14,7 +14,7 @@ from lib.primitives.calibration import ResidualStream
 
 @dataclass
 class Moments:
-    """Of the inputs of one layer over all real tokens, in float64: mean [n] and mean square [n] of each channel."""
+    """Of the inputs of one layer over all tokens, in float64: mean [n] and mean square [n] of each channel."""
 
     mean: torch.Tensor
     square: torch.Tensor
@@ -35,21 +35,18 @@ def measure(stream: ResidualStream, block: int, names: Sequence[str], advance: b
         features = module.get_submodule(name).in_features
         sums[name] = torch.zeros(2, features, dtype=torch.float64, device=stream.device)
     stream.observe(block, {name: add_to(sum_) for name, sum_ in sums.items()}, advance)
-    tokens = stream.ids.numel() if stream.mask is None else int(stream.mask.bool().sum())
-    return {name: Moments(*(sum_ / tokens)) for name, sum_ in sums.items()}
+    return {name: Moments(*(sum_ / stream.ids.numel())) for name, sum_ in sums.items()}
 
 
-def walk(
-    model: nn.Module, ids: torch.Tensor, names: Sequence[str], mask: torch.Tensor | None = None, batch: int = 8
-) -> Iterator[dict[str, Moments]]:
+def walk(model: nn.Module, ids: torch.Tensor, names: Sequence[str]) -> Iterator[dict[str, Moments]]:
     """`measure` of every block of the dense model in turn."""
-    stream = ResidualStream(model, ids, mask, batch)
+    stream = ResidualStream(model, ids)
     for block in range(len(stream.anatomy.blocks)):
         yield measure(stream, block, names, advance=True)
 
 
 @torch.no_grad()
-def turning_angle(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+def turning_angle(before: torch.Tensor, after: torch.Tensor) -> float:
     """Mean angle over tokens between the residual stream before and after a block, as a share of π. Both: [s, t, d]."""
     cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).clamp(-1, 1)
-    return (cosine if mask is None else cosine[mask.bool()]).arccos().mean().item() / math.pi
+    return cosine.arccos().mean().item() / math.pi

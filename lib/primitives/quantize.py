@@ -124,14 +124,12 @@ def gptq(
     bits: int = 4,
     group: int | None = None,
     *,
-    mask: torch.Tensor | None = None,
-    batch: int = 8,
     inplace: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Quantise every linear layer in the blocks with GPTQ, block after block; biases, norms, embeddings and head stay.
 
-    ids: calibration tokens [samples, length]; mask: 1 for real tokens. Weights end on at most 2^bits levels per group, stored
+    ids: calibration tokens [samples, length]. Weights end on at most 2^bits levels per group, stored
     in the model's dtype: this saves no memory by itself (see `quantized_bytes`). A low-rank layer is quantised factor by
     factor, the second one for the latents that the quantised first one makes: their Gram is V H Vᵀ. The given model stays
     intact, unless `inplace`. Raises ValueError, before any work, for bits, groups, ids or layers that cannot be used.
@@ -147,7 +145,7 @@ def gptq(
             factor.weight = parameter(gptq_matrix(factor.weight, gram, bits, group), like=factor.weight)
         return new
 
-    return rebuild(model, ids, GRAM, remake, mask=mask, batch=batch, inplace=inplace, progress=progress)
+    return rebuild(model, ids, GRAM, remake, inplace=inplace, progress=progress)
 
 
 def quantized_bytes(model: nn.Module, bits: int = 4, group: int | None = None) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy, Half, head_size
-from lib.primitives.low_rank import kept_share
+from lib.primitives.checks import kept_share
 from lib.primitives.surgery import linear, set_edits, shell
 
 # For every block the sorted indices of the units that stay, int64; None: all of them stay.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lib.primitives.checks import choose_one
+
 # Shapes of the papers' models, from their published configuration files.
 _LLAMA_2_7B = dict(
     model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -70,8 +72,7 @@ def meta_model(architecture: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = ARCHITECTURES | MORE_ARCHITECTURES
-    if architecture not in known:
-        raise ValueError(f"unknown architecture {architecture!r}: choose one of {', '.join(known)}")
+    choose_one("architecture", architecture, known)
     settings = dict(known[architecture])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):

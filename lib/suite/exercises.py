@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lib.primitives.checks import choose_one
+
 
 class Wrong(Exception):
     """What to tell the learner."""
@@ -20,8 +22,7 @@ class Wrong(Exception):
 
 def check(name: str, function: Callable) -> None:
     """Print one line: that `function` solves the exercise `name`, or what is wrong. ValueError for an unknown name."""
-    if name not in CHECKS:
-        raise ValueError(f"unknown exercise {name!r}: choose one of {', '.join(CHECKS)}")
+    choose_one("exercise", name, CHECKS)
     try:
         CHECKS[name](function)
     except Wrong as wrong:

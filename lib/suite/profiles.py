@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lib.evaluation.text import HUB_CORPORA
+from lib.primitives.checks import choose_one
 from lib.primitives.cost import Count, count
 from lib.suite.architectures import meta_model
 
@@ -182,8 +183,7 @@ def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", 
 
     Raises ValueError for an unknown device, or a paper whose work is not counted here.
     """
-    if device not in DEVICES:
-        raise ValueError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+    choose_one("device", device, DEVICES)
     if paper not in WORK:
         raise ValueError(f"the work of {paper!r} is not counted yet: choose one of {', '.join(WORK)}")
     (dense, config), work = _dense(architecture), WORK[paper](parameters)

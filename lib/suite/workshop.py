@@ -27,6 +27,7 @@ from transformers import (
 
 from lib.evaluation.text import load_corpus, token_stream, windows
 from lib.primitives.anatomy import Anatomy
+from lib.primitives.losses import mean_loss
 
 VOCABULARY, CONTEXT, END_OF_TEXT = 2048, 256, "<|endoftext|>"
 
@@ -130,16 +131,10 @@ def rate(step: int, recipe: Recipe) -> float:
     return min((step + 1) / recipe.warmup, 1.0, max(0.0, (recipe.steps - step) / (recipe.steps - start)))
 
 
-def loss_on(model, ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss in nats over windows [batch, length]."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
 @torch.no_grad()
-def mean_loss(model, blocks: torch.Tensor, batch: int = 32) -> float:
+def validation_loss(model, blocks: torch.Tensor, batch: int = 32) -> float:
     model.eval()
-    total = sum(loss_on(model, b).item() * len(b) for b in blocks.split(batch))
+    total = sum(mean_loss(model, b).item() * len(b) for b in blocks.split(batch))
     model.train()
     return total / len(blocks)
 
@@ -150,13 +145,13 @@ def train(model, train_ids: torch.Tensor, validation: torch.Tensor, recipe: Reci
     opts = optimizers(model, recipe)
     base = [[g["lr"] for g in o.param_groups] for o in opts]
     hooks = add_dropout(model, recipe.dropout)
-    step_loss = torch.compile(loss_on) if shutil.which("g++") else loss_on
+    step_loss = torch.compile(mean_loss) if shutil.which("g++") else mean_loss
     curve, best, best_state, stale, start = [], math.inf, None, 0, time.time()
     queue: list[torch.Tensor] = []
     model.train()
     for step in range(recipe.steps + 1):
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
-            value = mean_loss(model, validation)
+            value = validation_loss(model, validation)
             curve.append({"step": step, "validation_loss": round(value, 4), "seconds": round(time.time() - start, 1)})
             log(f"step {step} of {recipe.steps}: validation {value:.4f} nats/token, {time.time() - start:.0f} s")
             if value < best:
@@ -230,7 +225,7 @@ def describe(name: str, model, tokenizer, recipe: Recipe, curve: list[dict], thr
     train_text, held_out = load_corpus("wiki-a", "train"), load_corpus("wiki-a", "validation")
     ids, held_out_ids = token_stream(train_text, tokenizer), token_stream(held_out, tokenizer)
     best = min(curve, key=lambda point: point["validation_loss"])
-    rounded = mean_loss(model.float(), windows(held_out_ids, CONTEXT))
+    rounded = validation_loss(model.float(), windows(held_out_ids, CONTEXT))
     reached = {
         "validation_loss_bf16": round(rounded, 4),
         "validation_perplexity_bf16": round(math.exp(rounded), 2),
