@@ -63,6 +63,14 @@ def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
     return chosen
 
 
+def use_data_dir(path: str) -> None:
+    """Read corpora and benchmarks from a folder instead of the hub, in this process and those that it starts."""
+    if path and not Path(path).is_dir():
+        raise ValueError(f"--data-dir {path} is not a folder")
+    if path:
+        os.environ["PARED_DATA_DIR"] = str(Path(path).resolve())
+
+
 def papers_of(profile: str, paper: str) -> list[str]:
     """The notebooks that a profile runs, in its order, or only `paper`; a paper that it leaves out is an error that says why."""
     from lib.suite.profiles import read_profile
@@ -111,10 +119,7 @@ def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="",
     names = papers_of(profile, paper)
     if type(jobs) is not int or jobs < 0 or (jobs and cluster):
         raise Exit(f"--jobs takes a number of notebooks, not {jobs!r}, and a cluster has workers instead of it", code=2)
-    if data_dir:
-        if not Path(data_dir).is_dir():
-            raise Exit(f"--data-dir {data_dir} is not a folder", code=2)
-        os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
+    checked(lambda: use_data_dir(data_dir))
     chosen = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
     about = read_profile(PROFILES / f"{profile}.yaml")
     for name, reason in about.about.get("refused", {}).items():
@@ -274,12 +279,15 @@ def train_workshop_models(c, model="", seed=0, steps=0):
 
 
 def checked(run):
-    """Call `run`; an error that the user can mend becomes one line and exit status 2, anything else stays a traceback."""
+    """Call `run`; an error that the user can mend becomes one line and exit status 2, anything else stays a traceback.
+
+    A ValueError is the library's word for arguments that cannot work. A TypeError or a KeyError is a mistake of the program.
+    """
     from lib.suite.runs import RunError
 
     try:
         return run()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, ModuleNotFoundError) as error:
         raise Exit(str(error), code=2) from error
     except RunError as error:
         raise Exit(str(error), code=1) from error
@@ -291,7 +299,7 @@ def checked(run):
     help={
         "model": "wiki-a-llama, wiki-a-opt, a local folder, or a hub id",
         "out": "new folder for the compressed model",
-        "method": "slicegpt, svd-llm, afr, comp, or a rival: a wrong name lists them all",
+        "method": "slicegpt, svd-llm, afr, comp, or a rival: `invoke methods` lists them all",
         "ratio": "share to remove, in the method's own sense (SliceGPT: slicing level; pruning: share of zeros)",
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
@@ -306,27 +314,38 @@ def compress(
     dtype="float32", data_dir="", set=None, streamed=False,
 ):  # fmt: skip
     """Compress a model and save it as a folder for evaluate and generate (slicegpt-stock: for any runtime)."""
-    from lib.compress import METHODS, check_settings
-    from lib.compress import compress as run
+    from lib.compress import compress as compress_model
     from lib.evaluation.text import Calibration
+    from lib.methods import method_named
     from lib.models.load import positions_of
-
-    choose("method", method, list(METHODS))
-    if data_dir:
-        os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
 
     settings = named_values(set or [])
 
     def work():
-        check_settings(method, settings)
+        use_data_dir(data_dir)
+        method_named(method)
         draw = Calibration(corpus, samples, length or min(2048, positions_of(model)), seed)
-        return run(model, out, method, ratio, draw, device, dtype, streamed=streamed, **settings)
+        return compress_model(model, out, method, ratio, draw, device, dtype, streamed, **settings)
 
     row = checked(work)
     print(
         f"{model}, {method} at {ratio:.0%}: {row['params']:,} parameters, {row['removed_model']:.1%} of the model really removed "
         f"({row['dense_bytes'] / 1e6:.1f} to {row['bytes'] / 1e6:.1f} MB), saved in {out}"
     )
+
+
+@task
+def methods(c):
+    """List the methods: what each removes, what it needs, whose it is, and where its output can be loaded."""
+    from dataclasses import fields
+
+    from lib.methods import METHODS
+
+    for method in METHODS.values():
+        names = ", ".join((["preset"] if method.presets else []) + [field.name for field in fields(method.settings)])
+        print(f"{method.name}: removes {method.removes} ({method.paper}; needs {method.needs})")
+        print(f"  --ratio is a share of {method.ratio}; --set takes {names or 'nothing'}")
+        print(f"  its output loads in {method.loads}{'; runs with --streamed' if method.on_disk else ''}")
 
 
 @task(
@@ -348,10 +367,8 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
     from lib.evaluation.zero_shot import zero_shot
     from lib.models.load import load, spread
 
-    if data_dir:
-        os.environ["PARED_DATA_DIR"] = str(Path(data_dir).resolve())
-
     def work():
+        use_data_dir(data_dir)
         network, tokenizer = load(model, "cpu" if device == "auto" else device, dtype)
         network = spread(network) if device == "auto" else network
         window = length or min(2048, network.config.max_position_embeddings)

@@ -82,11 +82,19 @@ def work(method: str, folder: str) -> None:
     start = time.time()
     if method == "comp":
         from lib.models.streaming import compress_on_disk, model_on_disk
+        from lib.papers import comp
         from lib.primitives.cost import count
+        from lib.primitives.layer_importance import layer_scores
 
         imported = peak()
         dense = count(model_on_disk(folder))
-        small = compress_on_disk(folder, Path(folder) / "pruned", ids, "comp", RATIO, batch=4, precision=torch.float32)
+        settings = comp.Settings(precision="float32")
+
+        def walk_of(model, ids, note):
+            plan = comp.decide(model, ids, layer_scores(model, ids), RATIO, settings)
+            return comp.CompWalk(model, ids, plan, settings, batch=4)
+
+        small = compress_on_disk(folder, Path(folder) / "pruned", ids, walk_of)
     else:
         from transformers import AutoModelForCausalLM
 

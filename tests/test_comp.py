@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.models.checkpoint import export, load_checkpoint, save
 from lib.papers import comp
-from lib.papers.comp import Demand, Pruned, Settings, Shape, Sweep
+from lib.papers.comp import Demand, Pruned, Round, Settings, Shape
 from lib.papers.mask_tuning import Sums, System
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.cost import count
@@ -95,7 +95,7 @@ def test_a_block_keeps_its_last_neuron():
 @pytest.mark.parametrize("bad", [
     dict(metric="C9"), dict(reference="none"), dict(allocation="even"), dict(selection="twice"), dict(layer_score="norm"),
     dict(rho=1.1), dict(largest_cut=1.0), dict(epsilon=0.0), dict(variance_bound=0.0),
-    dict(multiple=0), dict(checks=0), dict(sweeps=0),
+    dict(multiple=0), dict(checks=0), dict(rounds=0),
 ])  # fmt: skip
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match=r"choose one of|must be|count from|is a share"):
@@ -176,7 +176,7 @@ def test_independent_neurons_are_paid_in_full_and_copies_stop_at_the_bound():
 
 @given(st.integers(0, 30), st.sampled_from([0.003, 0.03, 0.1]), st.floats(0, 3), st.sampled_from(["C1", "C0"]))
 @settings(max_examples=30, deadline=None)
-def test_the_first_sweep_never_exceeds_the_bound(seed, bound, drift, metric):
+def test_the_first_round_never_exceeds_the_bound(seed, bound, drift, metric):
     x, w = random_layer(20, 6, 30, seed)
     x[:, 10:15] = x[:, :5]
     beyond = drift * torch.randn(30, 6, generator=torch.Generator().manual_seed(seed)).double()
@@ -245,7 +245,7 @@ def test_checks_come_in_whole_steps():
         assert prune_system(system(*copies()), quota, 0.05, multiple=4).removed % 4 == 0
 
 
-# --- sweeps ---------------------------------------------------------------------------------------------------------------
+# --- rounds ---------------------------------------------------------------------------------------------------------------
 
 
 def paid(removed: int, variance: float = 0.0, n: int = 40) -> Pruned:
@@ -253,31 +253,31 @@ def paid(removed: int, variance: float = 0.0, n: int = 40) -> Pruned:
 
 
 def test_a_shortfall_is_spread_over_the_blocks_to_come():
-    sweep = Sweep([Demand(8, 0.01, 0.1)] * 4, [32] * 4)
-    assert sweep.ask(0).quota == 8
-    sweep.paid(paid(2))
-    assert sweep.short == 6
-    assert sweep.ask(1).quota == 10
-    sweep.paid(paid(10))
-    assert sweep.ask(2).quota == 10
-    sweep.paid(paid(10))
-    sweep.paid(paid(sweep.ask(3).quota))
-    assert sweep.short == 0
-    assert sum(r.removed for r in sweep.results) == 32
-    assert comp.next_sweep(sweep, 1, Settings()) is None
+    last = Round([Demand(8, 0.01, 0.1)] * 4, [32] * 4)
+    assert last.ask(0).quota == 8
+    last.paid(paid(2))
+    assert last.short == 6
+    assert last.ask(1).quota == 10
+    last.paid(paid(10))
+    assert last.ask(2).quota == 10
+    last.paid(paid(10))
+    last.paid(paid(last.ask(3).quota))
+    assert last.short == 0
+    assert sum(r.removed for r in last.results) == 32
+    assert comp.next_round(last, 1, Settings()) is None
 
 
-def test_the_next_sweep_asks_the_calmer_blocks_under_a_larger_ridge_and_the_last_one_has_no_bound():
-    sweep = Sweep([Demand(8, 0.01, 0.1)] * 4, [32] * 4)
+def test_the_next_round_asks_the_calmer_blocks_under_a_larger_ridge_and_the_last_one_has_no_bound():
+    last = Round([Demand(8, 0.01, 0.1)] * 4, [32] * 4)
     for variance in (0.09, 0.01, 0.02, 0.08):
-        sweep.paid(paid(6, variance))
-    after = comp.next_sweep(sweep, 1, Settings())
+        last.paid(paid(6, variance))
+    after = comp.next_round(last, 1, Settings())
     assert [d.quota for d in after.demands] == [6, 10, 10, 6]
     assert [d.epsilon for d in after.demands] == pytest.approx([0.01, 0.1, 0.1, 0.01])
     assert [d.bound for d in after.demands] == pytest.approx([0.1, 0.2, 0.2, 0.1])
-    assert {d.bound for d in comp.next_sweep(sweep, 3, Settings()).demands} == {math.inf}
-    full = replace(sweep, room=[32, 6, 6, 32])
-    assert [d.quota for d in comp.next_sweep(full, 1, Settings()).demands] == [10, 6, 6, 10]
+    assert {d.bound for d in comp.next_round(last, 3, Settings()).demands} == {math.inf}
+    full = replace(last, room=[32, 6, 6, 32])
+    assert [d.quota for d in comp.next_round(full, 1, Settings()).demands] == [10, 6, 6, 10]
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """A sweep makes what runs of their own make, from one look at the calibration set where that serves every ratio."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lib.baselines import cfsp, flap, fpt, llm_pruner, wanda
-from lib.compress import METHODS, SWEEPS, sweep
+from lib.baselines import cfsp, flap, fpt, llm_pruner, shortgpt, wanda
+from lib.methods import METHODS, OF_BLOCKS, make, settings_of, sweep
 from lib.papers import afr, comp, svd_llm
 from lib.primitives import low_rank
 from tests.conftest import tiny, token_ids
@@ -16,23 +17,30 @@ SETTINGS = {
     "comp": {"rho": 0.9},  # of three blocks one goes, and neurons alone could not pay for half of a model
 }  # fmt: skip
 
+ONCE = {
+    "svd-llm": (svd_llm, "truncated"), "svd": (low_rank, "factor"), "fwsvd": (low_rank, "factor"), "asvd": (low_rank, "factor"),
+    "afr": (afr, "scores"), "fpt": (fpt, "mask_gradients"), "llm-pruner": (llm_pruner, "unit_scores"), "cfsp": (cfsp, "scores"),
+    "flap": (flap, "scores"), "wanda-sp": (wanda, "neuron_scores"), "comp": (comp, "layer_scores"),
+    "shortgpt": (shortgpt, "layer_scores"),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("method", [*SWEEPS, "slicegpt", "lorap"])
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("slicegpt-")])
 def test_a_sweep_is_every_ratio_alone(method, family):
     model, ids, settings = tiny(family), token_ids(), SETTINGS.get(method, {})
     before = copy.deepcopy(model.state_dict())
     made = list(sweep(method, model, ids, [0.4, 0.2], **settings))
     assert [ratio for ratio, _ in made] == [0.4, 0.2]
     for ratio, small in made:
-        alone = METHODS[method](copy.deepcopy(model), ids, ratio, lambda text: None, **settings).state_dict()
+        alone = make(method, copy.deepcopy(model), ids, ratio, inplace=True, **settings).state_dict()
         assert alone.keys() == small.state_dict().keys()
         for name, value in small.state_dict().items():
             torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("method", SWEEPS)
+@pytest.mark.parametrize("method", ONCE)
 def test_ratios_repeat_in_any_order_and_zero_changes_nothing(method):
     """In float64, where nothing is rounded away: what one result shares with another must not change it."""
     model, ids, settings = tiny("llama"), token_ids(), SETTINGS.get(method, {})
@@ -42,14 +50,7 @@ def test_ratios_repeat_in_any_order_and_zero_changes_nothing(method):
     assert not torch.allclose(others[0], others[1], rtol=0.01)
 
 
-ONCE = {
-    "svd-llm": (svd_llm, "truncated"), "svd": (low_rank, "factor"), "fwsvd": (low_rank, "factor"), "asvd": (low_rank, "factor"),
-    "afr": (afr, "scores"), "fpt": (fpt, "mask_gradients"), "llm-pruner": (llm_pruner, "unit_scores"), "cfsp": (cfsp, "scores"),
-    "flap": (flap, "scores"), "wanda-sp": (wanda, "neuron_scores"), "comp": (comp, "layer_scores"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("method", SWEEPS)
+@pytest.mark.parametrize("method", ONCE)
 def test_the_common_work_is_done_once(method, monkeypatch):
     part, name = ONCE[method]
     calls, real = [], getattr(part, name)
@@ -58,7 +59,7 @@ def test_the_common_work_is_done_once(method, monkeypatch):
     assert len(calls) == (2 if method == "llm-pruner" else 1)  # LLM-Pruner scores neurons and groups
 
 
-@pytest.mark.parametrize("method", SWEEPS)
+@pytest.mark.parametrize("method", ONCE)
 def test_bad_ratios_fail_before_the_work(method, monkeypatch):
     def work(*_, **__):
         raise AssertionError("a model ran, or a matrix was decomposed")
@@ -70,7 +71,45 @@ def test_bad_ratios_fail_before_the_work(method, monkeypatch):
 
 
 def test_unknown_settings_are_named():
-    with pytest.raises(ValueError, match="unknown setting 'rank' of afr"):
+    with pytest.raises(ValueError, match="unknown method 'slice': choose one of slicegpt, "):
+        settings_of("slice", {})
+    with pytest.raises(ValueError, match="unknown setting of afr 'rank': choose one of preset, aggregation, "):
         sweep("afr", tiny("llama"), token_ids(), [0.2], rank=3)
     with pytest.raises(ValueError, match="unknown allocation 'best'"):
         sweep("afr", tiny("llama"), token_ids(), [0.2], allocation="best")
+    with pytest.raises(ValueError, match="unknown preset of afr 'mine': choose one of paper, "):
+        settings_of("afr", {"preset": "mine"})
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "wanted"),
+    [
+        ("comp", "rho", "half", "a number, as in --set rho=0.5"), ("comp", "rounds", 2.5, "a whole number"),
+        ("comp", "tune", 1, "true or false"), ("svd-llm", "variant", ["W"], "a word, as in --set variant=W"),
+        ("llm-pruner", "samples", "all", "a whole number or null"), ("afr", "protect", "first", "a list"),
+        ("random-neurons", "seed", True, "a whole number"),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused_with_an_example(method, name, value, wanted):
+    with pytest.raises(ValueError, match=f"{name} of {method} is .*: give {wanted}"):
+        settings_of(method, {name: value})
+
+
+def test_settings_are_read_as_they_are_meant():
+    assert settings_of("comp", {"rho": 1}).rho == 1
+    assert settings_of("llm-pruner", {"samples": None}).samples is None
+    assert settings_of("afr", {"protect": [0, 2]}).protect == (0, 2)
+    assert settings_of("afr", {"preset": "code_2026_02", "batch": 3}) == replace(afr.PRESETS["code_2026_02"], batch=3)
+
+
+def test_records_know_of_every_method_what_the_commands_print():
+    for name, method in METHODS.items():
+        assert name == method.name
+        assert all((method.removes, method.ratio, method.needs, method.paper, method.loads))
+        assert method.settings() == method.settings()  # frozen, with a default for every field
+        assert method.shape or method.ratio == OF_BLOCKS or name.startswith("slicegpt-") or "zero" in method.removes
+
+
+def test_working_in_place_takes_one_ratio():
+    with pytest.raises(ValueError, match="exactly one ratio"):
+        sweep("afr", tiny("llama"), token_ids(), [0.2, 0.3], inplace=True)

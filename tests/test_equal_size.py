@@ -5,8 +5,8 @@ import copy
 
 import pytest
 
-from lib.compress import METHODS
-from lib.equal_size import ASKED, SHAPES, own_ratio
+from lib.equal_size import own_ratio
+from lib.methods import METHODS, OF_BLOCKS, make
 from lib.primitives.cost import count
 from tests.conftest import tiny, token_ids
 
@@ -18,23 +18,23 @@ def removed(small, model):
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("method", SHAPES)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.shape])
 def test_shapes_tell_what_the_method_leaves(method, family):
     model = tiny(family, num_hidden_layers=6)
     share = own_ratio(method, model, 0.3)
-    made = METHODS[method](copy.deepcopy(model), token_ids(), share, lambda text: None, **SETTINGS.get(method, {}))
+    made = make(method, copy.deepcopy(model), token_ids(), share, **SETTINGS.get(method, {}))
     neuron = (3 * model.config.hidden_size + 1) / count(model).decoder
     group = 4 * 4 * model.config.hidden_size / count(model).decoder
     biases = 12 * model.config.hidden_size / count(model).decoder
     # The blocks of CFSP round on their own. FLAP's budget is spent to within a unit, and a bias comes where something went.
     slack = {"cfsp": 6 * neuron, "flap": group + biases}.get(method, 1e-12)
-    assert removed(made, model) == pytest.approx(removed(SHAPES[method](model, share), model), abs=slack)
+    assert removed(made, model) == pytest.approx(removed(METHODS[method].shape(model, share), model), abs=slack)
 
 
 def every_ratio(method, model):
     for i in range(512):
         with contextlib.suppress(ValueError):  # nothing would be left
-            yield removed(SHAPES[method](model, i / 512), model)
+            yield removed(METHODS[method].shape(model, i / 512), model)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
@@ -44,13 +44,15 @@ def test_no_other_ratio_comes_nearer(method, family):
     model = tiny(family, num_hidden_layers=1, **kinds)
     reached = list(every_ratio(method, model))
     for wanted in (0.1, 0.25, 0.4):
-        found = removed(SHAPES[method](model, own_ratio(method, model, wanted)), model)
+        found = removed(METHODS[method].shape(model, own_ratio(method, model, wanted)), model)
         assert abs(found - wanted) == min(abs(other - wanted) for other in reached)
 
 
 def test_methods_that_ask_for_that_very_share():
     model = tiny("llama")
-    assert {own_ratio(method, model, 0.25) for method in ASKED} == {0.25}
+    asked = {name for name, method in METHODS.items() if method.ratio == OF_BLOCKS}
+    assert asked == {"comp", "fpt", "shortgpt"}
+    assert {own_ratio(method, model, 0.25) for method in asked} == {0.25}
 
 
 @pytest.mark.parametrize("method", ["flap", "lorap", "llm-pruner"])

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,17 +14,17 @@ from transformers import AutoModelForCausalLM
 from lib.baselines import sparsegpt, wanda
 from lib.compress import compress
 from lib.evaluation.text import Calibration
+from lib.methods import on_disk_method, settings_of
 from lib.models import streaming
 from lib.models.checkpoint import fingerprint, is_checkpoint, load_checkpoint
 from lib.models.load import load
 from lib.models.streaming import compress_on_disk, model_on_disk, write_tensors
 from lib.papers import comp, svd_llm
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.calibration import ResidualStream
 from tests.conftest import tiny, token_ids
 
 IDS = token_ids()
-STRICT = dict(variance_bound=1e-4, sweeps=3)  # the multipliers of random blocks vary more: sweeps are needed
+STRICT = dict(variance_bound=1e-4, rounds=3)  # the multipliers of random blocks vary more: rounds are needed
 # Name -> (method, ratio, settings from disk, the same in memory)
 RUNS = {
     "sparsegpt": ("sparsegpt", 0.5, {}, lambda m: sparsegpt.prune(m, IDS, 0.5)),
@@ -34,7 +35,7 @@ RUNS = {
         "svd-llm", 0.2, {"order": "compressed"}, lambda m: svd_llm.compress_model(m, IDS, 0.2, order="compressed"),
     ),
     "comp": ("comp", 0.3, {"rho": 0.7}, lambda m: comp.prune(m, IDS, 0.3, comp.Settings(rho=0.7))[0]),
-    "comp, sweeps": ("comp", 0.2, {"rho": 0.0} | STRICT, lambda m: comp.prune(m, IDS, 0.2, comp.Settings(rho=0.0, **STRICT))[0]),
+    "comp, rounds": ("comp", 0.2, {"rho": 0.0} | STRICT, lambda m: comp.prune(m, IDS, 0.2, comp.Settings(rho=0.0, **STRICT))[0]),
     "comp, one stream": (
         "comp", 0.2, {"reference": "same input"}, lambda m: comp.prune(m, IDS, 0.2, comp.Settings(reference="same input"))[0],
     ),
@@ -48,6 +49,16 @@ def on_disk(folder, family="llama", layers=LAYERS, dtype=torch.float32, shard="4
     model = tiny(family, dtype, num_hidden_layers=layers, **settings)
     model.save_pretrained(folder / "dense", max_shard_size=shard)
     return model, folder / "dense"
+
+
+def from_disk(source, out, method="comp", ratio=0.2, ids=IDS, dtype=None, resume=False, progress=None, **settings):
+    """`compress_on_disk` by the name of a method, as `lib.compress` calls it."""
+    record, chosen = on_disk_method(method), settings_of(method, settings)
+    run = {"method": method, "ratio": ratio, "settings": asdict(chosen)} if resume else None
+    return compress_on_disk(
+        source, out, ids, lambda model, ids, note: record.on_disk(model, ids, ratio, chosen, note),
+        dtype=dtype, resume=run, progress=progress,
+    )  # fmt: skip
 
 
 def loaded(folder):
@@ -72,7 +83,7 @@ def files(folder):
 def test_from_disk_as_in_memory(tmp_path, run, family):
     method, ratio, settings, in_memory = RUNS[run]
     model, source = on_disk(tmp_path, family, tie_word_embeddings=family != "qwen3")
-    small = compress_on_disk(source, tmp_path / "small", IDS, method, ratio, **settings)
+    small = from_disk(source, tmp_path / "small", method, ratio, **settings)
     assert all(p.is_meta for p in small.parameters())
     expected, found = in_memory(model), loaded(tmp_path / "small")
     assert same(found, expected)
@@ -82,34 +93,15 @@ def test_from_disk_as_in_memory(tmp_path, run, family):
         assert torch.equal(found(IDS).logits, expected(IDS).logits)
 
 
-def test_sweeps_really_happen(tmp_path):
+def test_rounds_really_happen(tmp_path):
     model, _ = on_disk(tmp_path)
-    assert comp.prune(model, IDS, 0.2, comp.Settings(rho=0.0, **STRICT))[1].sweeps > 1
-
-
-@pytest.mark.parametrize("run", ["comp", "svd original"])
-def test_hidden_states_may_live_on_disk(tmp_path, run):
-    method, ratio, settings, in_memory = RUNS[run]
-    model, source = on_disk(tmp_path)
-    compress_on_disk(source, tmp_path / "small", IDS, method, ratio, hidden_on_disk=True, **settings)
-    assert same(loaded(tmp_path / "small"), in_memory(model))
-    assert not list((tmp_path / "small").glob("*.bin"))
-
-
-def test_a_stream_in_a_file_is_a_stream(tmp_path):
-    model = tiny("llama", torch.float32)
-    streams = [ResidualStream(model, IDS, batch=4), ResidualStream(model, IDS, batch=4, file=tmp_path / "hidden.bin")]
-    for stream in streams:
-        stream.advance_block(0)
-    assert torch.equal(streams[0].hidden, streams[1].hidden)
-    written = torch.frombuffer(bytearray((tmp_path / "hidden.bin").read_bytes()), dtype=torch.float32)
-    assert torch.equal(written.view_as(streams[0].hidden), streams[0].hidden)
+    assert comp.prune(model, IDS, 0.2, comp.Settings(rho=0.0, **STRICT))[1].rounds > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtype_of_the_work(tmp_path, dtype):
     _, source = on_disk(tmp_path, dtype=torch.bfloat16)
-    compress_on_disk(source, tmp_path / "small", IDS, "wanda", 0.5, dtype=dtype)
+    from_disk(source, tmp_path / "small", "wanda", 0.5, dtype=dtype)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
     assert found.dtype == dtype
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
@@ -124,7 +116,7 @@ def test_one_file_and_names_without_the_models_prefix(tmp_path):
     write_tensors(tmp_path / "bare" / "model.safetensors", write, write.items())
     expected = wanda.prune(model, IDS, 0.5)
     for name in ("dense", "bare"):
-        compress_on_disk(tmp_path / name, tmp_path / f"small {name}", IDS, "wanda", 0.5)
+        from_disk(tmp_path / name, tmp_path / f"small {name}", "wanda", 0.5)
         assert same(loaded(tmp_path / f"small {name}"), expected)
 
 
@@ -202,7 +194,7 @@ def test_one_block_is_in_memory(tmp_path, monkeypatch, run):
         gc.freeze()  # so that only what follows is looked through
         with monkeypatch.context() as patch:
             watch = Watch(patch)
-            compress_on_disk(source, folder / "small", IDS, method, ratio, progress=watch.finished, **settings)
+            from_disk(source, folder / "small", method, ratio, progress=watch.finished, **settings)
         assert max(map(len, watch.blocks)) == 1  # tensors of one block, also where a teacher runs
         gc.unfreeze()
         assert set(watch.between) == {0}  # nothing between two blocks
@@ -229,14 +221,14 @@ class Killed(BaseException):
 
 @pytest.mark.filterwarnings("ignore:tuned multipliers")
 @pytest.mark.parametrize("at", ["middle of a block", "half-written file", "before the state"])
-@pytest.mark.parametrize("run", ["sparsegpt", "svd original", "svd compressed", "comp", "comp, sweeps"])
+@pytest.mark.parametrize("run", ["sparsegpt", "svd original", "svd compressed", "comp", "comp, rounds"])
 def test_a_killed_run_goes_on_behind_the_last_finished_block(tmp_path, monkeypatch, run, at):
     method, ratio, settings, _ = RUNS[run]
     _, source = on_disk(tmp_path)
-    compress_on_disk(source, tmp_path / "whole", IDS, method, ratio, **settings)
+    from_disk(source, tmp_path / "whole", method, ratio, **settings)
     total = len(loaded(tmp_path / "whole").model.layers)
     lines = []
-    for kill in (0, total - 1, total + 1):  # the last: in the second sweep, where there is one
+    for kill in (0, total - 1, total + 1):  # the last: in the second round, where there is one
         seen = [0]
         name = {"middle of a block": "empty", "half-written file": "write_tensors", "before the state": "_save_state"}[at]
         original = getattr(streaming, name)
@@ -254,14 +246,14 @@ def test_a_killed_run_goes_on_behind_the_last_finished_block(tmp_path, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(streaming, name, once)
             try:
-                compress_on_disk(source, tmp_path / "small", IDS, method, ratio, resume=True, **settings)
+                from_disk(source, tmp_path / "small", method, ratio, resume=True, **settings)
             except Killed:
                 assert not (tmp_path / "small").exists()
         if not (tmp_path / "small").exists():
             lines.clear()
-            compress_on_disk(source, tmp_path / "small", IDS, method, ratio, resume=True, progress=lines.append, **settings)
+            from_disk(source, tmp_path / "small", method, ratio, resume=True, progress=lines.append, **settings)
             if at == "before the state" and 0 < kill < total:  # one block again, and no more before it
-                assert next(line for line in lines if "on disk" in line) == f"{method}: block {kill + 1} of {total} on disk"
+                assert next(line for line in lines if "on disk" in line) == f"block {kill + 1} of {total} on disk"
         assert files(tmp_path / "small") == files(tmp_path / "whole")
         shutil.rmtree(tmp_path / "small")
 
@@ -273,7 +265,7 @@ def test_other_arguments_do_not_go_on(tmp_path, monkeypatch):
         raise Killed
 
     with pytest.raises(Killed):
-        compress_on_disk(source, tmp_path / "small", IDS, "wanda", 0.5, resume=True, progress=stop)
+        from_disk(source, tmp_path / "small", "wanda", 0.5, resume=True, progress=stop)
     before = files(tmp_path / ".small.partial")
     for change, named in (
         (dict(ids=token_ids(seed=5)), "tokens"), (dict(ratio=0.4), "ratio"), (dict(method="sparsegpt"), "method"),
@@ -281,7 +273,7 @@ def test_other_arguments_do_not_go_on(tmp_path, monkeypatch):
     ):  # fmt: skip
         arguments = dict(ids=IDS, method="wanda", ratio=0.5) | change
         with pytest.raises(ValueError, match=f"unfinished run with other {named}: remove it"):
-            compress_on_disk(source, tmp_path / "small", **arguments, resume=True)
+            from_disk(source, tmp_path / "small", **arguments, resume=True)
     assert files(tmp_path / ".small.partial") == before
 
 
@@ -292,7 +284,7 @@ def test_without_resume_nothing_is_left_behind(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        compress_on_disk(source, tmp_path / "small", IDS, "wanda", 0.5, progress=stop)
+        from_disk(source, tmp_path / "small", "wanda", 0.5, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
@@ -303,7 +295,7 @@ def test_mistakes_fail_before_any_work(tmp_path):
     _, source = on_disk(tmp_path)
     out = tmp_path / "small"
     for arguments, message in (
-        (dict(method="slicegpt"), "does not run from disk: choose one of comp"),
+        (dict(method="slicegpt"), "does not run from disk: choose one of svd-llm, sparsegpt, wanda, comp"),
         (dict(method="svd-llm", order="sideways"), "unknown order"),
         (dict(method="svd-llm", variant="U"), "variant W"),
         (dict(method="sparsegpt", ratio=1.5), "sparsity must be"),
@@ -312,14 +304,14 @@ def test_mistakes_fail_before_any_work(tmp_path):
         (dict(method="wanda", ids=IDS + 1000), "vocabulary"),
     ):
         with pytest.raises(ValueError, match=message):
-            compress_on_disk(source, out, **dict(ids=IDS, ratio=0.2) | arguments)
+            from_disk(source, out, **dict(ids=IDS, ratio=0.2) | arguments)
     with pytest.raises(FileExistsError, match="exists"):
-        compress_on_disk(source, source, IDS)
+        from_disk(source, source)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     comp_folder = tmp_path / "once"
-    compress_on_disk(source, comp_folder, IDS, "comp", 0.2)
+    from_disk(source, comp_folder, "comp", 0.2)
     with pytest.raises(ValueError, match="compressed model"):
-        compress_on_disk(comp_folder, out, IDS)
+        from_disk(comp_folder, out)
     with pytest.raises(ValueError, match="local folder"):
         compress("facebook/opt-125m", out, "comp", 0.2, streamed=True)
     with pytest.raises(ValueError, match="does not run from disk"):
@@ -333,7 +325,7 @@ def test_broken_folders_are_named(tmp_path):
 
     def attempt(changed):
         write_tensors(source / "model.safetensors", changed, changed.items())
-        compress_on_disk(source, tmp_path / "small", IDS, "wanda", 0.5)
+        from_disk(source, tmp_path / "small", "wanda", 0.5)
 
     with pytest.raises(ValueError, match=f"no tensor {name}"):
         attempt({n: t for n, t in tensors.items() if n != name})
@@ -343,5 +335,5 @@ def test_broken_folders_are_named(tmp_path):
         attempt(tensors | {name: tensors[name] * float("nan")})
     (source / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="safetensors"):
-        compress_on_disk(source, tmp_path / "small", IDS, "wanda", 0.5)
+        from_disk(source, tmp_path / "small", "wanda", 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -7,6 +7,7 @@ search: truncate one matrix at a time, note the perplexity, and cut where it hur
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,8 +28,13 @@ from lib.primitives.low_rank import (
     uniform_ranks,
 )
 
-ALPHA = 0.5
 CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # removed shares that the search tries on each matrix
+
+
+@dataclass(frozen=True)
+class Settings:
+    alpha: float = 0.5  # power of the activations' size; 0 is plain SVD
+    search: bool = False  # choose ranks by the paper's search instead of one ratio for all matrices
 
 
 def mean_magnitudes(model: nn.Module, ids: torch.Tensor) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
@@ -45,7 +51,7 @@ def mean_magnitudes(model: nn.Module, ids: torch.Tensor) -> Iterator[tuple[tuple
             yield tuple(block_name(family, i, name) for name in group), total / ids.numel()
 
 
-def roots(model: nn.Module, ids: torch.Tensor, alpha: float = ALPHA) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+def roots(model: nn.Module, ids: torch.Tensor, alpha: float = Settings.alpha) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """The diagonals of S, by the matrices that share an input; α = 0 is plain SVD."""
     return ((names, size**alpha) for names, size in mean_magnitudes(model, ids))
 
@@ -54,18 +60,18 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    *,
-    alpha: float = ALPHA,
-    search: bool = False,
-    progress: Callable[[str], None] | None = None,
+    settings: Settings | None = None,
+    progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) with every matrix truncated by activation-scaled SVD, of uniform rank or with the rank `search`.
 
-    One set of trials serves all ratios. Exact decompositions in float64, where the authors' code draws random ones.
+    ids: calibration tokens [samples, length]. One set of trials serves all ratios. Exact decompositions in float64, where the
+    authors' code draws random ones.
     """
+    settings = settings or Settings()
     plans = [uniform_ranks(model, ratio) for ratio in ratios]
-    found = list(roots(model, ids, alpha))
-    if search:
+    found = list(roots(model, ids, settings.alpha))
+    if settings.search:
         trials = sensitivities(model, ids, found, progress)
         plans = [search_ranks(trials, shapes(model), ratio) for ratio in ratios]
     return sweep_of(model, found, ratios, plans, progress)

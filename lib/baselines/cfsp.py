@@ -7,19 +7,29 @@ cancel and the activation norm alone is left: `code_scores`. `equation8_scores` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import kept_share
+from lib.primitives.checks import check_share, choose_one, kept_share
 from lib.primitives.moments import measure, turning_angle
 from lib.primitives.structured import keep_highest, remove_neurons
 
 # The authors divide angles summed over 128 x 1024 tokens by 10,000. Per token that is this, whatever the number of tokens.
 TEMPERATURE = 1e4 / (128 * 1024)
+
+
+@dataclass(frozen=True)
+class Settings:
+    fine: str = "code"  # how neurons are ranked: by the released code; or: eq8, the paper's equation
+    coarse: bool = True  # widths from the angles; False: the same share of every block
+    multiple: int = 1  # widths are rounded to it
+
+    def __post_init__(self):
+        choose_one("fine", self.fine, ("code", "eq8"))
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,6 @@ def kept_shares(angles: torch.Tensor, ratio: float, temperature: float = TEMPERA
 
 def scores(model: nn.Module, ids: torch.Tensor, fine: str = "code") -> Scores:
     """Neuron scores and angles of the dense model, which serve every ratio. fine: "code" or "eq8"."""
-    if fine not in ("code", "eq8"):
-        raise ValueError(f"fine must be code or eq8, not {fine!r}")
     stream = ResidualStream(model, ids)
     mlp, neurons, angles = stream.anatomy.family.mlp, [], []
     for i, block in enumerate(stream.anatomy.blocks):
@@ -92,23 +100,22 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    *,
-    fine: str = "code",
-    coarse: bool = True,
-    multiple: int = 1,
+    settings: Settings | None = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of its FFN neurons) for every ratio, from one pass; no repair.
 
-    ids: [samples, tokens]. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids
-    that cannot be used.
+    ids: [samples, tokens]. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids that cannot be used.
     """
+    settings = settings or Settings()
     for ratio in ratios:
-        kept_share(ratio)
-    found = scores(model, ids, fine)
+        check_share(ratio)
+    found = scores(model, ids, settings.fine)
     for ratio in ratios:
-        yield ratio, remove_neurons(model, keep(found, ratio, coarse, multiple))
+        yield ratio, remove_neurons(model, keep(found, ratio, settings.coarse, settings.multiple), inplace=inplace)
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
-    """Remove a share of the FFN neurons; `settings` and errors are those of `sweep`."""
-    return next(sweep(model, ids, [ratio], **settings))[1]
+    """Remove a share of the FFN neurons; settings: fields of `Settings`."""
+    return next(sweep(model, ids, [ratio], Settings(**settings)))[1]

@@ -6,16 +6,23 @@ standardised in each block, so that heads and neurons of all blocks compete for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import kept_share
+from lib.primitives.checks import check_share, kept_share
 from lib.primitives.moments import walk
-from lib.primitives.structured import channels, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
+from lib.primitives.structured import channels, ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
+from lib.primitives.surgery import shape_shell
+
+
+@dataclass(frozen=True)
+class Settings:
+    attention: bool = True  # key-value groups compete too; False: neurons only
+    compensate: bool = True  # give the mean of what is removed back as a bias
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def compensation(writer: torch.Tensor, means: torch.Tensor, keep: torch.Tensor) 
 
 
 @torch.no_grad()
-def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True) -> nn.Module:
+def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True, inplace: bool = False) -> nn.Module:
     """The model without a share of the parameters of its neurons (and groups, if they are scored), from scores at hand."""
     anatomy = Anatomy(model)
     neurons, groups = choose(model, found.neurons, found.groups, ratio)
@@ -111,7 +118,8 @@ def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = Tru
             for block, mean, keep in zip(anatomy.blocks, means, stay, strict=True)
         ]
 
-    smaller = remove_neurons(model, neurons, bias=biases(anatomy.family.mlp.writer, found.means, neurons))
+    shifts = biases(anatomy.family.mlp.writer, found.means, neurons)
+    smaller = remove_neurons(model, neurons, bias=shifts, inplace=inplace)
     if not groups:
         return smaller
     sizes = [len(mean) // len(score) for mean, score in zip(found.group_means, found.groups, strict=True)]
@@ -124,22 +132,38 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    *,
-    attention: bool = True,
-    compensate: bool = True,
+    settings: Settings | None = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the parameters of neurons and key-value groups) for every ratio, from one pass.
 
-    Least fluctuation goes first, with bias compensation. ratio: of the parameters of the units that compete; without
-    `attention`, neurons only. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids that cannot be used.
+    Least fluctuation goes first, with bias compensation. ratio: of the parameters of the units that compete. Raises ValueError,
+    before any work, for a ratio outside [0, 1) and for ids that cannot be used.
     """
+    settings = settings or Settings()
     for ratio in ratios:
-        kept_share(ratio)
-    found = scores(model, ids, attention=attention)
+        check_share(ratio)
+    found = scores(model, ids, attention=settings.attention)
     for ratio in ratios:
-        yield ratio, cut(model, found, ratio, compensate=compensate)
+        yield ratio, cut(model, found, ratio, compensate=settings.compensate, inplace=inplace)
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
-    """Remove one share; `settings` and errors are those of `sweep`."""
-    return next(sweep(model, ids, [ratio], **settings))[1]
+    """Remove one share; settings: fields of `Settings`."""
+    return next(sweep(model, ids, [ratio], Settings(**settings)))[1]
+
+
+def shape(model: nn.Module, ratio: float) -> nn.Module:
+    """What is left at a ratio, on the meta device: as if both kinds of units had evenly spread scores.
+
+    Other scores change which units go, not how many parameters, to within one unit and the biases of halves that lose nothing.
+    """
+    widths, groups = ffn_widths(model), kv_groups(model)
+    kept = choose(model, [torch.arange(n) / n for n in widths], [torch.arange(n) / n for n in groups], ratio)
+    shift = torch.zeros(model.config.hidden_size, device="meta")
+    small = shape_shell(model)
+    for remove, keep, sizes in zip((remove_neurons, remove_groups), kept, (widths, groups), strict=True):
+        biases = [None if len(stay) == n else shift for stay, n in zip(keep, sizes, strict=True)]
+        small = remove(small, keep, bias=biases, inplace=True)
+    return small

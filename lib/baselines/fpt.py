@@ -387,29 +387,34 @@ def _measure(
 # --- the method --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Settings:
+    rearrangement: bool = True  # the second step
+    tuning: bool = True  # the third step
+    literal: bool = False  # the released solver
+
+
 def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    *,
-    rearrangement: bool = True,
-    tuning: bool = True,
-    literal: bool = False,
-    progress: Callable[[str], None] | None = None,
+    settings: Settings | None = None,
+    progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """Prune a model at several ratios with FPT; yields (ratio, model). One set of gradients serves all.
 
-    ids: calibration tokens [sequences, length]. ratios: removed shares of the decoder's parameters, met
-    from below to within one neuron. `rearrangement` and `tuning` are the steps after the search; literal: the released solver.
-    The given model stays intact. Raises ValueError, before any work, for ratios, ids or families that cannot be used.
+    ids: calibration tokens [sequences, length]. ratios: removed shares of the decoder's parameters, met from below to within
+    one neuron. The given model stays intact. Raises ValueError, before any work, for ratios, ids or families that cannot be
+    used.
     """
+    settings = settings or Settings()
     shares = [share_kept(model, ratio) for ratio in ratios]
-    if tuning:
+    if settings.tuning:
         check_tunable(model)
     costs = group_params(model), neuron_params(model)
     plain = units_of(model)
     for c, units in shares:
-        search(plain, c * units, costs)  # fails now rather than after the gradients
+        search(plain, c * units, costs)  # raises now rather than after the gradients
 
     def run() -> Iterator[tuple[float, nn.Module]]:
         gradients = mask_gradients(model, ids, progress=progress)
@@ -418,14 +423,16 @@ def sweep(
                 yield ratio, shell(model)
                 continue
             student, teacher = (search(fisher(gradients), budget * units, costs) for budget in (c, float(c) ** 0.5))
-            if rearrangement:
-                student = Units(*(
-                    [rearrange(g, int((m == 0).sum())) for g, m in zip(gs, ms, strict=True)]
-                    for gs, ms in ((gradients.groups, student.groups), (gradients.neurons, student.neurons))
-                ))  # fmt: skip
+            if settings.rearrangement:
+                student = Units(
+                    *(
+                        [rearrange(g, int((m == 0).sum())) for g, m in zip(gs, ms, strict=True)]
+                        for gs, ms in ((gradients.groups, student.groups), (gradients.neurons, student.neurons))
+                    )
+                )
             kept = student.map(lambda m: m.nonzero()[:, 0])
-            if tuning:
-                student = tune(model, ids, student, teacher, literal=literal, progress=progress)
+            if settings.tuning:
+                student = tune(model, ids, student, teacher, settings.literal, progress)
             yield ratio, fold(model, student, kept)
 
     return run()
@@ -441,5 +448,5 @@ def fold(model: nn.Module, masks: Units, kept: Units) -> nn.Module:
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
-    """Prune a model at one ratio with FPT; `settings` are those of `sweep`."""
-    return next(sweep(model, ids, [ratio], **settings))[1]
+    """Prune a model at one ratio with FPT; settings: fields of `Settings`."""
+    return next(sweep(model, ids, [ratio], Settings(**settings)))[1]

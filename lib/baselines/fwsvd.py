@@ -77,14 +77,12 @@ def _watch(watched: contextlib.ExitStack, layer: nn.Linear, total: torch.Tensor,
 
 
 def sweep(
-    model: nn.Module,
-    ids: torch.Tensor,
-    ratios: Sequence[float],
-    *,
-    batch: int = 1,
-    progress: Callable[[str], None] | None = None,
+    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], settings: object = None, progress: Callable | None = None
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(ratio, model) with every matrix truncated by Fisher-weighted SVD, which minimises Σ_j d_j² ‖(W - W')_j‖²."""
+    """(ratio, model) with every matrix truncated by Fisher-weighted SVD, which minimises Σ_j d_j² ‖(W - W')_j‖².
+
+    ids: calibration tokens [samples, length]; there are no settings.
+    """
     plans = [uniform_ranks(model, ratio) for ratio in ratios]
-    weights = fisher(model, ids, progress)
+    weights = fisher(model, ids, progress=progress)
     return sweep_of(model, (([name], value.sqrt()) for name, value in weights.items()), ratios, plans, progress)

@@ -7,7 +7,8 @@ blocks lose the same share each; the first and last ones stay whole. Fine-tuning
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,9 +18,17 @@ from lib.primitives.calibration import check_calibration
 from lib.primitives.checks import check_share, choose_one, exact
 from lib.primitives.gradients import stream, summed
 from lib.primitives.losses import at_least_float32
-from lib.primitives.structured import Keep, keep_highest, kept_count, kv_groups, remove_groups, remove_neurons
-
-SAMPLES, LENGTH = 10, 64  # calibration of the reference script
+from lib.primitives.structured import (
+    Keep,
+    ffn_widths,
+    in_order,
+    keep_highest,
+    kept_count,
+    kv_groups,
+    remove_groups,
+    remove_neurons,
+)
+from lib.primitives.surgery import shape_shell
 
 # Effect of removing a weight w whose loss gradient is g, with F the mean over sequences of the squared gradient.
 #   first: w g; second: w² F; mix: w g - ½ w² F; each by absolute value before the weights of a unit are added.
@@ -28,6 +37,22 @@ IMPORTANCES = ("first", "second", "mix", "vector")
 # Which query heads belong to key-value group i of g: `neighbours` are those that attention ties to it, [i q, (i + 1) q).
 # `strided`, i, i + g, i + 2 g, ... is what the reference's folding of the longer score vector adds up.
 FOLDS = ("neighbours", "strided")
+
+
+@dataclass(frozen=True)
+class Settings:
+    importance: str = "first"  # see IMPORTANCES
+    attention: bool = True  # remove key-value groups as well as neurons
+    fold: str = "neighbours"  # see FOLDS
+    samples: int | None = 10  # how much of the calibration set is read: 10 x 64 as in the reference script; None for all of it
+    length: int | None = 64
+
+    def __post_init__(self):
+        choose_one("importance", self.importance, IMPORTANCES)
+        choose_one("fold", self.fold, FOLDS)
+        for name, least in (("samples", 1), ("length", 2)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, or None for all of the calibration set, not {value}")
 
 
 def channel_scores(model: nn.Module, ids: torch.Tensor, names: Sequence[str], importance: str = "first") -> dict[str, list]:
@@ -108,41 +133,38 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    *,
-    importance: str = "first",
-    attention: bool = True,
-    protect: Sequence[int] | None = None,
-    fold: str = "neighbours",
-    samples: int | None = SAMPLES,
-    length: int | None = LENGTH,
+    settings: Settings | None = None,
+    progress: Callable | None = None,
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(ratio, model whose inner blocks lack that share of their neurons and (`attention`) key-value groups) for every ratio.
+    """(ratio, model whose inner blocks lack that share of their neurons and key-value groups) for every ratio.
 
-    All from one set of scores. ids: calibration tokens, of which the first `samples` x `length` are used, 10 x 64 as in the
-    reference; None uses all. protect: blocks that stay whole; None for the rule of `protected`. The given model stays intact
-    unless `inplace`, which takes one ratio. Blocks end unequal, so a result is saved by `lib.models.checkpoint`. Raises
-    ValueError before any work for arguments that cannot work.
+    All from one set of scores; the outer blocks (`protected`) stay whole. The given model stays intact, unless `inplace`, which
+    takes one ratio. Blocks end unequal, so a result is saved by `lib.models.checkpoint`. Raises ValueError before any work for
+    arguments that cannot work.
     """
+    settings = settings or Settings()
     check_calibration(Anatomy(model), ids)
-    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, or None for all of the calibration set, not {value}")
     for ratio in ratios:
         check_share(ratio)
-    if inplace and len(ratios) != 1:
-        raise ValueError("pruning in place consumes the dense model: give exactly one ratio")
-    groups = kv_groups(model) if attention else []  # attention that cannot be cut should fail now
-    ids, protect = ids[:samples, :length], protected(len(half_names(model))) if protect is None else protect
-    neurons = unit_scores(model, ids, importance)
-    heads = unit_scores(model, ids, importance, "attention", fold) if groups else []
+    groups = kv_groups(model) if settings.attention else []  # raises now if q, k and v are one matrix
+    ids, spared = ids[: settings.samples, : settings.length], protected(len(half_names(model)))
+    neurons = unit_scores(model, ids, settings.importance)
+    heads = unit_scores(model, ids, settings.importance, "attention", settings.fold) if groups else []
     for ratio in ratios:
-        small = remove_neurons(model, choose(neurons, ratio, protect), inplace=inplace)
+        small = remove_neurons(model, choose(neurons, ratio, spared), inplace=inplace)
         if groups:
-            small = remove_groups(small, choose(heads, ratio, protect, whole=True), inplace=True)
+            small = remove_groups(small, choose(heads, ratio, spared, whole=True), inplace=True)
         yield ratio, small
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
-    """A model pruned at one ratio; `settings` and errors are those of `sweep`."""
-    return next(sweep(model, ids, [ratio], **settings))[1]
+    """A model pruned at one ratio; settings: fields of `Settings`."""
+    return next(sweep(model, ids, [ratio], Settings(**settings)))[1]
+
+
+def shape(model: nn.Module, ratio: float) -> nn.Module:
+    """What is left at a ratio, on the meta device: neurons and whole groups of heads, the outer blocks spared."""
+    spared = protected(len(ffn_widths(model)))
+    small = remove_neurons(shape_shell(model), choose(in_order(ffn_widths(model)), ratio, spared), inplace=True)
+    return remove_groups(small, choose(in_order(kv_groups(model)), ratio, spared, whole=True), inplace=True)

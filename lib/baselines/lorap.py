@@ -7,20 +7,27 @@ authors found to matter. Block after block: later ones see what the compressed o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import nn
 
+from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream
 from lib.primitives.checks import exact, kept_share
-from lib.primitives.low_rank import block_name, factored, put, rank_for
+from lib.primitives.low_rank import block_name, factored, put, rank_for, replay
 from lib.primitives.moments import measure
-from lib.primitives.structured import cut_neurons, describe, ffn_widths, kept_count, separate_readers
+from lib.primitives.structured import cut_neurons, describe, ffn_widths, kept_count, separate_readers, shape_without_neurons
 from lib.primitives.surgery import shell
 
 SPARED = 0.01
+
+
+@dataclass(frozen=True)
+class Settings:
+    mlp_only: bool = False  # attention stays dense
 
 
 def neuron_scores(
@@ -57,21 +64,31 @@ def attention_ranks(sizes: Sequence[tuple[int, int]], ratio: float) -> list[int 
     return [None if share == 1 else rank_for(m, n, 1 - share) for (m, n), share in zip(sizes, shares, strict=True)]
 
 
-@torch.no_grad()
-def prune(
+def sweep(
     model: nn.Module,
     ids: torch.Tensor,
-    ratio: float,
-    *,
-    mlp_only: bool = False,
-    spared: float = SPARED,
-) -> nn.Module:
-    """Remove a share of the neurons and, unless `mlp_only`, of the parameters of attention. The given model stays intact.
+    ratios: Sequence[float],
+    settings: Settings | None = None,
+    progress: Callable | None = None,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model without that share of its neurons and, unless `mlp_only`, of the parameters of attention); a pass for each.
 
     Raises ValueError, before any work, for a ratio that leaves no rank or no neuron, and for ids that cannot be used.
     """
-    for width in ffn_widths(model):
-        kept_count(width, ratio)
+    settings = settings or Settings()
+    for ratio in ratios:
+        for width in ffn_widths(model):
+            kept_count(width, ratio)
+    return ((ratio, _compress(model, ids, ratio, settings.mlp_only)) for ratio in ratios)
+
+
+def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+    """Remove one share; settings: fields of `Settings`. The given model stays intact."""
+    return next(sweep(model, ids, [ratio], Settings(**settings)))[1]
+
+
+@torch.no_grad()
+def _compress(model: nn.Module, ids: torch.Tensor, ratio: float, mlp_only: bool) -> nn.Module:
     stream = ResidualStream(shell(model), ids)
     anatomy, layers = stream.anatomy, {}
     mlp, attention = anatomy.family.mlp, anatomy.family.attention
@@ -85,7 +102,7 @@ def prune(
         moments = measure(stream, i, inputs)
         weights = [block.get_submodule(name).weight.detach() for name in (*mlp.readers, mlp.writer)]
         found = neuron_scores(weights[:-1], weights[-1], moments[mlp.readers[0]].square, moments[mlp.writer].square)
-        cut_neurons(anatomy, block, keep(found, ratio, spared))
+        cut_neurons(anatomy, block, keep(found, ratio))
         for name, rank in zip(names, plans[i], strict=True):
             if rank is not None:
                 root = moments[name if name == attention.writer else names[0]].square.sqrt()
@@ -94,3 +111,14 @@ def prune(
                 block.set_submodule(name, layer)
         stream.advance_block(i)
     return put(describe(anatomy.model), layers)
+
+
+def shape(model: nn.Module, ratio: float) -> nn.Module:
+    """What is left at a ratio, on the meta device: ranks of the four matrices of attention, and the same width of every block."""
+    small, anatomy = shape_without_neurons(model, ratio), Anatomy(model)
+    names = [*separate_readers(anatomy), anatomy.family.attention.writer]
+    sizes = [tuple(anatomy.blocks[0].get_submodule(name).weight.shape) for name in names]
+    ranks = zip(names, attention_ranks(sizes, ratio), strict=True) if ratio else ()
+    found = {name: rank for name, rank in ranks if rank is not None}
+    every = {block_name(anatomy.family, i, name): rank for i in range(len(anatomy.blocks)) for name, rank in found.items()}
+    return replay(small, every) if every else small

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -53,6 +54,20 @@ def neuron_scores(model: nn.Module, order: int = 2) -> list[torch.Tensor]:
     return found
 
 
-def prune_neurons(model: nn.Module, ratio: float, order: int = 2) -> nn.Module:
-    """Remove the same share of the neurons of every block, smallest norms first, without any data."""
-    return remove_neurons(model, uniform(neuron_scores(model, order), ratio))
+@dataclass(frozen=True)
+class Settings:
+    order: int = 2  # of the norm: 1 or 2
+
+
+def sweep_neurons(
+    model: nn.Module,
+    ids: torch.Tensor | None,
+    ratios: Sequence[float],
+    settings: Settings | None = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model without that share of the neurons of every block, smallest norms first); needs no data."""
+    found = neuron_scores(model, (settings or Settings()).order)
+    for ratio in ratios:
+        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -13,6 +16,20 @@ def scores(model: nn.Module, generator: torch.Generator) -> list[torch.Tensor]:
     return [torch.rand(f, generator=generator, dtype=torch.float64) for f in ffn_widths(model)]
 
 
-def prune(model: nn.Module, ratio: float, generator: torch.Generator) -> nn.Module:
-    """Remove the same share of the neurons of every block, at random. Raises ValueError for a ratio outside [0, 1)."""
-    return remove_neurons(model, uniform(scores(model, generator), ratio))
+@dataclass(frozen=True)
+class Settings:
+    seed: int = 0  # of the draw
+
+
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor | None,
+    ratios: Sequence[float],
+    settings: Settings | None = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model without that share of the neurons of every block, at random); a lower ratio keeps what a higher one keeps."""
+    found = scores(model, torch.Generator().manual_seed((settings or Settings()).seed))
+    for ratio in ratios:
+        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream
+from lib.primitives.checks import check_share, choose_one
 from lib.primitives.layer_importance import layer_scores, lowest
 from lib.primitives.structured import remove_blocks
-from lib.primitives.surgery import shell
+from lib.primitives.surgery import shape_shell, shell
 
 
 def block_influence(model: nn.Module, ids: torch.Tensor, *, after_norm: bool = False) -> list[float]:
@@ -37,16 +40,18 @@ def angular_distances(model: nn.Module, ids: torch.Tensor, run: int) -> list[flo
     return [float(torch.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos().mean() / math.pi) for a, b in pairs]
 
 
-def chosen_blocks(
-    model: nn.Module,
-    ids: torch.Tensor,
-    count: int,
-    *,
-    choice: str = "one-shot",
-    after_norm: bool = False,
-) -> list[int]:
-    """The `count` blocks that go, sorted. choice: `one-shot` (the paper), `iterative` (scored anew after each removal) or
-    `angular` (the contiguous run with the least angular distance). Raises ValueError if none would be left."""
+@dataclass(frozen=True)
+class Settings:
+    choice: str = "one-shot"  # or: iterative (scored anew after each removal), angular (a contiguous run of blocks)
+    after_norm: bool = False  # score the last block behind the final norm, as the published code does
+
+    def __post_init__(self):
+        choose_one("choice", self.choice, ("one-shot", "iterative", "angular"))
+
+
+def chosen_blocks(model: nn.Module, ids: torch.Tensor, count: int, settings: Settings | None = None) -> list[int]:
+    """The `count` blocks that go, sorted. Raises ValueError if none would be left."""
+    choice, after_norm = (settings or Settings()).choice, (settings or Settings()).after_norm
     total = len(Anatomy(model).blocks)
     if not 0 <= count < total:
         raise ValueError(f"cannot remove {count} of {total} blocks: leave at least one")
@@ -63,21 +68,42 @@ def chosen_blocks(
             left.pop(worst)
             remove_blocks(current, [worst], inplace=True)
         return sorted(set(range(total)) - set(left))
-    if choice != "one-shot":
-        raise ValueError(f"unknown choice {choice!r}: choose one-shot, iterative or angular")
     return lowest(block_influence(model, ids, after_norm=after_norm), count)
-
-
-def prune(model: nn.Module, ids: torch.Tensor, count: int, *, inplace: bool = False, **choice) -> nn.Module:
-    """A stock model without the `count` blocks of least influence on calibration tokens ids [samples, length].
-
-    choice: keyword arguments of `chosen_blocks`. The given model stays intact, unless `inplace`. Raises ValueError as
-    `chosen_blocks` and `remove_blocks` do.
-    """
-    return remove_blocks(model, chosen_blocks(model, ids, count, **choice), inplace=inplace)
 
 
 def blocks_for(model: nn.Module, ratio: float) -> int:
     """The number of blocks whose parameters come closest to a share of all blocks', and at least one block stays."""
     total = len(Anatomy(model).blocks)
     return min(total - 1, round(ratio * total))
+
+
+def prune(model: nn.Module, ids: torch.Tensor, count: int, settings: Settings | None = None, inplace: bool = False) -> nn.Module:
+    """A stock model without the `count` blocks of least influence on calibration tokens ids [samples, length].
+
+    The given model stays intact, unless `inplace`. Raises ValueError as `chosen_blocks` and `remove_blocks` do.
+    """
+    return remove_blocks(model, chosen_blocks(model, ids, count, settings), inplace=inplace)
+
+
+def sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    settings: Settings | None = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model without the whole number of blocks nearest to that share of the blocks' parameters), scored once for all."""
+    settings = settings or Settings()
+    for ratio in ratios:
+        check_share(ratio)
+    scores = block_influence(model, ids, after_norm=settings.after_norm) if settings.choice == "one-shot" else None
+    for ratio in ratios:
+        count = blocks_for(model, ratio)
+        drop = lowest(scores, count) if scores else chosen_blocks(model, ids, count, settings)
+        yield ratio, remove_blocks(model, drop, inplace=inplace)
+
+
+def shape(model: nn.Module, ratio: float) -> nn.Module:
+    """What is left at a ratio, on the meta device: all blocks are equally large."""
+    return remove_blocks(shape_shell(model), list(range(blocks_for(model, ratio))), inplace=True)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import kept_share
-from lib.primitives.layerwise import SQUARES, check_prunable, rebuild
+from lib.primitives.checks import check_share
+from lib.primitives.layerwise import SQUARES, check_prunable, pruning, rebuild
 from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
 from lib.primitives.moments import walk
 from lib.primitives.structured import remove_neurons, uniform
@@ -37,9 +37,8 @@ def prune(
     model: nn.Module,
     ids: torch.Tensor,
     sparsity: Sparsity = (2, 4),
-    *,
     inplace: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable | None = None,
 ) -> nn.Module:
     """Prune every linear layer of the blocks with Wanda, block after block.
 
@@ -48,6 +47,9 @@ def prune(
     """
     check_prunable(model, sparsity)
     return rebuild(model, ids, SQUARES, partial(remake, sparsity), inplace=inplace, progress=progress)
+
+
+sweep, on_disk = pruning(SQUARES, prune, remake)
 
 
 # --- whole neurons (Wanda-sp) --------------------------------------------------------------------------------------------
@@ -69,18 +71,20 @@ def neuron_scores(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def sweep_neurons(model: nn.Module, ids: torch.Tensor, ratios: Sequence[float]) -> Iterator[tuple[float, nn.Module]]:
+def sweep_neurons(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    settings: object = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
+) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block by Wanda-sp) for every ratio, from one pass.
 
-    ids: [samples, tokens]. Raises ValueError, before any work, for a ratio outside [0, 1).
+    ids: [samples, tokens]; there are no settings. Raises ValueError, before any work, for a ratio outside [0, 1).
     """
     for ratio in ratios:
-        kept_share(ratio)
+        check_share(ratio)
     found = neuron_scores(model, ids)
     for ratio in ratios:
-        yield ratio, remove_neurons(model, uniform(found, ratio))
-
-
-def prune_neurons(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
-    """Remove one share by Wanda-sp; `settings` and errors are those of `sweep_neurons`."""
-    return next(sweep_neurons(model, ids, [ratio], **settings))[1]
+        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)

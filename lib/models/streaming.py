@@ -14,8 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -23,18 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lib.baselines import sparsegpt, wanda
 from lib.models.checkpoint import CONFIG, RECORD, digest, is_checkpoint, record_of, stored_tensors
-from lib.papers import comp, svd_llm
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.calibration import ResidualStream, resident
-from lib.primitives.checks import choose_one
-from lib.primitives.layer_importance import layer_scores
-from lib.primitives.layerwise import GRAM, SQUARES, Statistic, check_prunable, rebuild_block
-from lib.primitives.linalg import Sparsity, sparsity
-from lib.primitives.low_rank import block_name, matrices, uniform_ranks
-from lib.primitives.structured import describe, ffn_widths
-from lib.primitives.surgery import low_rank, record_edit
+from lib.primitives.calibration import resident
+from lib.primitives.layerwise import Walk
 
 INDEX, GENERATION = "model.safetensors.index.json", "generation_config.json"
 JOB, STATE = "job.json", "state.json"
@@ -196,51 +187,46 @@ def write_tensors(file: Path, shapes: dict[str, torch.Tensor], values: Iterable[
 # --- the driver ----------------------------------------------------------------------------------------------------------
 
 
+# Makes the walk over a model on disk: (model, calibration ids, note of an earlier start or {}) -> Walk.
+WalkOf = Callable[[nn.Module, torch.Tensor, dict], Walk]
+
+
 @torch.no_grad()
 def compress_on_disk(
     source: str | Path,
     out: str | Path,
     ids: torch.Tensor,
-    method: str = "comp",
-    ratio: float = 0.2,
+    walk_of: WalkOf,
     *,
     tokenizer=None,
     dtype: torch.dtype | None = None,
-    batch: int = 8,
-    hidden_on_disk: bool = False,
-    resume: bool = False,
+    resume: dict | None = None,
     facts: Callable[[nn.Module], dict] = lambda small: {},
     progress: Callable[[str], None] | None = None,
-    **settings,
 ) -> nn.Module:
     """Compress the model in the folder `source` into the new folder `out`; returns its shapes, a model of meta tensors.
 
-    ids: calibration tokens [samples, length]. ratio and settings: those of the method in memory, whose result this is. dtype: of
-    the work and the result (default: the model's own). facts: what a record should say of the result. hidden_on_disk: map
-    the hidden states from files in the partial folder.
-    resume: save the hidden states behind every block; a run that was interrupted goes on behind the last finished one when
-    it is started again with the same arguments. `out` appears when it is complete: as a stock folder where the result is
-    stock, else as a checkpoint of this suite. Raises ValueError or FileExistsError before any long work.
+    ids: calibration tokens [samples, length]. dtype: of the work and the result (default: the model's own). facts: what a record
+    should say of the result. resume: what identifies this run, such as method, ratio and settings, in JSON values. With it the
+    hidden states behind every block are saved, and an interrupted run goes on behind the last finished one when it is started
+    again as the same run. `out` appears when it is complete: as a stock folder where the result is stock, else as a checkpoint
+    of this suite. Raises ValueError or FileExistsError before any long work.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} does not run from disk: choose one of {', '.join(METHODS)}")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
     _return_freed_memory()
     model = model_on_disk(source, dtype)
-    job = _job(source, ids, method, ratio, model.dtype, settings)
     partial_folder = out.with_name(f".{out.name}.partial")
-    state = _open(partial_folder, job, resume)
+    state = _open(partial_folder, _job(source, ids, model.dtype, resume or {}), resume is not None)
     try:
-        stream_of = partial(_stream, batch=batch, folder=partial_folder if hidden_on_disk else None)
-        walk = METHODS[method](model, ids, ratio, state.get("note", {}), stream_of, batch, progress, **settings)
+        walk = walk_of(model, ids, state.get("note", {}))
         done = _go_back(walk, partial_folder, state)
         while True:
             for i in range(done, walk.blocks):
-                _work(walk, partial_folder, i, resume)
+                _work(walk, partial_folder, i, resume is not None)
                 if progress:
-                    progress(f"{method}: block {i + 1} of {walk.blocks} on disk")
+                    progress(f"block {i + 1} of {walk.blocks} on disk")
             if walk.finish():
                 break
             done = 0
@@ -249,7 +235,7 @@ def compress_on_disk(
         _close(walk, model, partial_folder, tokenizer, facts(walk.model))
         partial_folder.rename(out)
     except BaseException:
-        if not resume:
+        if resume is None:
             shutil.rmtree(partial_folder, ignore_errors=True)
         raise
     return walk.model
@@ -265,19 +251,12 @@ def _return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: larger pieces are mapped one by one
 
 
-def _stream(model: nn.Module, ids: torch.Tensor, *_, batch: int, folder: Path | None) -> ResidualStream:
-    if folder is None:
-        return ResidualStream(model, ids, batch=batch)
-    taken = len(list(folder.glob("stream-*.bin")))
-    return ResidualStream(model, ids, batch=batch, file=folder / f"stream-{taken}.bin")
-
-
-def _job(source: Path, ids: torch.Tensor, method: str, ratio: float, dtype: torch.dtype, settings: dict) -> dict:
+def _job(source: Path, ids: torch.Tensor, dtype: torch.dtype, run: dict) -> dict:
     """What a partial folder must have been made for, so that a run may go on in it."""
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.iterdir() if p.is_file())
     tokens = hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
-    job = {"model": str(source.resolve()), "files": files, "tokens": tokens, "samples": list(ids.shape), "method": method}
-    return json.loads(json.dumps(job | {"ratio": ratio, "dtype": str(dtype), "settings": settings}, default=str))
+    job = {"model": str(source.resolve()), "files": files, "tokens": tokens, "samples": list(ids.shape), "dtype": str(dtype)}
+    return json.loads(json.dumps(job | run))
 
 
 def _open(folder: Path, job: dict, resume: bool) -> dict:
@@ -292,8 +271,6 @@ def _open(folder: Path, job: dict, resume: bool) -> dict:
                 f"{folder} is an unfinished run with other {', '.join(other)}: remove it, choose another output folder, or start "
                 "with the arguments of that run"
             )
-        for file in folder.glob("stream-*.bin"):
-            file.unlink()
         return json.loads((folder / STATE).read_text()) if (folder / STATE).is_file() else {}
     folder.mkdir(parents=True)
     (folder / JOB).write_text(json.dumps(job))
@@ -341,7 +318,7 @@ def _save_state(walk: Walk, folder: Path, done: int) -> None:
     """Hidden states first, then the state that names them, then the older ones go: whole at every moment."""
     hidden = {str(j): stream.hidden for j, stream in enumerate(walk.streams)}
     note = walk.note()
-    file = f"hidden-{note.get('sweep', 0)}-{done}.safetensors"
+    file = f"hidden-{note.get('round', 0)}-{done}.safetensors"
     write_tensors(folder / file, hidden, hidden.items())
     (folder / "state.tmp").write_text(json.dumps({"done": done, "hidden": file, "note": note}))
     (folder / "state.tmp").replace(folder / STATE)
@@ -376,6 +353,6 @@ def _close(walk: Walk, dense: nn.Module, folder: Path, tokenizer, provenance: di
     model.config.to_json_file(folder / CONFIG)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for pattern in ("stream-*.bin", "hidden-*.safetensors", STATE, JOB):
+    for pattern in ("hidden-*.safetensors", STATE, JOB):
         for file in folder.glob(pattern):
             file.unlink()

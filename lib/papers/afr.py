@@ -1,4 +1,4 @@
-"""Structured AFR (Kobayashi et al., 2025): delete the FFN neurons whose weights have no effect that points anywhere.
+"""Structured AFR (Kobayashi et al., 2025): delete the FFN neurons whose weights' effects on the loss cancel.
 
 Every weight θ has two scores, gradient times weight: of the task's loss (SNIP) and of the summed mean singular values of the
 features (ReFer). The scores S_ij of the weights i of a neuron j are averaged *with their signs*, after values in the tails
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,7 +23,6 @@ from lib.primitives.anatomy import half_names
 from lib.primitives.checks import choose_one
 from lib.primitives.gradients import SCORES, stream
 from lib.primitives.linalg import at_least_float32
-from lib.primitives.losses import sequence_losses
 from lib.primitives.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
 
 # Scores of the units of every block: [units] each.
@@ -46,16 +45,21 @@ class Settings:
     snip_power: int = 1
     batch: int = 1  # sequences per backward pass; what `per_sample` takes for a sample
     checkpointing: bool = False
+    allocation: str = "uniform"  # or "global", one threshold over all blocks: the paper's future work, not its method
+    protect: tuple[int, ...] = ()  # blocks that stay whole; ours
+    attention: float = 0.0  # share of the key-value groups that goes as well; ours
 
     def __post_init__(self):
         known_values = {
             "aggregation": AGGREGATIONS, "vector": VECTORS, "accumulation": ACCUMULATIONS, "z": STANDARDS, "stage": STAGES,
-            "snip_power": (1, 2),
+            "snip_power": (1, 2), "allocation": ALLOCATIONS,
         }  # fmt: skip
         for name, known in known_values.items():
             choose_one(name, getattr(self, name), known)
         if self.stage != "neuron" and (self.accumulation == "per_sample" or self.snip_power != 1 or self.z != "model"):
             raise ValueError(f"stage {self.stage} standardises summed weight scores: use sum_grad, z 'model' and SNIP power 1")
+        if self.protect and self.allocation != "uniform":
+            raise ValueError("one threshold over all blocks does not know protected ones: use allocation 'uniform'")
 
     def streaming(self) -> dict:
         """The settings of the backward passes."""
@@ -247,16 +251,12 @@ PRESETS = {
     # And in February 2026: all sequences, 2 % of the scores left out at each end, SNIP squared.
     "code_2026_02": Settings("absolute + trim", accumulation="per_sample", loss="last_unshifted", snip_power=2),
 }
-ALLOCATIONS = {"uniform": uniform, "global": globally}  # global is the paper's future work, not its method
+ALLOCATIONS: dict[str, Callable] = {"uniform": uniform, "global": globally}
 
 
 def settings_of(preset: str = "paper", **changes) -> Settings:
-    """A preset with some settings changed. Raises ValueError for names or values that do not exist."""
+    """A preset with some settings changed."""
     choose_one("preset", preset, PRESETS)
-    known = [field.name for field in fields(Settings)]
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"unknown setting {name!r} of AFR: choose one of {', '.join(known)}")
     return replace(PRESETS[preset], **changes)
 
 
@@ -264,18 +264,17 @@ def scores(
     model: nn.Module,
     ids: torch.Tensor,
     aggregations: Sequence[str] = PAPER,
+    settings: Settings | None = None,
     *,
-    preset: str = "paper",
     half: str = "mlp",
     progress: Callable | None = None,
-    **changes,
 ) -> dict[str, Blocks]:
     """The AFR score of every neuron under several aggregations, {aggregation: [f] of every block}, from one scoring run.
 
-    They serve every ratio: `lib.primitives.structured.uniform(scores, ratio)` chooses, `remove_neurons` cuts. changes: fields of
-    `Settings`. half `attention` scores key-value groups instead, which the paper leaves alone.
+    They serve every ratio: `lib.primitives.structured.uniform(scores, ratio)` chooses, `remove_neurons` cuts. half `attention`
+    scores key-value groups instead, which the paper leaves alone.
     """
-    settings = settings_of(preset, **changes)
+    settings = settings or Settings()
     found = neuron_scores(model, ids, aggregations, settings, half=half, progress=progress)
     return {name: combine(parts, settings.z, settings.snip_power) for name, parts in found.items()}
 
@@ -309,100 +308,37 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    *,
-    preset: str = "paper",
-    allocation: str = "uniform",
+    settings: Settings | None = None,
     progress: Callable | None = None,
-    **changes,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(ratio, model) as `prune` makes it, from one scoring run for all ratios; the given model stays intact.
+    """(ratio, model without that share of its FFN neurons, chosen by Structured AFR), from one scoring run for all ratios.
 
-    Raises ValueError, before any long work, for ratios and settings that cannot be used.
+    ids: calibration tokens [samples, length]; ratio: share of the neurons of every block, ρ of the paper, so the model as a
+    whole loses less. The given model stays intact, unless `inplace`, which takes one ratio. The result is a stock architecture
+    where all blocks are equally wide. Raises ValueError, before any long work, for ratios that leave a block without neurons.
     """
-    settings, choose = settings_of(preset, **changes), _allocation(allocation)
+    settings = settings or Settings()
+    choose = ALLOCATIONS[settings.allocation]
+    if settings.protect:
+        choose = functools.partial(choose, protect=settings.protect)
+    plain = [torch.zeros(n) for n in ffn_widths(model)]
     for ratio in ratios:
-        choose([torch.zeros(n) for n in ffn_widths(model)], ratio)
+        choose(plain, ratio)  # raises now rather than after the scoring
+    if settings.attention:
+        choose([torch.zeros(n) for n in kv_groups(model)], settings.attention)
 
     def run() -> Iterator[tuple[float, nn.Module]]:
-        found = scores(model, ids, (settings.aggregation,), progress=progress, **asdict(settings))[settings.aggregation]
+        name = settings.aggregation
+        found = scores(model, ids, (name,), settings, progress=progress)[name]
+        heads = scores(model, ids, (name,), settings, half="attention", progress=progress)[name] if settings.attention else None
         for ratio in ratios:
-            yield ratio, remove_neurons(model, choose(found, ratio))
+            small = remove_neurons(model, choose(found, ratio), inplace=inplace)
+            yield ratio, remove_groups(small, choose(heads, settings.attention), inplace=True) if heads else small
 
     return run()
 
 
-def _allocation(name: str) -> Callable:
-    choose_one("allocation", name, ALLOCATIONS)
-    return ALLOCATIONS[name]
-
-
-def prune(
-    model: nn.Module,
-    ids: torch.Tensor,
-    ratio: float,
-    *,
-    preset: str = "paper",
-    allocation: str = "uniform",
-    protect: Sequence[int] = (),
-    attention: float = 0.0,
-    inplace: bool = False,
-    progress: Callable | None = None,
-    **changes,
-) -> nn.Module:
-    """A model without a share `ratio` of its FFN neurons, chosen by Structured AFR. The given one stays intact.
-
-    ids: calibration tokens [samples, length]; ratio: share of the neurons of every block, ρ of the paper, so the model as a
-    whole loses less. preset and changes: see `Settings`. Our extras: allocation `global` puts one threshold over all blocks
-    (the paper's future work); `protect` names blocks that stay whole; `attention` removes that share of key-value groups too.
-    The result is a stock architecture where all blocks are equally wide. Raises ValueError before any long work.
-    """
-    settings = settings_of(preset, **changes)
-    choose = _allocation(allocation)
-    if protect and allocation != "uniform":
-        raise ValueError("one threshold over all blocks does not know protected ones: use allocation 'uniform'")
-    options = {"protect": protect} if allocation == "uniform" else {}
-    choose = functools.partial(choose, **options)
-    for share, sizes in ((ratio, ffn_widths(model)), (attention, kv_groups(model) if attention else [1])):
-        choose([torch.zeros(n) for n in sizes], share)  # a share that leaves nothing should fail now
-    name, chosen = settings.aggregation, {}
-    for half, share in (("mlp", ratio), ("attention", attention)):
-        if share:
-            found = scores(model, ids, (name,), half=half, progress=progress, **asdict(settings))[name]
-            chosen[half] = choose(found, share)
-    small = remove_neurons(model, chosen.get("mlp", [None] * len(ffn_widths(model))), inplace=inplace)
-    return remove_groups(small, chosen["attention"], inplace=True) if attention else small
-
-
-# --- is the premise true? -------------------------------------------------------------------------------------------------
-
-
-def consistency(x: torch.Tensor) -> torch.Tensor:
-    """How much the scores of a neuron agree in sign, |Σ S| / Σ |S| in [0, 1], for vectors x [units, m]; 0 where all are 0."""
-    total = x.abs().sum(1)
-    return x.sum(1).abs() / torch.where(total > 0, total, 1)
-
-
-@torch.no_grad()
-def deletion_losses(model: nn.Module, ids: torch.Tensor, neurons: Sequence[Sequence[int]]) -> Blocks:
-    """True change of the mean next-token loss when one neuron alone is deleted: what a score stands in for.
-
-    ids: [samples, tokens]; neurons: for every block those to try, one forward pass each. Result: [neurons of the block] each,
-    float64.
-    """
-
-    def loss() -> torch.Tensor:
-        return sequence_losses(model, ids.to(model.device)).sum().double() / len(ids)
-
-    dense, found = loss(), []
-    for names, chosen in zip(half_names(model), neurons, strict=True):
-        writer, changes = model.get_submodule(names[-1]), []
-        for j in chosen:
-            hook = writer.register_forward_pre_hook(
-                lambda _, inputs, j=j: (inputs[0].index_fill(-1, torch.tensor(int(j), device=model.device), 0),)
-            )
-            try:
-                changes.append(loss() - dense)
-            finally:
-                hook.remove()
-        found.append(torch.stack(changes))
-    return found
+def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+    """A model pruned at one ratio; settings: fields of `Settings`. The given model stays intact."""
+    return next(sweep(model, ids, [ratio], Settings(**settings)))[1]

@@ -27,14 +27,15 @@ from lib.primitives.calibration import Batch, ResidualStream, resident, run_seei
 from lib.primitives.checks import check_share, choose_one, exact
 from lib.primitives.layer_importance import check_score, layer_scores, lowest
 from lib.primitives.layerwise import Walk, go
-from lib.primitives.structured import cut_neurons, describe, ffn_widths, globally, remove_blocks, unit_params
-from lib.primitives.surgery import shell
+from lib.primitives.structured import cut_neurons, describe, ffn_widths, globally, remove_blocks, remove_neurons, unit_params
+from lib.primitives.surgery import shape_shell, shell
 
 CHOICES = {
     "selection": ("one-shot", "iterative"),
     "allocation": ("importance", "uniform", "global"),
     "reference": ("residual", "teacher", "same input"),
-    "metric": tuple(METRICS),
+    "metric": METRICS,
+    "precision": ("float64", "float32"),
 }
 
 
@@ -63,7 +64,7 @@ class Settings:
     reference: str = "residual"  # teacher's output with the residual's error repaired; or: teacher, same input
     drop_first: bool = True  # leave each sequence's first token, whose activations are massive, out of the sums
     rounds: int = 4
-    precision: torch.dtype = torch.float64  # of the n x n matrices
+    precision: str = "float64"  # of the n x n matrices; or: float32
     seed: int = 0  # of the random control
 
     def __post_init__(self):
@@ -205,6 +206,17 @@ def choose_blocks(model: nn.Module, ids: torch.Tensor, scores: list[float], rati
     return [i for i in range(len(scores)) if i not in left]
 
 
+def shape(model: nn.Module, ratio: float) -> nn.Module:
+    """What is left at a ratio with the default settings, on the meta device: blocks first, neurons of the others for the rest."""
+    settings, found = Settings(), shape_of(model)
+    drop = list(range(blocks_to_drop(ratio, len(found.params), settings.rho)))
+    owed = neurons_to_cut(found, drop, ratio, settings)
+    small = remove_blocks(shape_shell(model), drop, inplace=True)
+    widths = ffn_widths(small)
+    cuts = [owed // len(widths) + (i < owed % len(widths)) for i in range(len(widths))]
+    return remove_neurons(small, [torch.arange(n - cut) for n, cut in zip(widths, cuts, strict=True)], inplace=True)
+
+
 # --- one block ------------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +239,7 @@ def block_system(block: nn.Module, family: Family, pairs: Iterable[Pair], settin
     The wanted output is Y_T + R_T - R_S (`residual`), Y_T (`teacher`), or what the block itself puts out (`same input`): T is
     the dense model on its own stream, S the pruned one, Y the FFN's output, R the residual that it is added to.
     """
-    sums = Sums(block.get_submodule(family.mlp.writer).weight.T, precision=settings.precision)
+    sums = Sums(block.get_submodule(family.mlp.writer).weight.T, precision=getattr(torch, settings.precision))
     for batch, wanted_output, wanted_ffn in pairs:
         output, x, y = run_seeing(whole_block, block, family, batch, family.mlp.writer)
         counted = slice(1 if settings.drop_first and x.shape[1] > 1 else 0, None)  # tokens
@@ -532,8 +544,8 @@ class CompWalk(Walk):
     The student's is that of the copy, the teacher's that of the dense model. One block of each is needed in memory at a time.
     """
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Settings, stream_of: Callable = ResidualStream):
-        self.dense, self.ids, self.plan, self.settings, self.stream_of = model, ids, plan, settings, stream_of
+    def __init__(self, model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Settings, batch: int = 8):
+        self.dense, self.ids, self.plan, self.settings, self.batch = model, ids, plan, settings, batch
         self.kept = [i for i in range(len(Anatomy(model).blocks)) if i not in plan.drop]
         widths = ffn_widths(model)
         self._begin(first_round(plan, [widths[i] for i in self.kept], settings), 0)
@@ -541,8 +553,9 @@ class CompWalk(Walk):
     def _begin(self, turn: Round, number: int) -> None:
         self.round, self.number = turn, number
         self.model = remove_blocks(self.dense, self.plan.drop) if self.plan.drop else shell(self.dense)
-        self.student = self.stream_of(self.model, self.ids)
-        self.teacher = None if self.settings.reference == "same input" else self.stream_of(self.dense, self.ids)
+        self.student = ResidualStream(self.model, self.ids, self.batch)
+        alone = self.settings.reference == "same input"
+        self.teacher = None if alone else ResidualStream(self.dense, self.ids, self.batch)
         self.streams = [stream for stream in (self.student, self.teacher) if stream]
 
     def approach(self, i: int) -> None:
@@ -589,15 +602,13 @@ class CompWalk(Walk):
             self.round.paid(result)
 
 
-def on_disk(
-    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, stream_of: Callable, note: dict | None = None
-) -> CompWalk:
-    """The walk over a model on disk: a first pass decides what each block loses, unless the `note` of an earlier start says it."""
+def on_disk(model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, note: dict) -> CompWalk:
+    """The walk over a model on disk: a first pass decides what each block loses, unless the note of an earlier start does."""
     if note:
-        return CompWalk(model, ids, Plan(**note["plan"]), settings, stream_of)
+        return CompWalk(model, ids, Plan(**note["plan"]), settings)
     check(model, ratio, settings)
     scores = layer_scores(model, ids, settings.layer_score)
-    return CompWalk(model, ids, decide(model, ids, scores, ratio, settings), settings, stream_of)
+    return CompWalk(model, ids, decide(model, ids, scores, ratio, settings), settings)
 
 
 def cut_result(anatomy: Anatomy, block: nn.Module, result: Pruned) -> None:

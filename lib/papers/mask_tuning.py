@@ -249,26 +249,13 @@ def removal_condition(u: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
     return (after.clamp(min=0) / (trace * inverse)).sqrt()
 
 
-def _scaled_weights(system: System) -> torch.Tensor:
+def scaled_weights(system: System) -> torch.Tensor:
     return system.energy.double().clamp(min=0).sqrt()[:, None] * system.weight.double()
 
 
 def downdated_condition(system: System, gamma: float = 1.0, **_) -> torch.Tensor:
     """C2 [n]: C0 times (κ_F(B_-i)/κ_F(B))^γ, with B the second moment of the rows ‖x_i‖ w_i in output space."""
-    return sensitivity(system).double() * removal_condition(_scaled_weights(system)) ** gamma
-
-
-def condition_of_columns(system: System, epsilon: float = 0.01, **_) -> torch.Tensor:
-    """Trap 1 [n]: κ_F of the system after a removal. It removes the *largest* neuron first, which alone sets the condition."""
-    ridge = epsilon * ridge_scale(system.h)
-    q, diagonal = ridged_inverse(system.h, ridge).double(), (system.h.diagonal() + ridge).double()
-    after = (diagonal.sum() - diagonal) * (q.trace() - q.square().sum(1) / q.diagonal())
-    return after.clamp(min=0).sqrt()
-
-
-def condition_alone(system: System, **_) -> torch.Tensor:
-    """Trap 2 [n]: the ratio of C2 without the magnitude. A massive neuron carries tr B, so it goes first."""
-    return removal_condition(_scaled_weights(system))
+    return sensitivity(system).double() * removal_condition(scaled_weights(system)) ** gamma
 
 
 def weight_norm(system: System, **_) -> torch.Tensor:
@@ -288,8 +275,6 @@ METRICS: dict[str, Callable[..., torch.Tensor] | None] = {
     "C1-G": collinearity_of_inputs,
     "C0": sensitivity,
     "C2": downdated_condition,
-    "trap 1": condition_of_columns,
-    "trap 2": condition_alone,
     "weight norm": weight_norm,
     "random": random_scores,
 }

@@ -13,6 +13,7 @@ update, adapters on the factors (`recover_factors`), starts from any of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -21,13 +22,15 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, shared_inputs
 from lib.primitives.calibration import ResidualStream, check_calibration
-from lib.primitives.checks import choose_one, kept_share
+from lib.primitives.checks import check_share, choose_one
 from lib.primitives.finetune import LoRA, Recovered, recover
+from lib.primitives.layerwise import Walk
 from lib.primitives.linalg import add_gram, decompose_outputs, eigenvalue_roots, refit, root_of, singular_values
 from lib.primitives.low_rank import (
     Ranks,
     allocate_by_type,
     block_name,
+    empty_factors,
     factor,
     largest,
     matrices,
@@ -35,10 +38,9 @@ from lib.primitives.low_rank import (
     nested,
     projected,
     put,
-    rank_for,
     uniform_ranks,
 )
-from lib.primitives.surgery import LowRankLinear, low_rank, shell
+from lib.primitives.surgery import LowRankLinear, low_rank, record_edit, shell
 
 VARIANTS = ("W", "W+U", "U")
 ORDERS = ("original", "compressed")
@@ -142,73 +144,47 @@ def spectra(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: found[name] for name in dense}
 
 
-def working_bytes(model: nn.Module, ratio: float) -> int:
-    """Memory that truncation at a ratio needs beside model, residual buffer and result: the peak of a block, in float64.
-
-    First the Gram matrices of the whole block, while those of outputs [m, m] are used up; then those of inputs [n, n], one
-    after another, for a root each (`truncated_block`). An eigenproblem of size s takes 3 s² beside its matrix: the vectors, and
-    LAPACK's own 2 s². What is left out: matrices whose rank the data does not determine, activations of a batch. Counted on
-    shapes, so a meta model will do. Raises ValueError at ratio 0, where nothing is truncated.
-    """
-    anatomy = Anatomy(model)
-    groups = [[anatomy.blocks[0].get_submodule(name) for name in group] for group in shared_inputs(anatomy.family)]
-    judged = [tuple(group[0].weight.shape) for group in groups if by_outputs(group)]
-    rooted = [[tuple(layer.weight.shape) for layer in group] for group in groups if not by_outputs(group)]
-    rest = sum(group[0][1] ** 2 for group in rooted)
-    held, peaks = rest + sum(m * m for m, _ in judged), []
-
-    def factors(m: int, n: int) -> int:
-        k = rank_for(m, n, ratio)
-        return m * n + k * (m + n)  # W in float64, the basis, and what projecting on it gives
-
-    for m, n in judged:
-        peaks += [held + 3 * m * m, held - m * m + factors(m, n)]
-        held -= m * m
-    for group in rooted:
-        for m, n in group:  # the root has taken the place of its Gram matrix
-            small = min(m, n)
-            vectors = small**2 + m * rank_for(m, n, ratio) if m > n else 0
-            peaks += [held + 2 * m * n, held + m * n + max(4 * small**2, vectors), held + factors(m, n)]
-        peaks.append(held + group[0][1] ** 2)
-        held -= group[0][1] ** 2
-    return 8 * max(peaks)
-
-
 # --- the method --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Raises ValueError for combinations that do not exist."""
+
+    variant: str = "W"  # truncate; or: W+U (then refit to drifted inputs), U (plain SVD, then refit)
+    order: str = "original"  # inputs of the dense model; or: compressed (of the part compressed so far)
+    allocation: str = "uniform"  # one ratio for all matrices; or: loss (unequal ranks, see `allocate_by_type`)
+
+    def __post_init__(self):
+        for name, known in (("variant", VARIANTS), ("order", ORDERS), ("allocation", ALLOCATIONS)):
+            choose_one(name, getattr(self, name), known)
+        if self.order == "compressed" and self.variant != "W":
+            raise ValueError(
+                f"variant {self.variant} refits to drifted inputs, but order 'compressed' has truncated for those very inputs "
+                "already: use order 'original', or variant W"
+            )
 
 
 def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    *,
-    variant: str = "W",
-    order: str = "original",
-    allocation: str = "uniform",
-    progress: Callable[[str], None] | None = None,
+    settings: Settings | None = None,
+    progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """Compress a model at several ratios; yields (ratio, model), each the same function as a run of its own.
 
-    ids: calibration tokens [samples, length]. ratios: share R of the matrices' parameters to remove,
-    0 leaves them dense. allocation: one ratio for all matrices, or unequal ranks from one budget of loss for each type of
-    matrix (`allocate_by_type`), which takes a pass and a decomposition more. The dense model is read only, and so
-    are the results, which share tensors with it. Original order: one pass and one decomposition of each matrix for all
-    ratios, and another pass for each ratio that is refitted. Raises ValueError before any work starts.
+    ids: calibration tokens [samples, length]. ratios: share R of the matrices' parameters to remove, 0 leaves them dense. The
+    dense model is read only, and so are the results, which share tensors with it. Original order: one pass and one
+    decomposition of each matrix for all ratios, and another pass for each ratio that is refitted; unequal ranks take a pass and
+    a decomposition more. Raises ValueError before any work starts.
     """
-    for name, value, known in (
-        ("variant", variant, VARIANTS), ("order", order, ORDERS), ("allocation", allocation, ALLOCATIONS),
-    ):  # fmt: skip
-        choose_one(name, value, known)
-    if order == "compressed" and variant != "W":
-        raise ValueError(
-            f"variant {variant} refits to drifted inputs, but order 'compressed' has truncated for those very inputs already: "
-            "use order 'original', or variant W"
-        )
+    settings = settings or Settings()
     for ratio in ratios:
-        kept_share(ratio)
+        check_share(ratio)
     check_calibration(Anatomy(model), ids)
     dense = matrices(model)
-    if allocation == "loss":
+    if settings.allocation == "loss":
         found = spectra(model, ids)
         plans = [allocate_by_type(model, found, ratio) for ratio in ratios]
     else:
@@ -217,14 +193,14 @@ def sweep(
     def stream_of(network: nn.Module) -> ResidualStream:
         return ResidualStream(network, ids)
 
-    if order == "compressed":
+    if settings.order == "compressed":
         fit = partial(truncated_block, dense, progress)
         return _through_compressed(model, stream_of, fit, ratios, plans, progress, outputs=True)
-    if variant == "U":
+    if settings.variant == "U":
         fit = partial(factor, dense, [([name], None) for name in dense], progress=progress)
     else:
         fit = partial(truncated, dense, original_grams(stream_of, model, outputs=True), progress)
-    if variant == "W":
+    if settings.variant == "W":
         return nested(model, fit, ratios, plans)
     return _refitted(model, stream_of, fit, ratios, plans, progress)
 
@@ -304,10 +280,10 @@ def refitted_block(
 class LowRankWalk(Walk):
     """Truncation (variant W) at one ratio for all matrices, block by block, in either order."""
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, ratio: float, order: str, stream_of: Callable = ResidualStream):
+    def __init__(self, model: nn.Module, ids: torch.Tensor, ratio: float, order: str):
         self.model, self.order = model, order
         self.dense, self.ranks = matrices(model), uniform_ranks(model, ratio)
-        self.streams = [stream_of(model, ids)]
+        self.streams = [ResidualStream(model, ids)]
 
     def step(self, i: int) -> None:
         [stream] = self.streams
@@ -338,20 +314,18 @@ class LowRankWalk(Walk):
         return True
 
 
-def on_disk(
-    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, stream_of: Callable, note: dict | None = None
-) -> LowRankWalk:
+def on_disk(model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, note: dict) -> LowRankWalk:
     """The walk over a model on disk. Raises ValueError for settings that need the whole model before they cut."""
     if (settings.variant, settings.allocation) != ("W", "uniform"):
         raise ValueError(
             "svd-llm runs from disk with variant W and uniform allocation: others need the whole model before they cut"
         )
-    return LowRankWalk(model, ids, ratio, settings.order, stream_of)
+    return LowRankWalk(model, ids, ratio, settings.order)
 
 
 def compress_model(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
-    """Compress a model at one ratio; `settings` are those of `sweep`."""
-    return next(sweep(model, ids, [ratio], **settings))[1]
+    """Compress a model at one ratio; settings: fields of `Settings`."""
+    return next(sweep(model, ids, [ratio], Settings(**settings)))[1]
 
 
 def recover_factors(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy, shared_inputs
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.linalg import Sparsity, add_gram, add_squares, check_sparsity
+from lib.primitives.linalg import Sparsity, add_gram, add_squares, check_sparsity, sparsity
 from lib.primitives.surgery import shell
 
 
@@ -139,6 +140,29 @@ def rebuild(
     """
     stream = ResidualStream(model if inplace else shell(model), ids)
     return go(LayerWalk(stream, statistic, remake), "rebuilt", progress)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Settings of the methods that set weights to zero."""
+
+    pattern: str = ""  # like 2:4, which keeps 2 of 4 consecutive weights; empty: the share that the ratio says
+
+
+def pruning(statistic: Statistic, prune: Callable, remake: Callable) -> tuple[Callable, Callable]:
+    """(sweep, on_disk) of a method that sets weights to zero: in memory, and as a walk over a model on disk."""
+
+    def sweep(model, ids, ratios, settings=None, progress=None, inplace=False) -> Iterator[tuple[float, nn.Module]]:
+        """(ratio, model with that share of the weights of every matrix at zero) for every ratio."""
+        found = [sparsity(ratio, (settings or Pattern()).pattern) for ratio in ratios]
+        return ((ratio, prune(model, ids, share, inplace, progress)) for ratio, share in zip(ratios, found, strict=True))
+
+    def on_disk(model, ids, ratio, settings, note) -> LayerWalk:
+        share = sparsity(ratio, settings.pattern)
+        check_prunable(model, share)
+        return LayerWalk(ResidualStream(model, ids), statistic, partial(remake, share))
+
+    return sweep, on_disk
 
 
 def _measure(stream: ResidualStream, block: int, statistic: Statistic) -> list[tuple[tuple[str, ...], torch.Tensor]]:

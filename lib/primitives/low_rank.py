@@ -15,7 +15,7 @@ from torch import nn
 from lib.primitives.anatomy import Anatomy, Family, shared_inputs
 from lib.primitives.checks import kept_share
 from lib.primitives.linalg import decompose, truncate
-from lib.primitives.surgery import LowRankLinear, linear, low_rank, record_edit, set_edits, shell
+from lib.primitives.surgery import LowRankLinear, linear, low_rank, record_edit, set_edits, shape_shell, shell
 
 Ranks = dict[str, int]  # rank of each matrix that is factored; a matrix that is not named stays dense
 Roots = Iterable[tuple[Sequence[str], torch.Tensor | None]]  # names of the matrices that share an input, and its root
@@ -196,6 +196,11 @@ def nested(
     layers = fit(ranks) if ranks else {}
     for ratio, plan in zip(ratios, plans, strict=True):
         yield ratio, put(shell(model), {name: narrowed(layers[name], k) for name, k in plan.items()})
+
+
+def shape(model: nn.Module, ratio: float) -> nn.Module:
+    """What is left where every matrix loses a share `ratio` of its parameters, on the meta device."""
+    return replay(shape_shell(model), uniform_ranks(model, ratio)) if ratio else shape_shell(model)
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------

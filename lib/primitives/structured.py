@@ -15,7 +15,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, Half, head_size
 from lib.primitives.checks import kept_share
-from lib.primitives.surgery import linear, set_edits, shell
+from lib.primitives.surgery import linear, set_edits, shape_shell, shell
 
 # For every block the sorted indices of the units that stay, int64; None: all of them stay.
 Keep = Sequence[torch.Tensor | None]
@@ -239,6 +239,19 @@ def remove_blocks(model: nn.Module, drop: Sequence[int], *, inplace: bool = Fals
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[i] for i in kept]
     return describe(small)
+
+
+# --- sizes, counted on shapes --------------------------------------------------------------------------------------------
+
+
+def in_order(sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Scores by which the first units go: which ones they are does not change a count."""
+    return [torch.arange(float(n)) for n in sizes]
+
+
+def shape_without_neurons(model: nn.Module, ratio: float) -> nn.Module:
+    """A model on the meta device in which every block has lost a share of its neurons."""
+    return remove_neurons(shape_shell(model), uniform(in_order(ffn_widths(model)), ratio), inplace=True)
 
 
 # --- what a checkpoint needs ---------------------------------------------------------------------------------------------

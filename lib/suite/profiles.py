@@ -139,9 +139,9 @@ def _method(name: str) -> Callable:
     """(model, ratio, parameters) -> size of what a method makes at its own ratio."""
 
     def after(model: nn.Module, ratio: float, p: dict) -> Count:
-        from lib.equal_size import SHAPES
+        from lib.methods import METHODS
 
-        return count(SHAPES[name](model, ratio))
+        return count(METHODS[name].shape(model, ratio))
 
     return after
 

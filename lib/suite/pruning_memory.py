@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.compress import METHODS, check_settings
 from lib.evaluation.process import peak_memory
+from lib.methods import METHODS, make, settings_of
+from lib.primitives.checks import choose_one
 from lib.suite.runs import end_with_parent
 
 ALL_GRADIENTS = "all gradients"  # LLM-Pruner's memory as its released code has it: one backward pass, every gradient kept
@@ -36,14 +37,13 @@ def measure(
 ) -> dict:
     """Prune a random float32 Llama in a fresh process: {"weights", "peak", "seconds"}, bytes and wall-clock seconds.
 
-    method: a key of `lib.compress.METHODS`, or `ALL_GRADIENTS`; shape: fields of a LlamaConfig; samples x length random tokens
-    calibrate; settings: arguments of the method. peak: resident bytes beyond the dense model's own `weights`; None where the
+    method: a name of `lib.methods`, or `ALL_GRADIENTS`; shape: fields of a LlamaConfig; samples x length random tokens
+    calibrate; settings: fields of the method's settings. peak: resident bytes beyond the dense model's own `weights`; None where the
     system has no such counter. Raises ValueError for an unknown method or setting, and RuntimeError if it fails.
     """
-    if method not in (*METHODS, ALL_GRADIENTS):
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or {ALL_GRADIENTS}")
+    choose_one("method", method, [*METHODS, ALL_GRADIENTS])
     if method != ALL_GRADIENTS:
-        check_settings(method, settings or {})
+        settings_of(method, settings or {})
     elif settings:
         raise ValueError(f"{ALL_GRADIENTS} takes no settings, such as {', '.join(settings)}")
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -78,7 +78,7 @@ def prune_here(
         if method == ALL_GRADIENTS:
             keep_all_gradients(model, ids)
         else:
-            METHODS[method](model, ids, ratio, lambda text: None, **settings)
+            make(method, model, ids, ratio, inplace=True, **settings)
 
     # The code of the kernels counts as resident memory once it has run, and it is not what a method needs.
     keep_all_gradients(LlamaForCausalLM(model.config), ids[:1])

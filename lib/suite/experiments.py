@@ -1,0 +1,65 @@
+"""Experiments that one notebook makes: what a method rests on, looked at from another side. No method needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from lib.papers.mask_tuning import System, removal_condition, ridge_scale, ridged_inverse, scaled_weights
+from lib.primitives.anatomy import half_names
+from lib.primitives.losses import sequence_losses
+
+# --- Structured AFR: do the scores of a neuron agree in sign, and what does its deletion really cost? -------------------------
+
+
+def consistency(x: torch.Tensor) -> torch.Tensor:
+    """How much the scores of a neuron agree in sign, |Σ S| / Σ |S| in [0, 1], for vectors x [units, m]; 0 where all are 0."""
+    total = x.abs().sum(1)
+    return x.sum(1).abs() / torch.where(total > 0, total, 1)
+
+
+@torch.no_grad()
+def deletion_losses(model: nn.Module, ids: torch.Tensor, neurons: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """True change of the mean next-token loss when one neuron alone is deleted: what a score stands in for.
+
+    ids: [samples, tokens]; neurons: for every block those to try, one forward pass each. Result: [neurons of the block] each,
+    float64.
+    """
+
+    def loss() -> torch.Tensor:
+        return sequence_losses(model, ids.to(model.device)).sum().double() / len(ids)
+
+    dense, found = loss(), []
+    for names, chosen in zip(half_names(model), neurons, strict=True):
+        writer, changes = model.get_submodule(names[-1]), []
+        for j in chosen:
+            hook = writer.register_forward_pre_hook(
+                lambda _, inputs, j=j: (inputs[0].index_fill(-1, torch.tensor(int(j), device=model.device), 0),)
+            )
+            try:
+                changes.append(loss() - dense)
+            finally:
+                hook.remove()
+        found.append(torch.stack(changes))
+    return found
+
+
+# --- COMP: two readings of "the condition of the matrix" that remove the wrong neurons ----------------------------------------
+
+
+def condition_of_columns(system: System, epsilon: float = 0.01, **_) -> torch.Tensor:
+    """Trap 1 [n]: κ_F of the system after a removal. It removes the *largest* neuron first, which alone sets the condition."""
+    ridge = epsilon * ridge_scale(system.h)
+    q, diagonal = ridged_inverse(system.h, ridge).double(), (system.h.diagonal() + ridge).double()
+    after = (diagonal.sum() - diagonal) * (q.trace() - q.square().sum(1) / q.diagonal())
+    return after.clamp(min=0).sqrt()
+
+
+def condition_alone(system: System, **_) -> torch.Tensor:
+    """Trap 2 [n]: the ratio of C2 without the magnitude. A massive neuron carries tr B, so it goes first."""
+    return removal_condition(scaled_weights(system))
+
+
+TRAPS: dict[str, Callable[..., torch.Tensor]] = {"trap 1": condition_of_columns, "trap 2": condition_alone}
