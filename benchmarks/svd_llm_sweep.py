@@ -23,7 +23,8 @@ from lib.evaluation.perplexity import perplexity
 from lib.evaluation.process import peak_memory
 from lib.evaluation.text import load_corpus, sample_blocks, token_stream
 from lib.models.load import load
-from lib.papers.svd_llm import sweep, working_bytes
+from lib.papers.svd_llm import by_outputs, sweep
+from lib.primitives.anatomy import Anatomy, shared_inputs
 from lib.primitives.linalg import decompose, random_rotation, root_of, truncate
 from lib.primitives.low_rank import rank_for, shapes
 from lib.suite.architectures import meta_model
@@ -54,6 +55,38 @@ def runs(model: nn.Module, ids: torch.Tensor) -> dict[str, Callable[[], None]]:
             truncated(model, roots, ratio)
 
     return {"literal": literal, "literal, profiled once": kept, "ours": ours}
+
+
+def working_bytes(model: nn.Module, ratio: float) -> int:
+    """Memory that truncation at a ratio needs beside model, residual buffer and result: the peak of a block, in float64.
+
+    First the Gram matrices of the whole block, while those of outputs [m, m] are used up; then those of inputs [n, n], one
+    after another, for a root each (`truncated_block`). An eigenproblem of size s takes 3 s² beside its matrix: the vectors, and
+    LAPACK's own 2 s². What is left out: matrices whose rank the data does not determine, activations of a batch. Counted on
+    shapes, so a meta model will do. Raises ValueError at ratio 0, where nothing is truncated.
+    """
+    anatomy = Anatomy(model)
+    groups = [[anatomy.blocks[0].get_submodule(name) for name in group] for group in shared_inputs(anatomy.family)]
+    judged = [tuple(group[0].weight.shape) for group in groups if by_outputs(group)]
+    rooted = [[tuple(layer.weight.shape) for layer in group] for group in groups if not by_outputs(group)]
+    rest = sum(group[0][1] ** 2 for group in rooted)
+    held, peaks = rest + sum(m * m for m, _ in judged), []
+
+    def factors(m: int, n: int) -> int:
+        k = rank_for(m, n, ratio)
+        return m * n + k * (m + n)  # W in float64, the basis, and what projecting on it gives
+
+    for m, n in judged:
+        peaks += [held + 3 * m * m, held - m * m + factors(m, n)]
+        held -= m * m
+    for group in rooted:
+        for m, n in group:  # the root has taken the place of its Gram matrix
+            small = min(m, n)
+            vectors = small**2 + m * rank_for(m, n, ratio) if m > n else 0
+            peaks += [held + 2 * m * n, held + m * n + max(4 * small**2, vectors), held + factors(m, n)]
+        peaks.append(held + group[0][1] ** 2)
+        held -= group[0][1] ** 2
+    return 8 * max(peaks)
 
 
 def compare(model: nn.Module, ids: torch.Tensor, repeats: int) -> None:

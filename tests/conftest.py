@@ -14,6 +14,8 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from lib.primitives.calibration import ResidualStream
+
 VOCABULARY, WIDTH, LAYERS = 80, 32, 3
 COMMON = dict(
     vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -79,6 +81,12 @@ def exact_norms(monkeypatch):
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference relative to the largest entry of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture
+def batches_of(monkeypatch):
+    """Let every stream carry its calibration set in batches of another size."""
+    return lambda n: monkeypatch.setattr(ResidualStream.__init__, "__defaults__", (n,))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The block-by-block walk is the model: any family, any attention, with and without padding."""
+"""The block-by-block walk is the model: any family, any attention."""
 
 import gc
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.primitives.anatomy import Anatomy, attention_half, family_of
-from lib.primitives.calibration import ResidualStream, check_calibration, enter
+from lib.primitives.calibration import ResidualStream, check_calibration, enter, run_seeing
 from tests.conftest import CONFIGS, LAYERS, WIDTH, relative, tiny, token_ids
 
 
@@ -26,25 +26,6 @@ def test_walk_equals_model(family, attention):
     with torch.no_grad():
         walked = logits_by_walking(model, ResidualStream(model, ids, batch=2))  # last batch has one row
         assert relative(walked, model(ids).logits) < 1e-5
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_walk_equals_model_with_padding(family, attention, side):
-    model = tiny(family, torch.float32, attention)
-    ids, mask = token_ids(2), torch.ones(2, 20, dtype=torch.long)
-    mask[1, : 7 if side == "left" else None] = 0 if side == "left" else 1
-    if side == "right":
-        mask[1, 13:] = 0
-    with torch.no_grad():
-        walked = logits_by_walking(model, ResidualStream(model, ids, mask, batch=2))
-        expected = model(ids, attention_mask=mask).logits
-    real = mask.bool()
-    assert relative(walked[real], expected[real]) < 1e-5
-    # the mask matters: without it the padded row would differ
-    with torch.no_grad():
-        assert relative(walked[real], model(ids).logits[real]) > 1e-3 or side == "right"
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -71,14 +52,10 @@ def test_steps_from_junction_to_junction_make_a_block(family):
     assert streams[0].anatomy.junctions == (LAYERS if streams[0].anatomy.family.parallel else 2 * LAYERS) + 1
 
 
-@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_observed_inputs_are_those_of_the_running_model(family, padded):
+def test_observed_inputs_are_those_of_the_running_model(family):
     model, ids = tiny(family, torch.float32), token_ids(5)
-    mask = torch.ones_like(ids)
-    mask[::2, 13:] = 0
-    mask = mask if padded else None
-    stream = ResidualStream(model, ids, mask, batch=2)
+    stream = ResidualStream(model, ids, batch=2)
     stream.advance_block(0)
     before, names = stream.hidden.clone(), [name for half in stream.anatomy.halves for name in (half.readers[0], half.writer)]
     seen = {name: [] for name in names}
@@ -88,11 +65,9 @@ def test_observed_inputs_are_those_of_the_running_model(family, padded):
     for name in names:
         block.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: expected.update({name: x[0]}))
     with torch.no_grad():
-        model(ids, attention_mask=mask)
+        model(ids)
     for name, found in seen.items():
-        inputs = expected[name].flatten(0, -2)
-        inputs = inputs if mask is None else inputs[mask.bool().flatten()]
-        assert relative(torch.cat(found), inputs) < 1e-5
+        assert relative(torch.cat(found), expected[name].flatten(0, -2)) < 1e-5
 
 
 def test_observing_can_advance():
@@ -116,13 +91,10 @@ def test_observing_ends_at_the_last_module_that_is_looked_at():
     assert len(ran) == 3
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_results_are_seen_with_the_inputs(padded):
-    """Outputs beside the inputs they come from, real tokens only, whatever else is watched; the pass ends behind the last."""
+def test_results_are_seen_with_the_inputs():
+    """Outputs beside the inputs they come from, whatever else is watched; the pass ends behind the last."""
     model, ids = tiny("opt"), token_ids(5)
-    mask = torch.ones_like(ids)
-    mask[::2, 13:] = 0
-    stream, inputs, pairs = ResidualStream(model, ids, mask if padded else None, batch=2), [], []
+    stream, inputs, pairs = ResidualStream(model, ids, batch=2), [], []
     block = stream.anatomy.blocks[1]
     before = stream.hidden.clone()
     stream.observe(1, {"fc2": inputs.append}, results={"fc2": lambda x, y: pairs.append((x, y))})
@@ -131,7 +103,7 @@ def test_results_are_seen_with_the_inputs(padded):
     for seen, (x, y) in zip(inputs, pairs, strict=True):
         assert torch.equal(seen, x)
         assert relative(y, block.fc2(x)) < 1e-12
-    assert sum(len(x) for x in inputs) == (int(mask.sum()) if padded else ids.numel())
+    assert sum(len(x) for x in inputs) == ids.numel()
     ran = []
     block.fc1.register_forward_hook(lambda *_: ran.append(True))
     stream.observe(1, {}, results={"self_attn.out_proj": lambda x, y: None})
@@ -195,15 +167,40 @@ def test_gram_centres_only_for_layer_norm_families():
         assert (along_ones < 1e-12) == centred
 
 
-def test_padding_is_not_measured_and_not_touched():
-    model, ids, mask = tiny("llama"), token_ids(3), torch.ones(3, 20, dtype=torch.long)
-    mask[1, 12:] = 0
-    mask[2] = 0  # nothing but padding
-    stream = ResidualStream(model, ids, mask)
-    kept = stream.hidden.clone()
-    x = stream.hidden[mask.bool()]
-    assert relative(stream.gram(), x.T @ x) < 1e-14
-    assert torch.equal(stream.hidden, kept)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_inputs_of_a_block_are_what_the_running_model_calls_it_with(family):
+    model, ids = tiny(family), token_ids(5)
+    stream, called = ResidualStream(model, ids, batch=2), []
+    stream.advance_block(0)
+    block = stream.anatomy.blocks[1]
+    with block.register_forward_pre_hook(lambda _, inputs, kwargs: called.append((inputs[0], kwargs)), with_kwargs=True):
+        with torch.no_grad():
+            model(ids)
+        batches = list(stream.inputs(1))
+        outputs = torch.cat([block(batch.hidden, **batch.kwargs) for batch in batches])
+    assert [batch.rows for batch in batches] == list(stream.rows()) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    (whole, kwargs), *_ = called
+    assert relative(torch.cat([batch.hidden for batch in batches]), whole) < 1e-12
+    assert relative(outputs, block(whole, **kwargs)) < 1e-12
+    stream.advance_block(1)
+    assert relative(stream.hidden, outputs) < 1e-12
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_step_run_seeing_shows_what_a_module_read_and_put_out(family):
+    stream = ResidualStream(tiny(family), token_ids(3), batch=2)
+    anatomy, block = stream.anatomy, stream.anatomy.blocks[0]
+    for run, (half,) in anatomy.steps:
+        watched, pairs = [], []
+        for batch in stream.inputs(0):
+            out, x, y = run_seeing(run, block, anatomy.family, batch, half.writer)
+            pairs.append((x, y))
+            watched.append(out)
+            assert x.shape[:2] == y.shape[:2] == batch.hidden.shape[:2]
+            assert relative(block.get_submodule(half.writer)(x), y) < 1e-12
+            assert relative(batch.hidden + y, out) < 1e-12
+        stream.advance(run, 0)
+        assert relative(torch.cat(watched), stream.hidden) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -221,12 +218,6 @@ def test_bad_calibration_is_refused(change, message):
     model, ids = change(tiny("llama"), token_ids())
     with pytest.raises(ValueError, match=message):
         ResidualStream(model, ids)
-
-
-@pytest.mark.parametrize("mask", [torch.zeros(6, 20), torch.ones(6, 19)])
-def test_bad_masks_are_refused(mask):
-    with pytest.raises(ValueError, match="shape of the ids"):
-        ResidualStream(tiny("llama"), token_ids(), mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

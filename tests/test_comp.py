@@ -18,6 +18,7 @@ from lib.papers import comp
 from lib.papers.comp import Demand, Pruned, Round, Settings, Shape
 from lib.papers.mask_tuning import Sums, System
 from lib.primitives.anatomy import Anatomy
+from lib.primitives.calibration import ResidualStream, inputs_of
 from lib.primitives.cost import count
 from lib.primitives.structured import ffn_widths, neuron_params
 from tests.conftest import CONFIGS, relative, tiny, token_ids
@@ -345,9 +346,9 @@ def test_low_precision_models_fold_as_well(dtype):
 def test_reported_errors_are_those_of_the_two_streams(family, reference, rho):
     """The wanted output of every block, from plain runs of the dense and the pruned model; across removed blocks as well."""
     model, ids = tiny(family, **{"ffn_dim" if family == "opt" else "intermediate_size": 96}, num_hidden_layers=5), token_ids()
-    small, report = comp.prune(model, ids, 0.3, Settings(rho=rho, reference=reference, layer_score="relative change"), batch=4)
+    small, report = comp.prune(model, ids, 0.3, Settings(rho=rho, reference=reference, layer_score="relative change"))
     assert len(report.plan.drop) == (1 if rho else 0)
-    assert report.sweeps == 1
+    assert report.rounds == 1
     kept = [i for i in range(5) if i not in report.plan.drop]
     (after, own), (after_s, own_s) = streams(model, ids), streams(small, ids)
     for i, (dense, result) in enumerate(zip(kept, report.results, strict=True)):
@@ -458,8 +459,8 @@ def test_global_allocation_cuts_where_scores_are_low():
     assert max(uniform) - min(uniform) <= 1
 
 
-@pytest.mark.parametrize("sweeps", [1, 2, 4])
-def test_the_target_is_met_even_where_the_bound_cannot_be(sweeps):
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+def test_the_target_is_met_even_where_the_bound_cannot_be(rounds):
     """Blocks made of copies, with a bound that no sweep but the last can respect; each sweep starts from the dense model."""
     model = tiny("llama", **WIDE)
     with torch.no_grad():
@@ -469,8 +470,8 @@ def test_the_target_is_met_even_where_the_bound_cannot_be(sweeps):
             block.mlp.down_proj.weight.copy_(block.mlp.down_proj.weight[:, :12].repeat(1, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        small, report = comp.prune(model, token_ids(), 0.5, Settings(rho=0.0, variance_bound=1e-6, sweeps=sweeps))
-    assert report.sweeps == sweeps
+        small, report = comp.prune(model, token_ids(), 0.5, Settings(rho=0.0, variance_bound=1e-6, rounds=rounds))
+    assert report.rounds == rounds
     assert missed(model, small, 0.5) <= 1
     assert max(r.variance for r in report.results) > 1e-6
     assert ffn_widths(small) == [len(r.keep) for r in report.results]
@@ -488,34 +489,27 @@ def same(a: comp.Report, b: comp.Report, tolerance: float = 1e-8) -> None:
         assert relative(one.scale, other.scale) < tolerance
 
 
-def test_batches_do_not_matter_nor_repeated_sequences():
+def test_batches_do_not_matter_nor_repeated_sequences(batches_of):
     model = tiny("opt", ffn_dim=96, num_hidden_layers=5)
     whole = comp.prune(model, token_ids(), 0.3)[1]
     for batch in (1, 4):
-        same(comp.prune(model, token_ids(), 0.3, batch=batch)[1], whole)
+        batches_of(batch)
+        same(comp.prune(model, token_ids(), 0.3)[1], whole)
     same(comp.prune(model, token_ids().repeat(2, 1), 0.3)[1], whole)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_enters_no_sum(family, side):
-    """The same sequences, alone and padded with tokens that would change everything."""
-    model = tiny(family, num_hidden_layers=5, **{"ffn_dim" if family == "opt" else "intermediate_size": 96})
-    noise, ids, real = token_ids(4, 5, seed=9), token_ids(4, 12), torch.ones(4, 12, dtype=torch.int64)
-    parts = [(noise, torch.zeros_like(noise)), (ids, real)]
-    if side == "right":
-        parts.reverse()
-    padded, mask = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-    padded_report = comp.prune(model, padded, 0.3, mask=mask)[1]
-    same(padded_report, comp.prune(model, ids, 0.3)[1], 1e-6)  # rotations are in float32
-
-
-def test_the_first_real_token_of_every_sequence_is_left_out():
-    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0]])
-    counted = comp.counted(torch.ones_like(mask), mask, drop_first=True)
-    assert counted.tolist() == [[False, True, True, False], [False, False, True, True], [False, False, True, False]]
-    assert comp.counted(torch.ones_like(mask), mask, drop_first=False).tolist() == mask.bool().tolist()
-    assert comp.counted(mask, None, drop_first=True).tolist() == [[False, True, True, True]] * 3
+@pytest.mark.parametrize("drop_first", [True, False])
+@pytest.mark.parametrize("length", [1, 6])
+def test_the_first_token_of_every_sequence_is_left_out_unless_it_is_the_only_one(drop_first, length):
+    stream = ResidualStream(tiny("llama"), token_ids(3, length), batch=2)
+    anatomy, block = stream.anatomy, stream.anatomy.blocks[0]
+    pairs = [comp.Pair(batch) for batch in stream.inputs(0)]
+    found = comp.block_system(block, anatomy.family, pairs, Settings(reference="same input", drop_first=drop_first))
+    with inputs_of(block.mlp.down_proj) as seen, torch.no_grad():
+        block(stream.hidden, **next(iter(ResidualStream(anatomy.model, stream.ids, batch=3).inputs(0))).kwargs)
+    x = seen[0][:, 1 if drop_first and length > 1 else 0 :].flatten(0, 1)
+    w = block.mlp.down_proj.weight.detach()
+    assert relative(found.h, (x.T @ x / len(x)) * (w.T @ w)) < 1e-10
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -558,7 +552,7 @@ def test_equal_widths_export_as_a_stock_model(tmp_path):
 
 def test_no_gradient_is_ever_formed(monkeypatch):
     model, seen = tiny("llama"), []
-    monkeypatch.setattr(comp, "run_block", lambda *args, run=comp.run_block: seen.append(run(*args)) or seen[-1])
+    monkeypatch.setattr(comp, "run_seeing", lambda *args, run=comp.run_seeing: seen.append(run(*args)) or seen[-1])
     small, _ = comp.prune(model, token_ids(), 0.2)
     assert len(seen) > 2
     assert not any(t.requires_grad for found in seen for t in found)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lib.baselines import fpt
 from lib.baselines.fpt import Units, masked, rearrange, search, solve
+from lib.papers import mask_tuning
 from lib.primitives.anatomy import Anatomy, attention_half, mlp_half
 from lib.primitives.calibration import ResidualStream
 from lib.primitives.cost import count
@@ -49,16 +50,11 @@ def test_mask_gradients_are_finite_differences(family):
         assert relative(getattr(found, kind)[block][:, unit], slope) < 1e-4
 
 
-def test_gradients_do_not_depend_on_the_batch_and_padding_does_not_enter():
+def test_gradients_do_not_depend_on_the_batch():
     model, ids = tiny("llama", torch.float32), token_ids(4)
     one, all_at_once = (fpt.mask_gradients(model, ids, batch=batch) for batch in (1, 4))
     for a, b in zip(one.neurons + one.groups, all_at_once.neurons + all_at_once.groups, strict=True):
         assert relative(a, b) < 1e-4
-    mask = torch.ones_like(ids)
-    mask[0, 12:] = 0
-    padded = fpt.mask_gradients(model, ids, mask)
-    short = fpt.mask_gradients(model, ids[:1, :12])
-    assert relative(padded.neurons[1][:1], short.neurons[1]) < 1e-4
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
@@ -226,7 +222,7 @@ def recorded(model, ids, masks, watch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tuning_is_least_squares_on_explicit_columns(family, monkeypatch):
     """Block 2's FFN, checked against columns built from two plain forward passes of the whole model."""
-    monkeypatch.setattr(fpt, "LARGEST", 1e6)  # random networks ask for large multipliers
+    monkeypatch.setattr(mask_tuning, "LARGEST", 1e6)  # random networks ask for large multipliers
     model, ids = tiny(family), token_ids(4)
     family_record = Anatomy(model).family
     student, teacher = half_masks(model, 1), half_masks(model, 2, 0.9)
@@ -264,15 +260,19 @@ def test_blocks_of_a_group_system_are_explicit_columns(family):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(30, writer.in_features, generator=generator, dtype=torch.float64)
     b = torch.randn(30, writer.out_features, generator=generator, dtype=torch.float64)
-    normal = fpt.Normal(writer.weight, n)
-    normal.add(x[:11], b[:11])
-    normal.add(x[11:], b[11:])
+    sums = [kind(writer.weight.detach().T, n) for kind in (fpt.WithOnes, mask_tuning.Sums)]
+    for one in sums:
+        one.add(x[:11], b[:11])
+        one.add(x[11:], b[11:])
     w = writer.weight.detach()
     parts = zip(x.split(writer.in_features // n, 1), w.split(writer.in_features // n, 1), strict=True)
     columns = torch.stack([(xi @ wi.T).flatten() for xi, wi in parts] + [torch.ones(b.numel(), dtype=b.dtype)], 1)
-    for found, expected in zip(normal.system(True), (columns.T @ columns, columns.T @ b.flatten()), strict=True):
+    for found, expected in zip(sums[0].normal(), (columns.T @ columns, columns.T @ b.flatten()), strict=True):
         assert relative(found, expected) < 1e-12
-    assert relative(normal.system(False)[0], columns[:, :-1].T @ columns[:, :-1]) < 1e-12
+    for found, expected in zip(
+        sums[1].normal(), (columns[:, :-1].T @ columns[:, :-1], columns[:, :-1].T @ b.flatten()), strict=True
+    ):
+        assert relative(found, expected) < 1e-12
 
 
 def test_a_teacher_equal_to_the_student_leaves_the_mask():
@@ -284,23 +284,13 @@ def test_a_teacher_equal_to_the_student_leaves_the_mask():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_batches_do_not_change_the_masks(batch):
-    model, ids = tiny("opt"), token_ids(5)
-    masks = [fpt.tune(model, ids, half_masks(model, 1), half_masks(model, 2, 0.9), batch=k) for k in (batch, 5)]
+def test_batches_do_not_change_the_masks(batch, batches_of):
+    model, ids, masks = tiny("opt"), token_ids(5), []
+    for k in (batch, 5):
+        batches_of(k)
+        masks.append(fpt.tune(model, ids, half_masks(model, 1), half_masks(model, 2, 0.9)))
     for a, b in zip(*(m.groups + m.neurons for m in masks), strict=True):
         assert (a - b).abs().max() < 1e-6
-
-
-def test_padding_does_not_change_the_masks(monkeypatch):
-    monkeypatch.setattr(fpt, "LARGEST", 1e6)
-    model, ids = tiny("llama"), token_ids(5)
-    mask = torch.ones_like(ids)
-    mask[1, 12:] = mask[3, 9:] = 0
-    other = torch.where(mask.bool(), ids, (ids + 7) % model.config.vocab_size)
-    found = [fpt.tune(model, part, half_masks(model, 1), half_masks(model, 2, 0.9), mask=mask) for part in (ids, other)]
-    for a, b in zip(*(m.groups + m.neurons for m in found), strict=True):
-        assert (a - b).abs().max() < 1e-9
-    assert not torch.equal(found[0].neurons[1], fpt.tune(model, ids, half_masks(model, 1), half_masks(model, 2, 0.9)).neurons[1])
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -315,7 +305,7 @@ def test_the_teachers_ffn_runs_once_and_as_exactly_as_twice(family):
     once, twice = (ResidualStream(model.to(torch.bfloat16), ids) for _ in range(2))
     fpt._advance_teacher(once, 0, attention_half, halves.attention, teacher)
     twice.hidden.copy_(once.hidden)
-    whole = mlp_half(block, halves, twice.hidden, twice._block_kwargs(slice(0, 4), 0))
+    whole = mlp_half(block, halves, twice.hidden, next(twice.inputs(0)).kwargs)
     reached = fpt._advance_teacher(once, 0, mlp_half, halves.mlp, teacher)
     with masked(block, anatomy.halves, teacher.groups[0], teacher.neurons[0]):
         twice.advance(mlp_half, 0)
@@ -349,7 +339,7 @@ def test_an_unacceptable_multiplier_ends_the_tuning():
 
 
 def test_an_empty_half_is_skipped(monkeypatch):
-    monkeypatch.setattr(fpt, "LARGEST", 1e6)
+    monkeypatch.setattr(mask_tuning, "LARGEST", 1e6)
     model, student = tiny("llama"), half_masks(tiny("llama"), 1)
     student.groups[1].zero_()
     student.neurons[1].zero_()

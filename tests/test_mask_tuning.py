@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib.papers import mask_tuning
 from lib.papers.mask_tuning import (
     FLOOR,
     METRICS,
@@ -14,13 +15,13 @@ from lib.papers.mask_tuning import (
     System,
     condition_indices,
     downdated_condition,
-    extreme_eigenvalues_without,
     removal_condition,
     removals,
     ridge_scale,
     ridged_inverse,
     tuned,
 )
+from lib.suite.experiments import TRAPS
 from tests.conftest import relative
 
 SMALL = 1e-9  # a ridge that leaves what an unridged formula says
@@ -94,7 +95,9 @@ def test_any_cut_into_batches_and_repeated_data_give_the_same_system(cuts, repea
     for _ in range(repeats):
         for start, end in itertools.pairwise(edges):
             sums.add(x[start:end], beyond[start:end])
-    s = sums.system(columns=5)  # panels that do not divide n
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_tuning, "PANEL", 5)  # does not divide n
+        s = sums.system()
     assert relative(s.h, whole.h) < 1e-12
     assert relative(s.drift, whole.drift) < 1e-12
     assert s.gap == pytest.approx(whole.gap, rel=1e-12)
@@ -161,10 +164,11 @@ def invariances(x, w):
 @pytest.mark.parametrize("name", ["C0", "C1 once", "C2", "trap 1", "trap 2"])
 def test_scores_do_not_depend_on_how_a_layer_is_written(name):
     x, w, _ = layer()
-    scores = METRICS[name](system(x, w))
+    score = (METRICS | TRAPS)[name]
+    scores = score(system(x, w))
     for what, x2, w2, factor, order in invariances(x, w):
         expected = scores[order] * (factor if name in ("C0", "C1 once", "C2") else 1)
-        assert relative(METRICS[name](system(x2, w2)), expected) < 1e-8, what
+        assert relative(score(system(x2, w2)), expected) < 1e-8, what
 
 
 def test_sequential_removal_does_not_depend_on_how_a_layer_is_written():
@@ -239,7 +243,7 @@ def test_residuals_of_single_and_joint_removals_follow_the_closed_form():
 
 def test_float32_and_float64_remove_the_same_neurons():
     x, w, beyond = layer(n=200, d=24, tokens=600)
-    double, single = system(x, w, beyond), Sums(w.float(), torch.float32)
+    double, single = system(x, w, beyond), Sums(w.float(), precision=torch.float32)
     single.add(x.float(), beyond.float())
     (gone, m), (gone32, m32) = walk(double, 60), walk(single.system(), 60)
     assert gone32 == gone
@@ -349,8 +353,8 @@ def test_a_massive_neuron_stays_but_the_traps_take_it_first():
     for name in ("C0", "C1 once", "C2"):
         assert int(METRICS[name](s).argmax()) == 6, name
     assert 6 not in walk(s, 15)[0]
-    for name in ("trap 1", "trap 2"):
-        assert int(METRICS[name](s).argmin()) == 6, name
+    for name, trap in TRAPS.items():
+        assert int(trap(s).argmin()) == 6, name
 
 
 def test_a_layer_of_the_dead_has_finite_scores():
@@ -387,17 +391,6 @@ def test_condition_after_a_removal_is_that_of_the_matrix(epsilon):
         assert float(ratio) == pytest.approx(float(frobenius[0] / frobenius[1]), rel=1e-8)
 
 
-def test_extreme_eigenvalues_after_a_removal_are_those_of_the_matrix():
-    _, u, _ = layer(n=14, d=5)
-    b = ridged(u, 1e-6)
-    exact = torch.stack([torch.linalg.eigvalsh(b - torch.outer(row, row)) for row in u])
-    low, high = extreme_eigenvalues_without(u)
-    assert relative(low, exact[:, 0]) < 1e-9
-    assert relative(high, exact[:, -1]) < 1e-9
-    with pytest.raises(ValueError, match="two output directions"):
-        extreme_eigenvalues_without(u[:, :1])
-
-
 def test_the_only_supplier_of_an_output_direction_is_kept():
     """Leverage 1 up to the ridge: the condition explodes, but stays a number, and γ says how much that counts."""
     x, w, _ = layer()
@@ -423,7 +416,7 @@ def test_trap_one_is_the_condition_of_the_system_without_a_neuron():
         rest = others(12, [i])
         part = b[rest][:, rest]
         brute.append((part.trace() * torch.linalg.inv(part).trace()).sqrt())
-    assert relative(METRICS["trap 1"](s), torch.stack(brute)) < 1e-9
+    assert relative(TRAPS["trap 1"](s), torch.stack(brute)) < 1e-9
 
 
 def test_controls_know_nothing_of_the_data():

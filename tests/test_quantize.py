@@ -173,7 +173,7 @@ def test_levels_that_cannot_be(bits, group, message):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_gptq_model_equals_hooks_on_the_whole_model(family, group):
     model = tiny(family)
-    ours = block_linears(gptq(model, token_ids(), 4, group, batch=4))
+    ours = block_linears(gptq(model, token_ids(), 4, group))
     literal = literal_rebuild(model, token_ids(), lambda w, x: slow_gptq(w, x.T @ x, 4, group or w.shape[1]))
     for name, layer in block_linears(literal).items():
         assert relative(ours[name].weight, layer.weight) < 1e-7

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.baselines.shortgpt import angular_distances, block_influence, blocks_for, chosen_blocks, prune
+from lib.baselines.shortgpt import Settings, angular_distances, block_influence, blocks_for, chosen_blocks, prune
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.layer_importance import Change, layer_scores, lowest, mean_cosine, pooled_cosine, relative_change
 from tests.conftest import CONFIGS, tiny, token_ids
@@ -109,7 +109,7 @@ def test_what_cannot_be_chosen_is_refused():
     with pytest.raises(ValueError, match="unknown score"):
         layer_scores(tiny("llama"), token_ids(), "norm")
     with pytest.raises(ValueError, match="unknown choice"):
-        chosen_blocks(tiny("llama"), token_ids(), 1, choice="best")
+        Settings(choice="best")
     for count in (-1, 3):
         with pytest.raises(ValueError, match="leave at least one"):
             chosen_blocks(tiny("llama"), token_ids(), count)
@@ -126,26 +126,19 @@ def test_the_number_of_blocks_nearest_to_a_ratio():
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_influence_is_that_of_a_plain_run(family):
+def test_influence_is_that_of_a_plain_run(family, batches_of):
     model, ids = tiny(family), token_ids()
     found = states(model, ids)
     expected = [1 - float(torch.cosine_similarity(x, y, dim=-1).mean()) for x, y in itertools.pairwise(found)]
     assert block_influence(model, ids) == pytest.approx(expected, rel=1e-9)
-    assert block_influence(model, ids, batch=1) == pytest.approx(expected, rel=1e-9)
+    batches_of(1)
+    assert block_influence(model, ids) == pytest.approx(expected, rel=1e-9)
     norm = Anatomy(model).get(Anatomy(model).family.final_norm)
     after = 1 - float(torch.cosine_similarity(found[-2], norm(found[-1]).detach(), dim=-1).mean())
     published = block_influence(model, ids, after_norm=True)
     assert published[:-1] == pytest.approx(expected[:-1], rel=1e-9)
     assert published[-1] == pytest.approx(after, rel=1e-9)
     assert abs(after - expected[-1]) > 1e-3  # the two captures are not the same number
-
-
-@pytest.mark.parametrize("score", ["mean cosine", "pooled cosine", "relative change"])
-def test_padding_enters_no_score(score):
-    model, ids = tiny("llama"), token_ids(4, 12)
-    padded = torch.cat([ids, token_ids(4, 5, seed=9)], 1)
-    mask = torch.cat([torch.ones(4, 12), torch.zeros(4, 5)], 1).long()
-    assert layer_scores(model, padded, score, mask=mask) == pytest.approx(layer_scores(model, ids, score), rel=1e-9)
 
 
 def test_blocks_that_do_nothing_go_first_and_removing_them_changes_nothing():
@@ -156,7 +149,7 @@ def test_blocks_that_do_nothing_go_first_and_removing_them_changes_nothing():
                 Anatomy(model).blocks[i].get_submodule(writer).weight.zero_()
         before = model(ids).logits
         for choice in ("one-shot", "iterative"):
-            assert chosen_blocks(model, ids, 2, choice=choice) == [1, 3]
+            assert chosen_blocks(model, ids, 2, Settings(choice=choice)) == [1, 3]
         small = prune(model, ids, 2)
         assert (small(ids).logits - before).abs().max() < 1e-10
     assert small.config.num_hidden_layers == 3
@@ -169,8 +162,8 @@ def test_angular_choice_is_the_run_of_least_angle():
     angles = [float((torch.cosine_similarity(a, b).arccos() / math.pi).mean()) for a, b in zip(found, found[2:], strict=False)]
     assert angular_distances(model, ids, 2) == pytest.approx(angles, rel=1e-9)
     first = angles.index(min(angles))
-    assert chosen_blocks(model, ids, 2, choice="angular") == [first, first + 1]
-    assert chosen_blocks(model, ids, 0, choice="angular") == []
+    assert chosen_blocks(model, ids, 2, Settings(choice="angular")) == [first, first + 1]
+    assert chosen_blocks(model, ids, 0, Settings(choice="angular")) == []
 
 
 def test_iterative_choice_scores_what_is_left():
@@ -181,7 +174,7 @@ def test_iterative_choice_scores_what_is_left():
         worst = scores.index(min(scores))
         left.pop(worst)
         current = prune(current, ids, 1)
-    assert chosen_blocks(model, ids, 3, choice="iterative") == [i for i in range(6) if i not in left]
+    assert chosen_blocks(model, ids, 3, Settings(choice="iterative")) == [i for i in range(6) if i not in left]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -50,6 +50,12 @@ def readers(model):
     return [[block.get_submodule(n).weight.detach() for n in anatomy.family.mlp.readers] for block in anatomy.blocks]
 
 
+def only(made):
+    """The model of a sweep with one ratio."""
+    [(_, small)] = made
+    return small
+
+
 def masked(model, neurons, constants=None, half="mlp"):
     """Logits of the model with some inputs of the writers set to 0, or to constants, and everything else in place."""
     anatomy, handles = Anatomy(model), []
@@ -93,7 +99,7 @@ def test_random_neurons_repeat_with_their_seed():
     one, same, other = (random_neurons.scores(model, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert ffn_widths(random_neurons.prune(model, 0.25, torch.Generator().manual_seed(0))) == [36] * LAYERS
+    assert ffn_widths(only(random_neurons.sweep(model, None, [0.25]))) == [36] * LAYERS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,9 +193,9 @@ def test_removed_neurons_are_masked_neurons(family):
     kept = cfsp.keep(found, 0.4)
     assert relative(logits(cfsp.prune(model, token_ids(), 0.4)), masked(model, kept)) < EXACT
     plain = [score.argsort(descending=True)[:36].sort().values for score in wanda.neuron_scores(model, token_ids())]
-    assert relative(logits(wanda.prune_neurons(model, token_ids(), 0.25)), masked(model, plain)) < EXACT
+    assert relative(logits(only(wanda.sweep_neurons(model, token_ids(), [0.25]))), masked(model, plain)) < EXACT
     plain = [score.argsort(descending=True)[:36].sort().values for score in magnitude.neuron_scores(model)]
-    assert relative(logits(magnitude.prune_neurons(model, 0.25)), masked(model, plain)) < EXACT
+    assert relative(logits(only(magnitude.sweep_neurons(model, None, [0.25]))), masked(model, plain)) < EXACT
     assert torch.equal(logits(model), before)
 
 
@@ -310,9 +316,9 @@ PRUNERS = {
     "cfsp uniform": lambda m, r: cfsp.prune(m, token_ids(), r, fine="eq8", coarse=False),
     "flap": lambda m, r: flap.prune(m, token_ids(), r),
     "lorap": lambda m, r: lorap.prune(m, token_ids(), r),
-    "wanda-sp": lambda m, r: wanda.prune_neurons(m, token_ids(), r),
-    "magnitude": lambda m, r: magnitude.prune_neurons(m, r),
-    "random": lambda m, r: random_neurons.prune(m, r, torch.Generator().manual_seed(0)),
+    "wanda-sp": lambda m, r: only(wanda.sweep_neurons(m, token_ids(), [r])),
+    "magnitude": lambda m, r: only(magnitude.sweep_neurons(m, None, [r])),
+    "random": lambda m, r: only(random_neurons.sweep(m, None, [r])),
 }
 
 
@@ -338,21 +344,8 @@ def test_saved_models_reload_with_equal_logits(method, family, tmp_path):
         assert len(set(ffn_widths(small))) == 1
 
 
-def test_padding_is_not_measured():
-    model, ids = tiny("llama"), token_ids()
-    mask = torch.ones_like(ids)
-    mask[:, -5:] = 0
-    disturbed = ids.clone()
-    disturbed[:, -5:] = 3
-    for scores in (cfsp.scores, flap.scores):
-        one, other = (vars(scores(model, x, mask=mask)) for x in (ids, disturbed))
-        for name, value in one.items():
-            for a, b in zip(value, other[name], strict=True):
-                torch.testing.assert_close(a, b)
-
-
 def test_cfsp_widths_rounded_to_a_multiple():
     model = tiny("llama")
     assert all(width % 8 == 0 and 8 <= width <= 48 for width in ffn_widths(cfsp.prune(model, token_ids(), 0.4, multiple=8)))
-    with pytest.raises(ValueError, match="code or eq8"):
-        cfsp.scores(model, token_ids(), "wanda")
+    with pytest.raises(ValueError, match="unknown fine 'wanda': choose one of code, eq8"):
+        cfsp.prune(model, token_ids(), 0.4, fine="wanda")

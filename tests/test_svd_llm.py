@@ -11,10 +11,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.svd_llm_sweep import working_bytes
 from lib.baselines import asvd, fwsvd, svd
 from lib.models.checkpoint import export
 from lib.papers import svd_llm
-from lib.papers.svd_llm import block_grams, compress_model, original_roots, recover_factors, spectra, sweep
+from lib.papers.svd_llm import Settings, block_grams, compress_model, original_roots, recover_factors, spectra, sweep
 from lib.primitives import low_rank
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream
@@ -73,13 +74,13 @@ def excess(w, approximation, x, k):
     return ((loss(w, approximation, x) - least) / (w @ x).norm()).abs().item()
 
 
-def inputs_of(model, ids, name, mask=None):
+def inputs_of(model, ids, name):
     """X [n, tokens] of one matrix, recorded from the plain model."""
     seen = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, -2)))
-    logits(model, ids, attention_mask=mask)
+    logits(model, ids)
     handle.remove()
-    x = seen[0] if mask is None else seen[0][mask.bool().flatten()]
+    x = seen[0]
     return x.T.double()
 
 
@@ -378,9 +379,9 @@ def test_models_are_those_of_the_roots(family, order, dtype, monkeypatch):
     """In float64 the same products. In float32 directions drift, here with rounded activations, there with rounded weights and
     Gram matrices, but the loss, which is flat there, remains the least possible one."""
     model, ratios = tiny(family, dtype), (0.2, 0.5)
-    ours = dict(sweep(model, token_ids(), ratios, order=order))
+    ours = dict(sweep(model, token_ids(), ratios, Settings(order=order)))
     monkeypatch.setattr(svd_llm, "by_outputs", lambda layers: False)
-    known = dict(sweep(model, token_ids(), ratios, order=order))
+    known = dict(sweep(model, token_ids(), ratios, Settings(order=order)))
     for ratio, (name, layer) in itertools.product(ratios, matrices(model).items()):
         found = product(ours[ratio], name)
         assert relative(found, product(known[ratio], name)) < (1e-8 if dtype == torch.float64 else 1e-3)
@@ -407,21 +408,17 @@ def test_short_data_is_completed_by_plain_svd(family):
         assert any(f"{name} determine 3 of {rank} directions" in line for line in said)
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "opt", "phi", "gemma3_text"])
-def test_gram_matrices_of_outputs(family, dtype, masked):
+def test_gram_matrices_of_outputs(family, dtype):
     """Against the products of W with inputs that the plain model was seen to get: no bias, no rounding to half precision."""
     model, ids = tiny(family, dtype), token_ids()
-    mask = torch.ones_like(ids)
-    mask[:, : ids.shape[1] // 3] = 0
-    mask = mask if masked else None
-    found = block_grams(ResidualStream(model, ids, mask, batch=len(ids)), 0, outputs=True)
+    found = block_grams(ResidualStream(model, ids, batch=len(ids)), 0, outputs=True)
     assert set(found.outputs) == {name for name in own_outputs(model) if ".0." in name}
     assert {name for names in found.inputs for name in names} == {n for n in shapes(model) if ".0." in n} - set(found.outputs)
     for name, gram in found.outputs.items():
         w = matrices(model)[name].weight.detach()
-        y = w.double() @ inputs_of(model, ids, name, mask)
+        y = w.double() @ inputs_of(model, ids, name)
         assert gram.shape == (len(w), len(w))
         assert relative(gram, y @ y.T) < (1e-12 if dtype == torch.float64 else 1e-6)
         if dtype == torch.bfloat16:
@@ -542,21 +539,21 @@ def test_counts_of_llama_7b(ratio, removed, params):
 def test_memory_on_llama_7b():
     """The eigenproblem of gate_proj, with the root and WS, against 52.9 GiB for the published dictionary of all roots."""
     model = meta_model("Llama-2-7B")
-    assert svd_llm.working_bytes(model, 0.2) == 8 * (4096**2 + 4096 * 11008 + 4 * 4096**2)
+    assert working_bytes(model, 0.2) == 8 * (4096**2 + 4096 * 11008 + 4 * 4096**2)
     every = sum(8 * n * n for _, n in shapes(model).values())
     assert every / 2**30 == pytest.approx(52.9, abs=0.05)
 
 
 def test_memory_does_not_grow_with_depth():
-    sizes = [svd_llm.working_bytes(tiny("llama", num_hidden_layers=n), 0.2) for n in (2, 6)]
+    sizes = [working_bytes(tiny("llama", num_hidden_layers=n), 0.2) for n in (2, 6)]
     assert sizes[0] == sizes[1]
 
 
 def test_memory_of_a_wide_and_of_a_narrow_middle():
     """Phi has three inputs: of q, k, v and fc1, with a root; of dense and of fc2, judged by the outputs unless fc2 widens."""
     square = 32 * 32
-    assert svd_llm.working_bytes(tiny("phi", intermediate_size=2000), 0.2) == 8 * (square + 2 * 32 * 2000)  # WS of fc1
-    narrow = svd_llm.working_bytes(tiny("phi", intermediate_size=16), 0.2)  # eigenvectors of q_proj; fc2 still to come
+    assert working_bytes(tiny("phi", intermediate_size=2000), 0.2) == 8 * (square + 2 * 32 * 2000)  # WS of fc1
+    narrow = working_bytes(tiny("phi", intermediate_size=16), 0.2)  # eigenvectors of q_proj; fc2 still to come
     assert narrow == 8 * (square + 16 * 16 + square + 4 * square)
 
 
@@ -573,7 +570,7 @@ def test_memory_is_what_a_block_allocates(ratio, settings):
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     peak, results = max(itertools.accumulate(changes)), sum(p.nbytes for layer in layers.values() for p in layer.parameters())
-    expected = svd_llm.working_bytes(model, ratio)
+    expected = working_bytes(model, ratio)
     assert 0.99 * expected < peak < 1.05 * expected + results
 
 
@@ -613,7 +610,7 @@ def test_the_rest_of_the_model_is_untouched(family):
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
 def test_sweep_equals_single_runs(family, settings):
     model, ids = tiny(family), token_ids()
-    for ratio, small in sweep(model, ids, (0.0, 0.2, 0.6), **settings):
+    for ratio, small in sweep(model, ids, (0.0, 0.2, 0.6), Settings(**settings)):
         alone = compress_model(model, ids, ratio, **settings)
         assert relative(logits(small), logits(alone)) < 1e-8
         assert getattr(small, "edits", None) == getattr(alone, "edits", None)
@@ -648,7 +645,7 @@ def test_update_is_least_squares_on_drifted_inputs(family, variant):
     model, ids = tiny(family), token_ids()
     small, start = compress_model(model, ids, 0.4, variant=variant), compress_model(model, ids, 0.4)
     if variant == "U":
-        start = dict(svd.sweep(model, [0.4]))[0.4]
+        start = dict(svd.sweep(model, None, [0.4]))[0.4]
     half = low_rank.shell(model)
     first = [name for name in matrices(model) if name.startswith(f"{Anatomy(model).family.blocks}.0.")]
     for name in first:
@@ -692,21 +689,13 @@ def test_heads_of_any_number():
         assert small.edits[0]["ranks"] == uniform_ranks(model, 0.1)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("settings", [{}, {"order": "compressed"}, {"variant": "W+U"}])
-def test_padding_has_no_effect(settings, side):
-    model, ids = tiny("llama"), token_ids(4)
-    pad = torch.zeros(4, 5, dtype=torch.long)
-    parts = [pad, ids] if side == "left" else [ids, pad]
-    mask = torch.cat([torch.zeros_like(p) if p is pad else torch.ones_like(p) for p in parts], dim=1)
-    padded = compress_model(model, torch.cat(parts, dim=1), 0.4, mask=mask, **settings)
-    assert relative(logits(padded), logits(compress_model(model, ids, 0.4, **settings))) < 1e-5
-
-
-def test_batch_size_does_not_matter_and_bits_repeat():
-    one, two = (compress_model(tiny("opt"), token_ids(7), 0.4, batch=b) for b in (1, 7))
+def test_batch_size_does_not_matter_and_bits_repeat(batches_of):
+    batches_of(1)
+    one = compress_model(tiny("opt"), token_ids(7), 0.4)
+    batches_of(7)
+    two = compress_model(tiny("opt"), token_ids(7), 0.4)
     assert relative(logits(one), logits(two)) < 1e-5
-    again = compress_model(tiny("opt"), token_ids(7), 0.4, batch=7)
+    again = compress_model(tiny("opt"), token_ids(7), 0.4)
     assert torch.equal(logits(again), logits(two))
 
 
@@ -791,9 +780,9 @@ def test_adapters_find_either_factor():
         (dict(order="compressed", variant="W+U"), "those very inputs already"),
     ],
 )
-def test_bad_settings_are_refused_before_any_work(settings, message):
+def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        sweep(tiny("llama"), token_ids(), [0.3], **settings)
+        Settings(**settings)
 
 
 def test_bad_calibration_and_compressed_models_are_refused_before_any_work():
@@ -951,30 +940,26 @@ def test_allocation_by_type_gives_each_type_its_own_budget(family):
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
 def test_plain_svd_is_torchs_own(family):
     model = tiny(family)
-    for ratio, small in svd.sweep(model, (0.3, 0.6)):
+    for ratio, small in svd.sweep(model, None, (0.3, 0.6)):
         for name, layer in matrices(model).items():
             left, sigma, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
             k = rank_for(*layer.weight.shape, ratio)
             assert relative(product(small, name), left[:, :k] * sigma[:k] @ right[:k]) < 1e-8
 
 
-@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("family", ["llama", "opt", "phi", "gpt_neox", "gemma3_text"])
-def test_fisher_is_the_squared_gradient_of_each_sequence(family, padded):
+def test_fisher_is_the_squared_gradient_of_each_sequence(family):
     """Against one plain backward pass per sequence, with the library's own loss and its own shift of the labels."""
     model, ids = tiny(family), token_ids(5)
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[::2, 13:] = 0
     expected = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in matrices(model).items()}
-    for row, real in zip(ids, mask, strict=True):
+    for row in ids:
         model.zero_grad()
-        row = row[real.bool()][None]
+        row = row[None]
         model(row, labels=row).loss.backward()
         for name, total in expected.items():
             total += model.get_submodule(name).weight.grad.square().sum(0) / len(ids)
     model.zero_grad()
-    found = fwsvd.fisher(model, ids, mask if padded else None, batch=2)
+    found = fwsvd.fisher(model, ids, batch=2)
     for name, total in expected.items():
         assert relative(found[name], total) < 1e-4
     assert not any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -1013,11 +998,9 @@ def test_one_important_channel_is_kept_and_a_dead_one_is_harmless():
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_asvd_scales_by_the_mean_magnitude_of_recorded_inputs(family):
     model, ids = tiny(family), token_ids()
-    mask = torch.ones_like(ids)
-    mask[::2, 13:] = 0
-    small = dict(asvd.sweep(model, ids, [0.5], mask=mask))[0.5]
+    small = dict(asvd.sweep(model, ids, [0.5]))[0.5]
     for name, layer in matrices(model).items():
-        s = inputs_of(model, ids, name, mask).abs().mean(1).sqrt()
+        s = inputs_of(model, ids, name).abs().mean(1).sqrt()
         w, k = layer.weight.detach(), rank_for(*layer.weight.shape, 0.5)
         left, sigma, right = torch.linalg.svd(w * s, full_matrices=False)
         alive = s > 0  # ReLU: where nothing arrives the published formula divides by zero
@@ -1028,13 +1011,13 @@ def test_asvd_scales_by_the_mean_magnitude_of_recorded_inputs(family):
 
 def test_asvd_without_scaling_is_plain_svd():
     model, ids = tiny("opt"), token_ids()
-    one, two = dict(asvd.sweep(model, ids, [0.4], alpha=0.0))[0.4], dict(svd.sweep(model, [0.4]))[0.4]
+    one, two = dict(asvd.sweep(model, ids, [0.4], asvd.Settings(alpha=0.0)))[0.4], dict(svd.sweep(model, None, [0.4]))[0.4]
     assert relative(logits(one), logits(two)) < 1e-8
 
 
 def test_sensitivities_are_losses_with_one_matrix_truncated():
     model, ids = tiny("llama", num_hidden_layers=1), token_ids()
-    trials = asvd.sensitivities(model, ids, list(asvd.roots(model, ids)), batch=4)
+    trials = asvd.sensitivities(model, ids, list(asvd.roots(model, ids)))
     assert len(trials) == len(matrices(model)) * len(asvd.CANDIDATES)
     name = "model.layers.0.mlp.down_proj"
     one = low_rank.shell(model)
@@ -1060,7 +1043,7 @@ def test_rank_search_takes_the_harmless_trials():
 def test_searched_ranks_reach_the_ratio():
     model, ids = tiny("opt"), token_ids()
     total = sum(m * n for m, n in shapes(model).values())
-    for ratio, small in asvd.sweep(model, ids, (0.2, 0.4), search=True):
+    for ratio, small in asvd.sweep(model, ids, (0.2, 0.4), asvd.Settings(search=True)):
         ranks = small.edits[0]["ranks"]
         kept = sum(ranks[n] * sum(s) if n in ranks else s[0] * s[1] for n, s in shapes(model).items())
         assert (1 - ratio) * total * 0.9 < kept <= (1 - ratio) * total
@@ -1074,7 +1057,8 @@ def test_whitening_loses_least_on_every_matrix(family, ratio):
     model, ids = tiny(family), token_ids()
     ours = compress_model(model, ids, ratio)
     rivals = [
-        dict(run)[ratio] for run in (svd.sweep(model, [ratio]), fwsvd.sweep(model, ids, [ratio]), asvd.sweep(model, ids, [ratio]))
+        dict(run)[ratio]
+        for run in (svd.sweep(model, None, [ratio]), fwsvd.sweep(model, ids, [ratio]), asvd.sweep(model, ids, [ratio]))
     ]
     for name, layer in matrices(model).items():
         w, x = layer.weight.detach(), inputs_of(model, ids, name)

@@ -244,6 +244,7 @@ STAGES: dict[str, Callable[[dict[str, Blocks]], dict[str, Blocks]]] = {
 
 # --- the method ----------------------------------------------------------------------------------------------------------
 
+ALLOCATIONS: dict[str, Callable] = {"uniform": uniform, "global": globally}
 PRESETS = {
     "paper": Settings(),
     # What the authors released in October 2025: one sequence, every module a feature, no clipping.
@@ -251,7 +252,6 @@ PRESETS = {
     # And in February 2026: all sequences, 2 % of the scores left out at each end, SNIP squared.
     "code_2026_02": Settings("absolute + trim", accumulation="per_sample", loss="last_unshifted", snip_power=2),
 }
-ALLOCATIONS: dict[str, Callable] = {"uniform": uniform, "global": globally}
 
 
 def settings_of(preset: str = "paper", **changes) -> Settings:

@@ -18,6 +18,7 @@ from lib.primitives.linalg import add_gram, at_least_float32
 
 DEAD = 1e-12  # a neuron whose H_ii is at most this share of the mean contributes nothing
 FLOOR = 0.01  # the ridge's scale of a neuron is at least this share of the mean H_ii
+PANEL = 1024  # columns of a system's matrix that are made at once
 LARGEST = 10.0  # multipliers beyond it are a sign of a system that should not have been solved
 
 
@@ -87,11 +88,11 @@ class Sums:
             self.cross += (x * (target @ self.weight.to(x).T)).sum(0, dtype=torch.float64)
             self.gap += float(target.double().square().sum())
 
-    def normal(self, columns: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    def normal(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, g) over the units: Σ XᵀX ∘ WWᵀ and Σ x ∘ (target Wᵀ). The matrix of the sums is overwritten, panel by panel."""
         h, weight = self.gram, self.weight.to(self.gram.dtype)
-        for start in range(0, len(h), columns):
-            part = slice(start, start + columns)
+        for start in range(0, len(h), PANEL):
+            part = slice(start, start + PANEL)
             h[:, part] *= weight @ weight[part].T
         if self.units == len(h):
             return h, self.cross

@@ -323,9 +323,9 @@ def on_disk(model: nn.Module, ids: torch.Tensor, ratio: float, settings: Setting
     return LowRankWalk(model, ids, ratio, settings.order)
 
 
-def compress_model(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
+def compress_model(model: nn.Module, ids: torch.Tensor, ratio: float, progress: Callable | None = None, **settings) -> nn.Module:
     """Compress a model at one ratio; settings: fields of `Settings`."""
-    return next(sweep(model, ids, [ratio], Settings(**settings)))[1]
+    return next(sweep(model, ids, [ratio], Settings(**settings), progress))[1]
 
 
 def recover_factors(
