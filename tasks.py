@@ -104,6 +104,7 @@ def full_parameters(paper: str, profile: str) -> dict:
 )
 def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="", cluster="", set=None):
     """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
+    from lib.suite.pages import SHOWN, write_pages
     from lib.suite.profiles import check_machine, read_profile
     from lib.suite.runs import Run, reproduce_all
 
@@ -127,6 +128,8 @@ def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="",
         checked(lambda: on_cluster(cluster, runs, force))
     else:
         checked(lambda: reproduce_all(runs, force, jobs or (os.cpu_count() if label == "workshop" else 1)))
+    if label in SHOWN:
+        print(checked(lambda: write_pages(ROOT)), flush=True)
 
 
 def on_cluster(where: str, runs: list, force: bool) -> None:
