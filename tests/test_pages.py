@@ -341,6 +341,27 @@ def test_commands_are_found_and_wrong_ones_rejected():
         check_invoke(["compress", "--ratio", "0.25", "--out", "small"], True)
 
 
+def test_sections_of_the_workshop_are_those_of_the_notebooks():
+    """Every row "minutes | section" of the plan names a heading of its notebook; what stands in brackets behind it may differ."""
+    found = 0
+    for part in re.split(r"^## ", read("notebooks/README.md"), flags=re.M)[1:]:
+        names = {"SliceGPT": "slicegpt", "SVD-LLM": "svd_llm", "Structured AFR": "afr", "COMP": "comp"}
+        paper = names.get(re.sub(r"^\d · | \(.*", "", part.splitlines()[0]))
+        sections = re.findall(r"^\| \d+ \| (\d+ · [^|]+) \|", part, re.M)
+        if paper:
+            cells = json.loads((NOTEBOOKS / f"{paper}.ipynb").read_text(encoding="utf-8"))["cells"]
+            lines = "".join("\n" + "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown").splitlines()
+            headings = {bare(line.lstrip("# ")) for line in lines if line.startswith("## ")}
+            for section in sections:
+                assert bare(section.partition(', "')[0]) in headings, section
+        found += len(sections)
+    assert found == 25
+
+
+def bare(heading: str) -> str:
+    return re.sub(r" \([^)]*\)$", "", heading.strip())
+
+
 def test_every_benchmark_is_described():
     named = {words[2].split(".")[1] for words, _ in commands("benchmarks/README.md") if words[0] == "python"}
     files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}

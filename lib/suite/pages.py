@@ -121,7 +121,8 @@ def equal_sizes(results: Path) -> str:
     values = frame.pivot(index="method", columns=["model", "size"], values="relative")[columns].dropna(how="all")
     values = values.sort_values(columns[0])
     shown = values.map(relative).reset_index()
-    shown.columns = ["method", *(f"{MODELS[m]}, {size:.0%}" if size == SIZES[0] else f"{size:.0%}" for m, size in columns)]
+    heads = {size: f"{100 * size:.0f} %" for size in SIZES}
+    shown.columns = ["method", *(f"{MODELS[m]}, {heads[s]}" if s == SIZES[0] else heads[s] for m, s in columns)]
     source = " and ".join(f"`results/{profile}/compare/tables/pareto.csv`" for profile in SHOWN)
     made = " and ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
     return f"{markdown(shown)}\nFrom {source},\nmade by {made}.\n"
@@ -203,7 +204,7 @@ methods do to Gemma 3 270M, and where that differs from the small models, is des
 
 TABLES = """## One table of each paper
 
-Perplexity on the held-out Wikipedia text, for the two embedded models. `removed` counts all parameters of the model: a slicing
-level or a ratio is not a parameter reduction, and a negative number means that the model grew. The two models are tiny. The
-notebooks discuss what they show about large ones and what they do not.
+Perplexity on the held-out Wikipedia text, for the two embedded models. `removed` is the share of all parameters of the model
+that is gone, which is another number than the slicing level or the ratio of a method. The two models are tiny. The notebooks
+discuss what they show about large ones and what they do not.
 """
