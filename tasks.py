@@ -1,4 +1,4 @@
-"""Invoke tasks: thin wrappers that check their arguments, launch, and report. No method code lives here."""
+"""Invoke tasks: thin wrappers that check their arguments, start the work and print the outcome. No method code is here."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from invoke import Exit, task
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS, RESULTS, SITE = ROOT / "notebooks", ROOT / "results", ROOT / "site"
 PROFILES = NOTEBOOKS / "params"
-FORMER = {"structured_afr": "afr", "on_device_pruning": "comp"}  # names of papers that commands took before, and still do
+FORMER = {"structured_afr": "afr", "on_device_pruning": "comp"}  # former names of papers, which commands still take
 
 
 def papers() -> list[str]:
-    """The notebooks, without the half of one that a killed `invoke notebooks` left."""
+    """The names of the notebooks, without an unfinished one that a killed `invoke notebooks` has left."""
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb") if not path.stem.endswith(".partial"))
 
 
@@ -37,7 +37,7 @@ def paper_named(value: str) -> str:
 
 
 def named_values(settings: list[str]) -> dict:
-    """What `--set NAME=VALUE` options say, values read as YAML."""
+    """The options `--set NAME=VALUE` as a dictionary, with values read as YAML."""
     import yaml
 
     found = {}
@@ -72,7 +72,7 @@ def use_data_dir(path: str) -> None:
 
 
 def papers_of(profile: str, paper: str) -> list[str]:
-    """The notebooks that a profile runs, in its order, or only `paper`; a paper that it leaves out is an error that says why."""
+    """The notebooks that a profile runs, in its order, or only `paper`. Exit with the reason for a paper that it leaves out."""
     from lib.suite.profiles import read_profile
 
     found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
@@ -100,10 +100,10 @@ def full_parameters(paper: str, profile: str) -> dict:
     help={
         "paper": "only this notebook (default: all that the profile runs)",
         "profile": "parameter file in notebooks/params (default: workshop)",
-        "force": "compute again even what is up to date",
-        "jobs": "notebooks side by side, on one thread each (default: one per core for profile workshop as it is, whose models "
-        "gain little from a second thread, otherwise 1); tables of speed are better with 1",
-        "data-dir": "folder with benchmark and calibration files, instead of the hub",
+        "force": "compute everything again, even results that are up to date",
+        "jobs": "notebooks that run side by side, on one thread each (default: one per core for profile workshop without --set, "
+        "whose models gain little from a second thread, otherwise 1); tables of speed are more reliable with 1",
+        "data-dir": "folder with benchmark and calibration files, used instead of the hub",
         "cluster": "run on Dask workers: the address of a scheduler, local, local:N, or a .yaml file for a queueing system "
         "(needs the extra `cluster`)",
         "set": "override one notebook parameter, NAME=VALUE; may be repeated; results go to results/<profile>-custom",
@@ -111,19 +111,20 @@ def full_parameters(paper: str, profile: str) -> dict:
     iterable=["set"],
 )
 def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="", cluster="", set=None):
-    """Regenerate every table and figure of the papers into results/ (resumes where it stopped)."""
+    """Write every table and figure of the papers into results/; an interrupted run continues where it stopped."""
+    from lib.suite.pages import SHOWN, write_pages
     from lib.suite.profiles import check_machine, read_profile
     from lib.suite.runs import Run, reproduce_all
 
     choose("profile", profile, profiles())
     names = papers_of(profile, paper)
     if type(jobs) is not int or jobs < 0 or (jobs and cluster):
-        raise Exit(f"--jobs takes a number of notebooks, not {jobs!r}, and a cluster has workers instead of it", code=2)
+        raise Exit(f"--jobs takes a number of notebooks, not {jobs!r}; together with --cluster it has no meaning", code=2)
     checked(lambda: use_data_dir(data_dir))
     chosen = {name: parameters_of(name, profile, set or []) for name in names}  # all checked before any work
     about = read_profile(PROFILES / f"{profile}.yaml")
     for name, reason in about.about.get("refused", {}).items():
-        print(f"{name} ({profile}): not run. {reason}", flush=True)
+        print(f"{name} ({profile}) is not run: {reason}", flush=True)
     label = f"{profile}-custom" if set else profile
     runs = [Run(NOTEBOOKS / f"{name}.ipynb", parameters, RESULTS, label) for name, parameters in chosen.items()]
     if not cluster or cluster.startswith("local"):
@@ -132,6 +133,8 @@ def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="",
         checked(lambda: on_cluster(cluster, runs, force))
     else:
         checked(lambda: reproduce_all(runs, force, jobs or (os.cpu_count() if label == "workshop" else 1)))
+    if label in SHOWN:
+        print(checked(lambda: write_pages(ROOT)), flush=True)
 
 
 def on_cluster(where: str, runs: list, force: bool) -> None:
@@ -158,9 +161,9 @@ def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@task(name="profiles", help={"data-dir": "folder with benchmark and calibration files, instead of the hub"})
+@task(name="profiles", help={"data-dir": "folder with benchmark and calibration files, used instead of the hub"})
 def list_profiles(c, data_dir=""):
-    """List the profiles: size of the model, disk, time and memory here, what each runs and what each still needs."""
+    """List the profiles: size of the model, disk space, time and memory here, the papers of each, and what is still missing."""
     import torch
 
     from lib.primitives.cost import count
@@ -193,11 +196,11 @@ def list_profiles(c, data_dir=""):
     help={
         "profile": "parameter file in notebooks/params",
         "gpu": "A100, H100, RTX4090 or CPU",
-        "tflops": "trillions of operations a second that it really reaches (default: 40 % of its data sheet)",
+        "tflops": "trillions of operations a second that the device really reaches (default: 40 % of its data sheet)",
     }
 )
 def plan(c, profile, gpu="A100", tflops=0.0):
-    """What a run would do, from configuration files and shapes alone: no weights, no network."""
+    """Count what a run would do, from configuration files and shapes alone, without weights or network."""
     from lib.suite import profiles as counting
 
     choose("profile", profile, profiles())
@@ -208,12 +211,12 @@ def plan(c, profile, gpu="A100", tflops=0.0):
     architecture = found.about.get("architecture")
     if not architecture:
         raise Exit(
-            f"profile {profile} names no architecture in lib/primitives/cost.py: it is small enough to be run instead", code=2
+            f"profile {profile} names no architecture of lib/suite/architectures.py: it is small enough to be run instead", code=2
         )
     print(f"{profile}: {found.about['model']}, counted on shapes. {found.about['settings']}")
     for paper in papers_of(profile, ""):
         if paper not in counting.WORK:
-            print(f"{paper}: its work is not counted")
+            print(f"{paper}: the work of this notebook is not counted")
             continue
         parameters = full_parameters(paper, profile)
         work = checked(lambda p=paper, v=parameters: counting.plan(p, v, architecture, gpu, tflops * 1e12))
@@ -228,12 +231,15 @@ def plan(c, profile, gpu="A100", tflops=0.0):
         print(f"disk {work['disk_bytes'] / 1e9:,.1f} GB")
         print(f"  {work['hours']:,.1f} hours on {gpu} at {work['throughput'] / 1e12:,.1f} x 10^12 operations a second", end="")
         print(", without decompositions")
-    print("tables: " + ("; ".join(found.about.get("tables", [])) or "none of the papers' own: its numbers are new"))
+    print(
+        "tables: "
+        + ("; ".join(found.about.get("tables", [])) or "none of the papers' tables; the numbers of this profile are new")
+    )
 
 
 @task(help={"paper": "only this notebook (default: all)"})
 def notebooks(c, paper=""):
-    """Re-execute the stored notebooks in place with their default parameters, so that their outputs are current."""
+    """Execute the stored notebooks again with their default parameters, so that the stored outputs are current."""
     import papermill
 
     from lib.suite.runs import tidy
@@ -252,11 +258,11 @@ def notebooks(c, paper=""):
             staged.unlink(missing_ok=True)
 
 
-@task(help={"fast": "only pytest, without re-running the notebooks"})
+@task(help={"fast": "run only pytest, without executing the notebooks"})
 def test(c, fast=False):
     """Run the tests: pytest on the library, and nbval on every stored notebook."""
-    # One process per core, each on one thread and with whole files: small matrices gain little from a second thread. The
-    # notebooks, the longest of the files, come first, so that the last process does not run alone for long.
+    # One process per core, each on one thread and with whole files, because small matrices gain little from a second thread.
+    # The notebooks take longest of all files and come first, so that the last process does not run alone for long.
     notebooks = "--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 1800 --durations 20 notebooks"
     c.run(
         f"{shlex.quote(sys.executable)} -m pytest -n {os.cpu_count()} --dist loadfile --no-loadscope-reorder "
@@ -279,7 +285,7 @@ def train_workshop_models(c, model="", seed=0, steps=0):
 
 
 def checked(run):
-    """Call `run`; an error that the user can mend becomes one line and exit status 2, anything else stays a traceback.
+    """Call `run`; an error that the user can correct becomes one line and exit status 2, anything else stays a traceback.
 
     A ValueError is the library's word for arguments that cannot work. A TypeError or a KeyError is a mistake of the program.
     """
@@ -299,12 +305,13 @@ def checked(run):
     help={
         "model": "wiki-a-llama, wiki-a-opt, a local folder, or a hub id",
         "out": "new folder for the compressed model",
-        "method": "slicegpt, svd-llm, afr, comp, or a rival: `invoke methods` lists them all",
-        "ratio": "share to remove, in the method's own sense (SliceGPT: slicing level; pruning: share of zeros)",
+        "method": "slicegpt, svd-llm, afr, comp, or a rival: `invoke methods` describes all of them",
+        "ratio": "how much to remove, in the method's own sense (slicegpt: slicing level; svd-llm: share of the matrices' "
+        "parameters; afr: of the neurons; comp: of the blocks' parameters; sparsegpt, wanda: share of zeros)",
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
-        "data-dir": "folder with benchmark and calibration files, instead of the hub",
-        "streamed": "from a local folder block by block, for models larger than memory (comp, svd-llm, sparsegpt, wanda)",
+        "data-dir": "folder with benchmark and calibration files, used instead of the hub",
+        "streamed": "read a local folder block by block, for models larger than memory (comp, svd-llm, sparsegpt, wanda)",
         "set": "a setting of the method, NAME=VALUE; may be repeated, as in --set layout=dense --set schedule=variance",
     },
     iterable=["set"],
@@ -313,7 +320,7 @@ def compress(
     c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, device="cpu",
     dtype="float32", data_dir="", set=None, streamed=False,
 ):  # fmt: skip
-    """Compress a model and save it as a folder for evaluate and generate (slicegpt-stock: for any runtime)."""
+    """Compress a model and save it as a folder for evaluate and generate (with slicegpt-stock: for any runtime)."""
     from lib.compress import compress as compress_model
     from lib.evaluation.text import Calibration
     from lib.methods import method_named
@@ -354,14 +361,14 @@ def methods(c):
         "corpus": "text whose test split is scored",
         "length": "tokens per window (default: the model's positions, at most 2048)",
         "windows": "score only the first windows (default: all)",
-        "tasks": "zero-shot tasks of lm-eval, with commas (wiki_a_continuation needs no network)",
+        "tasks": "zero-shot tasks of lm-eval, separated by commas (wiki_a_continuation needs no network)",
         "limit": "score only the first documents of each task (default: all)",
-        "device": "cpu, cuda, or auto: blocks over all GPUs and what is left in main memory, for more than one GPU can hold",
-        "data-dir": "folder with benchmark and calibration files, instead of the hub",
+        "device": "cpu, cuda, or auto, which spreads the blocks of a large model over all GPUs and main memory",
+        "data-dir": "folder with benchmark and calibration files, used instead of the hub",
     }
 )
 def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="float32", data_dir=""):
-    """Perplexity and, if asked for, zero-shot accuracy of a model, compressed or not."""
+    """Print the perplexity of a model, compressed or not, and its zero-shot accuracy on the given tasks."""
     from lib.evaluation.perplexity import perplexity
     from lib.evaluation.text import load_corpus, token_stream
     from lib.evaluation.zero_shot import zero_shot
@@ -398,7 +405,7 @@ def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
 
 @task(help={"model": "folder of a model compressed by svd-llm, svd, fwsvd or asvd", "out": "new folder for the stock model"})
 def merge_to_dense(c, model, out, device="cpu", dtype="float32"):
-    """Multiply the factors of a low-rank model: a stock folder for any runtime, as large as the dense model."""
+    """Multiply the factors of a low-rank model and save a stock folder for any runtime, as large as the dense model."""
     from lib.models.checkpoint import export
     from lib.models.load import load
     from lib.primitives.low_rank import merge_to_dense as merge
@@ -427,8 +434,7 @@ def export_gguf(c, folder, out, dtype="float16"):
 
 @task
 def site(c):
-    """Build the static site of all results into site/ (needs the extra `site`): notebooks, every table, every figure."""
-
+    """Build a static website of all notebooks, tables and figures in results/ into site/ (needs the extra `site`)."""
     from lib.suite.runs import replace_folder
 
     def work():
@@ -439,7 +445,7 @@ def site(c):
             shutil.copytree(SITE / "slides", partial / "slides")
         build_site(RESULTS, partial)
 
-    partial = SITE.with_name(f"{SITE.name}.partial")  # swapped in at the end: an earlier site stays whole until then
+    partial = SITE.with_name(f"{SITE.name}.partial")  # takes the place of an earlier site when it is complete
     checked(work)
     replace_folder(partial, SITE)
     print(f"{shown(SITE)}/index.html: open it in a browser; it needs no network")
@@ -448,9 +454,9 @@ def site(c):
 @task(
     help={
         "paper": "the notebook",
-        "profile": "folder of results it is taken from (default: workshop)",
-        "reveal": "unpacked reveal.js 4 or 5 (for one: `npm pack reveal.js@5`, then unpack it), copied beside the slides; "
-        "without it the browser loads reveal.js from unpkg.com, so the room needs a network",
+        "profile": "profile whose executed notebook is used (default: workshop)",
+        "reveal": "folder with an unpacked reveal.js 4 or 5 (`npm pack reveal.js@5` fetches one to unpack), copied beside the "
+        "slides; without it the browser loads reveal.js from unpkg.com and needs a network",
     }
 )
 def slides(c, paper, profile="workshop", reveal=""):

@@ -1,10 +1,10 @@
-"""Perplexity of a model with a large vocabulary: the suite's evaluation against the plain loop that first comes to mind.
+"""Perplexity of a model with a large vocabulary: the suite's evaluation against a plain loop.
 
     python -m benchmarks.evaluation_rate [model] [windows] [corpus]
 
 plain: float32, one window at a time, all logits of a window, cross-entropy. ours: `lib.evaluation.perplexity` in float32, and
-in bfloat16, which is fast on a processor with units for it. Two windows of 2,048 tokens of the embedded text unless told
-otherwise (`lib.evaluation.text.load_corpus`). Repeats alternate, so that a busy machine slows all alike.
+in bfloat16, which is fast on a processor with units for it. The default is two windows of 2,048 tokens of the embedded text;
+`lib.evaluation.text.load_corpus` names the others. Repeats alternate, so that a busy machine slows all of them equally.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Kill `invoke reproduce` at random moments, start it again each time, and compare with a run that nobody killed.
+"""Kill `invoke reproduce` at random moments, start it again each time, and compare with an undisturbed run.
 
     python -m benchmarks.kills [--kills 50] [--against results] [--profile workshop] [--paper slicegpt] [--jobs 2] ...
 
-Both runs work in copies of the project, so results here are not touched. `--against` names results that the same code has made
-already, and saves the run that nobody kills. Half of the kills take the whole process group, the other half only the task, whose
-kernel lives on for about a second and may still write. In the end every table must be equal but for measured times and
-memory, and no unfinished folder may be left.
+Both runs work in copies of the project, so the results of this folder are not touched. `--against` names results that the same
+code has made already, and replaces the undisturbed run. Half of the kills end the whole process group, the other half only the
+task, whose kernel lives on for about a second and may still write. In the end all tables must be equal, measured times and
+memory aside, and no unfinished folder may be left.
 """
 
 from __future__ import annotations

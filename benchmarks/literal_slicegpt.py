@@ -1,8 +1,8 @@
-"""The published algorithm, written down literally (two evaluations of each layer), to test and time ours against.
+"""SliceGPT's algorithm as it was published, written down literally, to test and time this library against.
 
 This is SliceGPT's Algorithm 1 as section 3 and the appendix of the paper state it, for Llama blocks: norms are folded
 into a copy of the model, every weight is rotated in place, each layer runs once to find the basis before its MLP and
-once more, half sliced, to find the one behind it, and all inputs and outputs of a layer are kept. Written from the
+a second time, half sliced, to find the one behind it, and all inputs and outputs of a layer are kept. Written from the
 description for this repository; the authors' code is not used.
 """
 

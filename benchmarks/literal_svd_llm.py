@@ -1,4 +1,4 @@
-"""SVD-LLM's training-free procedure as it was published, written down literally, to test and time ours against.
+"""SVD-LLM's training-free procedure as it was published, written down literally, to test and time this library against.
 
 Every linear layer has a Gram matrix of its own, summed in float32 while the whole model runs, and all of their Cholesky
 factors are held in float64 before the first truncation. A matrix is then truncated by an explicit inverse of its factor

@@ -1,10 +1,10 @@
-"""Batched mixtures against scikit-learn, one neuron at a time: the same answers, and how much sooner.
+"""Batched mixtures against scikit-learn, which fits one neuron at a time: whether the answers agree, and the time of both.
 
     python -m benchmarks.mixtures
 
-Agreement is measured on real scores, weight times gradient of the workshop Llama, from the same starts: the log-likelihood
-of every number of components and the number that BIC chooses. Speed is measured on rows of 4,096 heavy-tailed values, as
-wide as a Llama-3-8B neuron, on the threads that torch has; scikit-learn runs on a few dozen of them.
+Agreement is measured on real scores, weight times gradient of the workshop Llama, from the same starting points: the
+log-likelihood for every number of components, and the number that BIC chooses. Speed is measured on rows of 4,096 heavy-tailed
+values, as wide as a Llama-3-8B neuron, on the threads that torch uses; scikit-learn fits only a few dozen of the rows.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.sections [PAPER ...]
 
-Set-up and section run in a kernel of their own with the machine's threads, one after another, so a section pays for whatever
-it needs of others. Nothing is written but to a temporary folder.
+Set-up and section run in a kernel of their own with the machine's threads, one after another, so the time of a section includes
+whatever it needs from others. Files are written to a temporary folder only.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How much of the promised speed-up of slicing arrives, on a model large enough to be bound by arithmetic on two cores.
+"""How much of slicing's theoretical speed-up is reached, on a model large enough to be limited by arithmetic on two cores.
 
     python -m benchmarks.slicegpt_speed
 
 A random Llama of 0.3 billion parameters in float32 reads prompts of 128 tokens, batch 8, dense and sliced by 25 %. *Ideal* is the
 ratio of multiply-adds (`prefill_macs`, shortcuts included). Repeats alternate between the networks, so that a busy
-machine slows all alike. Widths are multiples of 8, values are random: they do not change the speed.
+machine slows all of them equally. Widths are multiples of 8. Values are random, because they do not change the speed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Four slicing levels in one sweep, against the published algorithm run level by level: time and memory, in one process.
+"""Time and memory of four slicing levels in one sweep, against the published algorithm run level by level, in one process.
 
     python -m benchmarks.slicegpt_sweep
 
 Both do the same job: slice the workshop Llama at 10, 20, 25 and 30 %, calibrated on 128 sequences of 256 tokens. The
-literal algorithm (benchmarks/literal_slicegpt.py) runs every layer twice; ours runs every half layer once. Repeats
-alternate, so that a busy machine slows both alike.
+literal algorithm (benchmarks/literal_slicegpt.py) runs every layer twice; ours runs every half of a layer once. Repeats
+alternate, so that a busy machine slows both equally.
 """
 
 from __future__ import annotations

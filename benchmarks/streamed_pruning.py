@@ -3,10 +3,10 @@
     python -m benchmarks.streamed_pruning
 
 A random bfloat16 Llama in the shape of TinyLlama 1.1B is written to a temporary folder block by block. Each method then removes
-20 % in a process of its own; *peak* is the most that the process ever had resident (Linux, VmHWM), above what Python with
-torch imported has; what loading the whole model takes in passing is not counted against LLM-Pruner. Values are random, which
-does not change the memory. LLM-Pruner's gradients are streamed, one matrix at a time: already less than the original, whose
-gradients are all in memory at once, another copy of the weights.
+20 % in a process of its own. *peak* is the largest resident memory of the process (Linux, VmHWM) above that of Python with
+torch imported. What LLM-Pruner needs only while it loads the whole model is not counted. Values are random, because they do
+not change the memory. LLM-Pruner's gradients are streamed, one matrix at a time, which is already less than in the original,
+where all gradients are in memory at once, as large as another copy of the weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Four ratios of SVD-LLM in one sweep, against the published procedure run ratio by ratio: time, memory and quality.
+"""Time, memory and quality of four ratios of SVD-LLM in one sweep, against the published procedure run ratio by ratio.
 
     python -m benchmarks.svd_llm_sweep
 
 The literal procedure is benchmarks/literal_svd_llm.py. Both remove 20, 40, 60 and 80 % of every matrix, (a) of a random Llama of
-width 1,024 with four layers and (b) of the workshop Llama. Repeats alternate, so that a busy machine slows both alike. (c)
-truncates an ill-conditioned matrix as large as those of a 7B model and compares its loss with the least that is possible.
+width 1,024 with four layers and (b) of the workshop Llama. Repeats alternate, so that a busy machine slows both equally. (c)
+truncates an ill-conditioned matrix as large as those of a 7B model and compares the loss with the smallest possible one.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.zero_shot_rate [model] [documents] [task ...]
 
-A model is a name that `load` takes, or `random`: a Llama of 64 million random parameters. Tasks other than the embedded one
-need PARED_DATA_DIR. Repeats alternate, so that a busy machine slows both alike.
+The model is a name that `load` takes, or `random`, a Llama of 64 million random parameters. Tasks other than the embedded one
+need PARED_DATA_DIR. Repeats alternate, so that a busy machine slows both equally.
 """
 
 from __future__ import annotations

@@ -131,8 +131,8 @@ METHODS: dict[str, Method] = {
             EQUAL_WIDTHS,
         ),
         Method(
-            "comp", comp.sweep, comp.Settings, "blocks, then FFN neurons", OF_BLOCKS, TEXT, "COMP, arXiv 2501.15255", EQUAL_WIDTHS,
-            comp.shape, comp.on_disk,
+            "comp", comp.sweep, comp.Settings, "blocks, then FFN neurons", OF_BLOCKS, TEXT, "COMP, arXiv 2501.15255",
+            EQUAL_WIDTHS, comp.shape, comp.on_disk,
         ),
         Method(
             "shortgpt", shortgpt.sweep, shortgpt.Settings, "blocks", OF_BLOCKS, TEXT, "ShortGPT, arXiv 2403.03853", ANYWHERE,

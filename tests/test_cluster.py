@@ -22,7 +22,7 @@ PARAMETERS = 'models = ["a", "b"]\nsteps = 4\npause = 0.0\nforeign = False\nlog 
 CODE = """
 import os, time
 from pathlib import Path
-from lib import results
+from lib.suite import results
 if foreign:
     results.code_version = lambda: "another"
 run = results.Results("toy", folder, profile)

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from benchmarks.sections import by_section
-from lib.papers.afr import PAPER
 from lib.suite.runs import LINK
 from tasks import NOTEBOOKS, RESULTS, papers
 
@@ -158,51 +157,3 @@ def test_lock_names_the_versions_of_the_committed_results():
     for path in RESULTS.glob("workshop/*/manifest.json"):
         for name, version in json.loads(path.read_text())["packages"].items():
             assert lock[name] == version.split("+")[0]
-
-
-def rows_at_a_glance() -> list[str]:
-    """The rows of the README's tables, from the committed ones: each paper's dense models and its methods at one ratio."""
-    rows, shown = [], {"dense", "unstructured AFR", *PAPER, "CFSP", "FLAP, neurons", "LLM-Pruner"}
-    for paper, ratios in (
-        ("slicegpt", (0.25, 0.5)),
-        ("svd_llm", (0.2,)),
-        ("afr", (0.2,)),
-        ("comp", (0.2,)),
-    ):
-        frame = pd.read_csv(RESULTS / "workshop" / paper / "tables" / "perplexity.csv")
-        if paper == "afr":  # the whole field is in its notebook
-            frame = frame[frame.method.isin(shown)]
-        for row in frame[frame.ratio.isin(ratios) | (frame.method == "dense")].itertuples():
-            label = row.method if row.method == "dense" or "2:4" in row.method else f"{row.method}, {row.ratio:.0%}"
-            cells = [row.model, label, f"{row.perplexity:.2f}", f"{row.params:,}", f"{100 * row.removed_model:.1f} %"]
-            rows.append("| " + " | ".join(cells) + " |")
-    return rows
-
-
-def equal_sizes_at_a_glance() -> list[str]:
-    """The rows of the README's first table: perplexity over dense of every method, at two real sizes of three models."""
-
-    def shown(value: float) -> str:
-        if pd.isna(value):
-            return "refused"
-        if value < 1e5:
-            return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
-        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
-
-    profiles = ("workshop", "gemma-3-270m")
-    frame = pd.concat([pd.read_csv(RESULTS / profile / "compare" / "tables" / "pareto.csv") for profile in profiles])
-    columns = [(model, size) for model in ("wiki-a-llama", "wiki-a-opt", "gemma-3-270m") for size in (0.2, 0.5)]
-    table = frame.pivot(index="method", columns=["model", "size"], values="relative")[columns].dropna(how="all")
-    ordered = table.sort_values(columns[0])
-    return [f"| {method} | {' | '.join(map(shown, row))} |" for method, row in zip(ordered.index, ordered.values, strict=True)]
-
-
-def test_readme_has_every_method_at_equal_size():
-    """The whole table, and nothing below its last row."""
-    rows = "\n".join(["|---|---|---|---|---|---|---|", *equal_sizes_at_a_glance(), ""])
-    assert f"{rows}\n" in (NOTEBOOKS.parent / "README.md").read_text()
-
-
-def test_readme_table_is_the_committed_table():
-    lines = (NOTEBOOKS.parent / "README.md").read_text().splitlines()
-    assert [line for line in lines if line.startswith("| wiki-a-")] == rows_at_a_glance()

@@ -1,4 +1,4 @@
-"""The README's examples run as they are printed, and do what it says of them; its references lead somewhere."""
+"""The examples of README.md and lib/README.md run as they are printed, and do what the pages say of them; papers are cited."""
 
 import contextlib
 import json
@@ -27,16 +27,16 @@ from lib.primitives.structured import ffn_widths
 from tests.conftest import relative
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, LIBRARY = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "lib/README.md"))
 EXACT = 1e-10
 
 
-def section(title: str) -> str:
-    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
+def section(page: str, title: str) -> str:
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", page, re.M | re.S)[1]
 
 
-def code(title: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", section(title), re.M | re.S)
+def code(page: str, title: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", section(page, title), re.M | re.S)
 
 
 @contextlib.contextmanager
@@ -53,17 +53,17 @@ def tables_put_back():
 
 
 def run(title: str, folder: Path) -> dict:
-    """The names that all blocks of a section, run one after the other in a folder, define."""
+    """The names that all blocks of a section of lib/README.md, run one after the other in a folder, define."""
     names = {"__name__": "readme"}
     with contextlib.chdir(folder):
-        for block in code(title):
-            exec(compile(block, f"README.md, {title}", "exec"), names)
+        for block in code(LIBRARY, title):
+            exec(compile(block, f"lib/README.md, {title}", "exec"), names)
     return names
 
 
 def test_compressing_in_python(tmp_path):
     """On the embedded model, with a few short samples; all else as it is printed."""
-    (block,) = code("Use it on your own model")
+    (block,) = code(README, "Use it on your own model")
     (tmp_path / "my_corpus.txt").write_text("\n\n".join(load_corpus("wiki-a", "train").rows[:300]))
     for printed, quick in (("path/to/a/llama", "wiki-a-llama"), ("128, 2048", "4, 64")):
         assert printed in block
@@ -76,8 +76,8 @@ def test_compressing_in_python(tmp_path):
 
 @pytest.mark.parametrize(("title", "blocks"), [("Add a method", 2), ("Add a model family", 1)])
 def test_examples_are_short(title, blocks):
-    assert len(code(title)) == blocks
-    assert sum(len(block.splitlines()) for block in code(title)) < 50
+    assert len(code(LIBRARY, title)) == blocks
+    assert sum(len(block.splitlines()) for block in code(LIBRARY, title)) < 50
 
 
 # --- a method -------------------------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ def test_the_saved_model_is_the_one_that_was_made(method):
         assert torch.equal(made(ids[:2]).logits, names["model"](ids[:2]).logits)
 
 
-def test_the_perplexities_of_the_readme(method):
-    text = " ".join(section("Add a method").split())
+def test_the_perplexities_of_the_page(method):
+    text = " ".join(section(LIBRARY, "Add a method").split())
     printed = re.search(r"perplexity ([\d.]+) \(dense ([\d.]+), CFSP ([\d.]+), random neurons ([\d.]+)\)", text).groups()
     model, tokenizer = load("wiki-a-llama")
     ids = sample_blocks(train_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
@@ -274,7 +274,7 @@ def test_a_wrong_record_is_found(family, monkeypatch):
 
 
 def test_granite_passes_without_shortcuts_and_fails_with_them(family, monkeypatch):
-    """Why the README asks with dense shortcuts: what a half adds is scaled, and with it the shortcut that its writer applies."""
+    """Why the page checks with dense shortcuts: what a half adds is scaled, and with it the shortcut that its writer applies."""
     monkeypatch.setitem(FAMILIES, "granite", FAMILIES["llama"])
     special = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
     config = transformers.GraniteConfig(**family["tiny"], **special, vocab_size=80, residual_multiplier=0.5)
@@ -289,12 +289,12 @@ def test_granite_passes_without_shortcuts_and_fails_with_them(family, monkeypatc
 
 # --- references -----------------------------------------------------------------------------------------------------------
 
-CITED = "How to cite, and what is ours"
+CITED = section(LIBRARY, "Sources and what is ours")
 ARXIV = r"\b\d{4}\.\d{5}\b"
 
 
 def test_every_paper_that_the_code_names_is_cited():
-    cited = set(re.findall(ARXIV, section(CITED)))
+    cited = set(re.findall(ARXIV, CITED))
     named = {
         number: path.name
         for path in [*(ROOT / "lib").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
@@ -304,14 +304,19 @@ def test_every_paper_that_the_code_names_is_cited():
     assert not {number: file for number, file in named.items() if number not in cited}
 
 
-def test_the_top_of_the_readme_cites_the_same_papers():
-    assert set(re.findall(ARXIV, README[: README.index("## Two commands")])) <= set(re.findall(ARXIV, section(CITED)))
+def test_readme_cites_the_four_papers():
+    papers = CITED[: CITED.index("The rivals in")]
+    cited = set(re.findall(ARXIV, section(README, "Cite")))
+    assert cited == set(re.findall(ARXIV, papers)) == set(re.findall(ARXIV, README[: README.index("## Two commands")]))
+    assert len(cited) == 3
+    for text in (papers, section(README, "Cite"), README[: README.index("## Two commands")]):
+        assert "Kobayashi" in text  # the fourth, which is not on arXiv
 
 
 def test_every_rival_has_its_source():
     ours = {"__init__.py", "moments.py", "random_neurons.py", "magnitude.py", "svd.py"}  # controls, and what rivals share
     files = {path.name for path in (ROOT / "lib" / "baselines").glob("*.py")} - ours
-    listed = re.search(r"^Rivals in.*?\n\n", section(CITED), re.M | re.S)[0]
+    listed = re.search(r"^The rivals in.*?\n\n", CITED, re.M | re.S)[0]
     assert set(re.findall(r"`(\w+\.py)`", listed)) == files
     for name in files:
         numbers = re.findall(ARXIV, (ROOT / "lib" / "baselines" / name).read_text(encoding="utf-8").split('"""')[1])
@@ -320,7 +325,7 @@ def test_every_rival_has_its_source():
 
 
 def test_what_is_ours_is_where_it_says():
-    rows = [line for line in section(CITED).splitlines() if line.startswith("|") and re.search(r"`(lib|notebooks)/", line)]
+    rows = [line for line in CITED.splitlines() if line.startswith("|") and re.search(r"`(lib|notebooks)/", line)]
     assert len(rows) == 10
     for row in rows:
         for part in row.split("|")[2].split(";"):
@@ -330,10 +335,3 @@ def test_what_is_ours_is_where_it_says():
             assert texts
             for name in names[len(files) :]:
                 assert re.search(rf"\b(def {name}\(|class {name}\b)|^{name} = ", texts[0], re.M), name
-
-
-def test_paths_of_the_readme_exist():
-    paths = re.findall(r"`((?:lib|tests|notebooks|benchmarks)/[\w./]*)`", README)
-    assert len(paths) > 40
-    missing = {path for path in paths if not (ROOT / path).exists()}
-    assert missing == {"lib/baselines/energy.py"}  # the one that the reader writes

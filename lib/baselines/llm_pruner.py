@@ -46,6 +46,7 @@ class Settings:
     fold: str = "neighbours"  # see FOLDS
     samples: int | None = 10  # how much of the calibration set is read: 10 x 64 as in the reference script; None for all of it
     length: int | None = 64
+    protect: tuple[int, ...] | None = None  # blocks that stay whole; None: the outer ones, see `protected`
 
     def __post_init__(self):
         choose_one("importance", self.importance, IMPORTANCES)
@@ -139,7 +140,7 @@ def sweep(
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model whose inner blocks lack that share of their neurons and key-value groups) for every ratio.
 
-    All from one set of scores; the outer blocks (`protected`) stay whole. The given model stays intact, unless `inplace`, which
+    All from one set of scores. The given model stays intact, unless `inplace`, which
     takes one ratio. Blocks end unequal, so a result is saved by `lib.models.checkpoint`. Raises ValueError before any work for
     arguments that cannot work.
     """
@@ -148,7 +149,8 @@ def sweep(
     for ratio in ratios:
         check_share(ratio)
     groups = kv_groups(model) if settings.attention else []  # raises now if q, k and v are one matrix
-    ids, spared = ids[: settings.samples, : settings.length], protected(len(half_names(model)))
+    ids, spared = ids[: settings.samples, : settings.length], settings.protect
+    spared = protected(len(half_names(model))) if spared is None else spared
     neurons = unit_scores(model, ids, settings.importance)
     heads = unit_scores(model, ids, settings.importance, "attention", settings.fold) if groups else []
     for ratio in ratios:

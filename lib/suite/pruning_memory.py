@@ -38,8 +38,8 @@ def measure(
     """Prune a random float32 Llama in a fresh process: {"weights", "peak", "seconds"}, bytes and wall-clock seconds.
 
     method: a name of `lib.methods`, or `ALL_GRADIENTS`; shape: fields of a LlamaConfig; samples x length random tokens
-    calibrate; settings: fields of the method's settings. peak: resident bytes beyond the dense model's own `weights`; None where the
-    system has no such counter. Raises ValueError for an unknown method or setting, and RuntimeError if it fails.
+    calibrate; settings: fields of the method's settings. peak: resident bytes beyond the dense model's own `weights`; None
+    where the system has no such counter. Raises ValueError for an unknown method or setting, and RuntimeError if it fails.
     """
     choose_one("method", method, [*METHODS, ALL_GRADIENTS])
     if method != ALL_GRADIENTS:

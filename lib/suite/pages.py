@@ -1,0 +1,210 @@
+"""The pages that show results, written from the tables under `results/`: the table of README.md, and all of results/README.md.
+
+Nothing is computed here: the same tables give the same pages, byte for byte. Only the profiles whose results are committed are
+shown, so a run with parameters of one's own leaves the pages as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lib.papers.afr import PAPER
+from lib.suite.results import markdown, write_atomically
+
+SHOWN = {"workshop": "The two embedded models", "gemma-3-270m": "Gemma 3 270M"}  # profiles whose results are committed
+PAPERS = {
+    "slicegpt": "SliceGPT",
+    "svd_llm": "SVD-LLM",
+    "afr": "Structured AFR",
+    "comp": "COMP",
+    "compare": "All methods at equal size",
+}
+MODELS = {"wiki-a-llama": "wiki-a-llama", "wiki-a-opt": "wiki-a-opt", "gemma-3-270m": "Gemma 3 270M"}
+SIZES = (0.2, 0.5)  # of the columns of README.md
+BEGIN = "<!-- The lines from here to the next comment are written by `invoke reproduce`. -->"
+END = "<!-- End of the lines that `invoke reproduce` writes. -->"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table of results/README.md: the rows of a paper's table `perplexity` at one of its own ratios, and the dense models."""
+
+    paper: str
+    ratio: float
+    title: str
+    words: str
+    shown: Callable[[pd.DataFrame], pd.Series] = lambda frame: frame.method.notna()  # which methods; all, unless given
+
+
+PARTS = (
+    Part(
+        "slicegpt",
+        0.25,
+        "SliceGPT and its rivals at a slicing level of 25 %",
+        """Low-rank shortcuts (the rows `SliceGPT`), dense shortcuts and tied tables are one function stored in three sizes. The
+rows 2:4 set half of the weights in the blocks' matrices to zero and store them dense, so no parameter is removed.""",
+    ),
+    Part(
+        "svd_llm",
+        0.2,
+        "SVD-LLM and its rivals with 20 % of the blocks' matrices removed",
+        "`SVD-LLM` without letters includes fine-tuning with LoRA; the other rows were not tuned after compression.",
+    ),
+    Part(
+        "afr",
+        0.2,
+        "Structured AFR and the best of its rivals with 20 % of the FFN neurons removed",
+        "Unstructured AFR sets 20 % of the weights to zero instead and removes no parameter. All rivals are in the notebook.",
+        lambda frame: frame.method.isin(["dense", "unstructured AFR", *PAPER, "CFSP", "FLAP, neurons", "LLM-Pruner"]),
+    ),
+    Part(
+        "comp",
+        0.2,
+        "COMP and its rivals with 20 % of the blocks' parameters removed",
+        """The ratio of each method is solved for, so that this share is really gone; ShortGPT removes whole blocks, as many as
+come nearest. Every formula of COMP is our reading of the paper.""",
+    ),
+)
+
+
+def write_pages(root: Path) -> str:
+    """Write the pages of the project in `root` anew. Returns one line that says what was done.
+
+    Pages are written only if every table that they show is there, so a project without some of the results keeps its pages.
+    """
+    missing = [name for name in sources() if not (root / name).is_file()]
+    if missing:
+        return f"pages: left as they are, because {missing[0]} is missing"
+    written = [name for name, text in pages(root).items() if _replace(root / name, text)]
+    return f"pages: {' and '.join(written)} written from the tables" if written else "pages: up to date with the tables"
+
+
+def sources() -> list[str]:
+    """The files that the pages are made of, as paths from the root of the project."""
+    tables = [f"results/{profile}/compare/tables/pareto.csv" for profile in SHOWN]
+    tables += [f"results/workshop/{part.paper}/tables/perplexity.csv" for part in PARTS]
+    return ["README.md", *tables]
+
+
+def pages(root: Path) -> dict[str, str]:
+    """Every generated page as it should be, by its path from the root of the project."""
+    front = (root / "README.md").read_text(encoding="utf-8")
+    around = re.escape(BEGIN) + ".*?" + re.escape(END)
+    if len(re.findall(around, front, re.S)) != 1:
+        raise ValueError(f"README.md needs one place for its table, between these two lines:\n{BEGIN}\n{END}")
+    table = f"{BEGIN}\n{equal_sizes(root / 'results')}{END}"
+    front = re.sub(around, lambda _: table, front, flags=re.S)
+    return {"README.md": front, "results/README.md": results_page(root / "results")}
+
+
+def _replace(path: Path, text: str) -> bool:
+    """Write a file if its text is another one; whether it was."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_atomically(path, text)
+    return True
+
+
+# --- the table of README.md -----------------------------------------------------------------------------------------------
+
+
+def equal_sizes(results: Path) -> str:
+    """Perplexity over that of the dense model for every method, at two real sizes of three models, and where it comes from."""
+    frame = pd.concat([pd.read_csv(results / profile / "compare" / "tables" / "pareto.csv") for profile in SHOWN])
+    columns = [(model, size) for model in MODELS for size in SIZES]
+    values = frame.pivot(index="method", columns=["model", "size"], values="relative")[columns].dropna(how="all")
+    values = values.sort_values(columns[0])
+    shown = values.map(relative).reset_index()
+    heads = {size: f"{100 * size:.0f} %" for size in SIZES}
+    shown.columns = ["method", *(f"{MODELS[m]}, {heads[s]}" if s == SIZES[0] else heads[s] for m, s in columns)]
+    source = " and ".join(f"`results/{profile}/compare/tables/pareto.csv`" for profile in SHOWN)
+    made = " and ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
+    return f"{markdown(shown)}\nFrom {source},\nmade by {made}.\n"
+
+
+def relative(value: float) -> str:
+    """A perplexity over that of the dense model, to the digits that matter; n/a where the method cannot take the model."""
+    if pd.isna(value):
+        return "n/a"
+    if value < 1e5:
+        return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+
+
+def command(profile: str, paper: str) -> str:
+    """What to type for the results of one paper; other models than the embedded ones read their text from a folder."""
+    if profile == "workshop":
+        return f"invoke reproduce --paper {paper}"
+    return f"invoke reproduce --profile {profile} --paper {paper} --data-dir DIR"
+
+
+# --- results/README.md ----------------------------------------------------------------------------------------------------
+
+
+def results_page(results: Path) -> str:
+    """Where every run is, and one table of each paper."""
+    runs = "\n".join(f"## {title} (`{profile}`)\n\n{runs_of(results, profile)}" for profile, title in SHOWN.items())
+    return f"{TOP}\n{runs}\n{TABLES}\n" + "\n".join(paper_table(results, part) for part in PARTS)
+
+
+def runs_of(results: Path, profile: str) -> str:
+    """Links to the executed notebook, the tables and the figures of every paper of a profile, and the command that makes them."""
+    rows = []
+    for paper, title in PAPERS.items():
+        if (results / profile / paper / "manifest.json").is_file():
+            files = json.loads((results / profile / paper / "manifest.json").read_text(encoding="utf-8"))["files"]
+            count = {kind: sum(name.startswith(kind) for name in files) // 2 for kind in ("tables", "figures")}  # in two formats
+            links = [f"[{title}]({profile}/{paper}/{paper}.ipynb)"]
+            links += [f"[{count[kind]} {kind}]({profile}/{paper}/{kind})" for kind in count]
+            rows.append([*links, f"`{command(profile, paper)}`"])
+    return markdown(pd.DataFrame(rows, columns=["executed notebook", "tables", "figures", "command"]))
+
+
+def paper_table(results: Path, part: Part) -> str:
+    """One paper's rows at one ratio, with the file and the command that they come from."""
+    name = f"workshop/{part.paper}/tables/perplexity.csv"
+    frame = pd.read_csv(results / name)
+    # Sparsity 2:4 is the share 0.5 of zeros, whatever the slicing level beside it.
+    wanted = (frame.ratio == part.ratio) | (frame.method == "dense") | frame.method.str.contains("2:4")
+    frame = frame[wanted & part.shown(frame)]
+    rows = [
+        {
+            "model": row.model,
+            "method": row.method if row.method == "dense" or "2:4" in row.method else f"{row.method}, {row.ratio:.0%}",
+            "perplexity": f"{row.perplexity:.2f}",
+            "parameters": row.params,
+            "removed": f"{100 * row.removed_model:.1f} %",
+        }
+        for row in frame.itertuples()
+    ]
+    windows, length = frame.windows.iloc[0], frame.length.iloc[0]
+    made = (
+        f"The first {windows} windows of {length} tokens. From [`{name}`]({name}), made by `{command('workshop', part.paper)}`."
+    )
+    return f"### {part.title}\n\n{part.words}\n\n{markdown(pd.DataFrame(rows))}\n{made}\n"
+
+
+TOP = """# All results
+
+This page is written by `invoke reproduce` from the tables in this folder (`lib/suite/pages.py`); changes made by hand are lost.
+The comparison of all methods at equal size is in the [README of the project](../README.md#what-came-out).
+
+The results of one notebook are in `results/<profile>/<paper>`: the executed notebook, `tables` (`.csv` at full precision, `.md`
+rounded and with a note on how the numbers were measured), `figures` (`.svg` and `.png`) and `manifest.json`, which records
+parameters, code, package versions, machine, and the checksum of every file. `invoke site` makes a website of them. What the
+methods do to Gemma 3 270M, and where that differs from the small models, is described in
+[`gemma-3-270m`](gemma-3-270m/README.md). The papers' own models are run with the other [profiles](../notebooks/params/README.md).
+"""
+
+TABLES = """## One table of each paper
+
+Perplexity on the held-out Wikipedia text, for the two embedded models. `removed` is the share of all parameters of the model
+that is gone, which is another number than the slicing level or the ratio of a method. The two models are tiny. The notebooks
+discuss what they show about large ones and what they do not.
+"""

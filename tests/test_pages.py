@@ -1,0 +1,377 @@
+"""The pages of the project: generated tables are those of the results, and every path, link and command leads somewhere."""
+
+import importlib.util
+import itertools
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from invoke import Collection
+from invoke.parser import Parser
+from invoke.program import Program
+
+import tasks
+from lib.compress import METHODS, check_settings
+from lib.papers.afr import PAPER
+from lib.suite import pages
+from tasks import NOTEBOOKS, RESULTS
+
+ROOT = Path(__file__).parent.parent
+PAGES = (
+    "README.md",
+    "lib/README.md",
+    "notebooks/README.md",
+    "notebooks/params/README.md",
+    "benchmarks/README.md",
+    "results/README.md",
+    "results/gemma-3-270m/README.md",
+)
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+# --- generated tables -----------------------------------------------------------------------------------------------------
+
+
+def rows_at_a_glance() -> list[str]:
+    """The rows of results/README.md, from the committed tables: each paper's dense models and its methods at one ratio."""
+    rows, shown = [], {"dense", "unstructured AFR", *PAPER, "CFSP", "FLAP, neurons", "LLM-Pruner"}
+    for paper, ratios in (
+        ("slicegpt", (0.25, 0.5)),
+        ("svd_llm", (0.2,)),
+        ("afr", (0.2,)),
+        ("comp", (0.2,)),
+    ):
+        frame = pd.read_csv(RESULTS / "workshop" / paper / "tables" / "perplexity.csv")
+        if paper == "afr":  # the whole field is in its notebook
+            frame = frame[frame.method.isin(shown)]
+        for row in frame[frame.ratio.isin(ratios) | (frame.method == "dense")].itertuples():
+            label = row.method if row.method == "dense" or "2:4" in row.method else f"{row.method}, {row.ratio:.0%}"
+            cells = [row.model, label, f"{row.perplexity:.2f}", f"{row.params:,}", f"{100 * row.removed_model:.1f} %"]
+            rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def equal_sizes_at_a_glance() -> list[str]:
+    """The rows of the README's table: perplexity over dense of every method, at two real sizes of three models."""
+
+    def shown(value: float) -> str:
+        if pd.isna(value):
+            return "n/a"
+        if value < 1e5:
+            return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+
+    frame = at_equal_size()
+    columns = [(model, size) for model in ("wiki-a-llama", "wiki-a-opt", "gemma-3-270m") for size in (0.2, 0.5)]
+    table = frame.pivot(index="method", columns=["model", "size"], values="relative")[columns].dropna(how="all")
+    ordered = table.sort_values(columns[0])
+    return [f"| {method} | {' | '.join(map(shown, row))} |" for method, row in zip(ordered.index, ordered.values, strict=True)]
+
+
+def at_equal_size(table: str = "pareto") -> pd.DataFrame:
+    profiles = ("workshop", "gemma-3-270m")
+    return pd.concat([pd.read_csv(RESULTS / profile / "compare" / "tables" / f"{table}.csv") for profile in profiles])
+
+
+def tables_of(text: str) -> list[list[str]]:
+    """The tables of a page, each as its lines."""
+    parts = itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|"))
+    return [list(lines) for table, lines in parts if table]
+
+
+def test_readme_has_every_method_at_equal_size():
+    """The whole table, and nothing below its last row."""
+    rows = "\n".join(["|---|---|---|---|---|---|---|", *equal_sizes_at_a_glance(), ""])
+    assert f"{rows}\n" in read("README.md")
+
+
+def test_the_tables_of_all_results_are_the_committed_tables():
+    lines = read("results/README.md").splitlines()
+    assert [line for line in lines if line.startswith("| wiki-a-")] == rows_at_a_glance()
+
+
+def test_every_table_of_results_names_its_file_and_its_command():
+    text = read("results/README.md").partition("## One table of each paper")[2]
+    found = re.findall(r"\|\n\n.*?From \[`(.*?)`\]\((.*?)\), made by `(.*?)`\.\n", text)
+    assert len(found) == len(tables_of(text)) == 4
+    for paper, (name, link, command) in zip(("slicegpt", "svd_llm", "afr", "comp"), found, strict=True):
+        assert name == link == f"workshop/{paper}/tables/perplexity.csv"
+        assert command == f"invoke reproduce --paper {paper}"
+    below = read("README.md").split("|\n\nFrom ", 1)[1].split("<!--")[0]
+    assert re.findall(r"`results/(.*?)/compare/tables/pareto.csv`", below) == ["workshop", "gemma-3-270m"]
+    assert len(re.findall(r"`invoke reproduce .*?--paper compare.*?`", below)) == 2
+
+
+def test_every_committed_run_is_listed():
+    text, runs = read("results/README.md"), [path.parent for path in RESULTS.glob("*/*/manifest.json")]
+    runs = [run.relative_to(RESULTS).as_posix() for run in runs if run.parent.name in pages.SHOWN]
+    assert len(runs) == 9
+    for run in runs:
+        for place in (f"{run}/{run.split('/')[1]}.ipynb", f"{run}/tables", f"{run}/figures"):
+            assert f"]({place})" in text
+        assert f"[{len(list((RESULTS / run / 'tables').glob('*.csv')))} tables]({run}/tables)" in text
+
+
+def test_committed_pages_are_those_that_reproduce_writes():
+    found = pages.pages(ROOT)
+    assert list(found) == ["README.md", "results/README.md"]
+    for name, text in found.items():
+        assert text == read(name), f"{name} is not what `invoke reproduce` would write"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A project of nothing but what the pages are made of."""
+    for name in [*pages.sources(), *(p.relative_to(ROOT) for p in RESULTS.glob("*/*/manifest.json"))]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_pages_follow_the_tables(copy):
+    assert pages.write_pages(copy) == "pages: results/README.md written from the tables"
+    assert pages.write_pages(copy) == "pages: up to date with the tables"
+    assert (copy / "results/README.md").read_text() == read("results/README.md")
+    table = copy / "results/workshop/compare/tables/pareto.csv"
+    frame = pd.read_csv(table)
+    frame.loc[(frame.model == "wiki-a-opt") & (frame.method == "COMP") & (frame["size"] == 0.5), "relative"] = 1234.5
+    frame.to_csv(table, index=False)
+    assert pages.write_pages(copy) == "pages: README.md written from the tables"
+    before, after = read("README.md").splitlines(), (copy / "README.md").read_text().splitlines()
+    (changed,) = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == "| COMP | 1.02 | 1.69 | 1.09 | 1,234 | 2.44 | 13.23 |"
+
+
+def test_pages_stay_where_a_table_is_missing(copy):
+    (copy / "results/gemma-3-270m/compare/tables/pareto.csv").unlink()
+    said = pages.write_pages(copy)
+    assert said == "pages: left as they are, because results/gemma-3-270m/compare/tables/pareto.csv is missing"
+    assert not (copy / "results/README.md").exists()
+
+
+def test_a_page_without_its_place_is_an_error(copy):
+    (copy / "README.md").write_text(read("README.md").replace(pages.END, ""))
+    with pytest.raises(ValueError, match="needs one place for its table"):
+        pages.write_pages(copy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ({}, 1),
+        (dict(profile="gemma-3-270m"), 1),
+        (dict(paper="slicegpt", set=["samples=2"]), 0),  # results/workshop-custom
+        (dict(profile="opt-125m"), 0),  # its results are not committed
+    ],
+)
+def test_reproduce_writes_the_pages_of_committed_profiles(arguments, written, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr("lib.suite.runs.reproduce_all", lambda runs, *_: done.append("run"))
+    monkeypatch.setattr("lib.suite.profiles.check_machine", lambda *_: None)
+    monkeypatch.setattr("lib.suite.pages.write_pages", lambda root: done.append(root) or "pages: as they were")
+    tasks.reproduce.body(None, **arguments)
+    assert done == ["run", *[tasks.ROOT] * written]
+    assert capsys.readouterr().out.count("pages: as they were") == written
+
+
+# --- the front page -------------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_short():
+    lines = read("README.md").splitlines()
+    assert len(lines) <= 120
+    assert not [line for line in lines if len(line) > 200 and not line.startswith("|")]
+
+
+def test_readme_has_one_table_of_results():
+    numbers = [table for table in tables_of(read("README.md")) if re.search(r"\| [\d,.e]+ \|", "\n".join(table))]
+    assert [table[0].split("|")[1].strip() for table in numbers] == ["method"]
+    assert len(numbers[0]) == 2 + len(equal_sizes_at_a_glance())
+
+
+def test_readme_has_one_picture():
+    (picture,) = re.findall(r"!\[[^\]]+\]\((.*?)\)", read("README.md"))
+    assert picture == "results/figures/size.png"
+    assert (ROOT / picture).is_file()
+
+
+def test_what_the_readme_says_of_the_small_models():
+    """COMP among the first four methods at every size, and the three other papers never better than sixth."""
+    text = " ".join(read("README.md").split())
+    assert "On each small model COMP is among the first four methods at each of five sizes from 10 to 50 %, and none of" in text
+    assert "the other three papers is ever better than sixth." in text
+    frame = at_equal_size()
+    frame = frame[frame.model.isin(["wiki-a-llama", "wiki-a-opt"]) & (frame.method != "dense")]
+    assert sorted(frame["size"].unique()) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    place = frame.assign(place=frame.groupby(["model", "size"]).relative.rank()).set_index("method").place
+    assert len(place["COMP"]) == 10
+    assert place["COMP"].max() <= 4
+    assert place[["SliceGPT", "SVD-LLM (W)", "SVD-LLM (W+U)", "Structured AFR"]].min() >= 6
+
+
+def test_what_the_readme_says_of_gemma():
+    """CFSP first at every size: in the first draw, which the table shows, and in the mean of all draws."""
+    text = " ".join(read("README.md").split())
+    assert "On Gemma 3 270M a rival that needs one forward pass, CFSP, leads at every size." in text
+    frame, winners = at_equal_size(), at_equal_size("winners")
+    frame = frame[(frame.model == "gemma-3-270m") & (frame.method != "dense")].reset_index()
+    first = frame.loc[frame.groupby("size").relative.idxmin()]
+    assert list(first["size"]) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert set(first.method) == set(winners[winners.model == "gemma-3-270m"]["first"]) == {"CFSP"}
+
+
+def test_only_slicegpt_on_gemma_is_missing():
+    assert "n/a: SliceGPT cannot be applied to Gemma 3," in " ".join(read("README.md").split())
+    rows = [row for row in equal_sizes_at_a_glance() if "n/a" in row]
+    assert [row.split("|")[1].strip() for row in rows] == ["SliceGPT"]
+    assert rows[0].endswith("| n/a | n/a |")
+
+
+def test_time_of_reproduce():
+    """Two notebooks at a time, in the profile's order, each as long as its manifest says."""
+    minutes = int(re.search(r"`invoke reproduce` takes about (\d+) minutes on two", " ".join(read("README.md").split()))[1])
+    cores = [0.0, 0.0]
+    for paper in tasks.papers_of("workshop", ""):
+        cores[cores.index(min(cores))] += json.loads((RESULTS / "workshop" / paper / "manifest.json").read_text())["seconds"]
+    assert max(cores) / 60 == pytest.approx(minutes, rel=0.25)
+
+
+@pytest.mark.parametrize("page", ["README.md", "lib/README.md"])
+def test_trees_name_what_is_there(page):
+    (tree,) = re.findall(r"^```text\n(.*?)^```", read(page), re.M | re.S)
+    inside = "  " if page == "README.md" else ""
+    first = [re.match(rf"{inside}(\S.*?)(?:\s{{2,}}|$)", line) for line in tree.splitlines()]
+    named = {name for found in first if found for name in found[1].split(", ")}
+    if page == "README.md":
+        for line in tree.splitlines():
+            assert line.startswith(" ") or (ROOT / line.split()[0]).exists(), line
+    folders = {f"{path.parent.name}/" for path in (ROOT / "lib").glob("*/__init__.py")}
+    modules = {path.name for path in (ROOT / "lib").glob("*.py")} - {"__init__.py"}
+    assert named - {"assets/"} == folders | modules
+
+
+# --- paths, links and commands of all pages -------------------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", read(page), flags=re.M | re.S)
+    links = [link for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", text) if not link.startswith("https://")]
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.+)", target.read_text(encoding="utf-8"), re.M)), link
+
+
+def test_paths_exist():
+    """Paths in backticks start at the root of the project, on every page."""
+    paths = {
+        path for page in PAGES for path in re.findall(r"`((?:lib|tests|notebooks|benchmarks|results)/[\w./-]*)`", read(page))
+    }
+    assert len(paths) > 60
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    assert missing == {"lib/baselines/energy.py", "results/workshop-custom/"}  # those that the reader makes
+
+
+def commands(page: str) -> list[tuple[list[str], bool]]:
+    """Every command of a page as its words, and whether it is complete: a line of a block, not a fragment in a sentence."""
+    text = read(page)
+    lines = [line for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    prose = re.sub(r"^```(?:bash|python)\n.*?^```", "", text, flags=re.M | re.S).replace("```", "")
+    found = [(line, True) for line in lines] + [(" ".join(code.split()), False) for code in re.findall(r"`([^`]+)`", prose)]
+    parts = [(part, whole) for line, whole in found for part in line.split("&&") if re.match(r"\s*(invoke|python -m) ", part)]
+    return [(shlex.split(part, comments=True), whole) for part, whole in parts]
+
+
+CONTEXTS = {name: context for context in Collection.from_module(tasks).to_contexts() for name in (context.name, *context.aliases)}
+CORE = {f"--{name}" for argument in Program().core_args() for name in argument.names}
+
+
+def check_invoke(words: list[str], whole: bool) -> None:
+    """Of `invoke WORDS`: the task, its flags, and the names that are given to the flags."""
+    if words[0] in CORE:
+        assert all(word in CONTEXTS for word in words[1:])
+        return
+    assert words[0] in CONTEXTS, words
+    assert {word for word in words if word.startswith("--")} <= set(CONTEXTS[words[0]].flags), words
+    if whole:
+        Parser(contexts=list(CONTEXTS.values())).parse_argv(words)
+    given = dict(itertools.pairwise(words))
+    known = {"--profile": tasks.profiles(), "--paper": tasks.papers(), "--method": [*METHODS, "neuron-energy"]}
+    for flag, names in known.items():
+        assert flag not in given or given[flag] in names, words
+    settings = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
+    if settings and words[0] == "reproduce":
+        tasks.parameters_of(given["--paper"], given.get("--profile", "workshop"), settings)
+    elif settings and given.get("--method") != "neuron-energy":  # the one that the reader adds
+        check_settings(given.get("--method", "slicegpt"), tasks.named_values(settings))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page):
+    for words, whole in commands(page):
+        if words[0] == "invoke":
+            check_invoke(words[1:], whole)
+        else:
+            assert importlib.util.find_spec(words[2]), words
+            assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file(), words
+
+
+def test_commands_are_found_and_wrong_ones_rejected():
+    assert sum(len(commands(page)) for page in PAGES) > 50
+    assert (["invoke", "reproduce"], True) in commands("README.md")
+    for wrong in ("reproduces", "reproduce --papers afr", "reproduce --paper nope", "compress --set layuot=dense", "--lists"):
+        with pytest.raises((AssertionError, ValueError)):
+            check_invoke(wrong.split(), False)
+    with pytest.raises(Exception, match="did not receive required positional arguments"):
+        check_invoke(["compress", "--ratio", "0.25", "--out", "small"], True)
+
+
+def test_sections_of_the_workshop_are_those_of_the_notebooks():
+    """Every row "minutes | section" of the plan names a heading of its notebook; what stands in brackets behind it may differ."""
+    found = 0
+    for part in re.split(r"^## ", read("notebooks/README.md"), flags=re.M)[1:]:
+        names = {"SliceGPT": "slicegpt", "SVD-LLM": "svd_llm", "Structured AFR": "afr", "COMP": "comp"}
+        paper = names.get(re.sub(r"^\d · | \(.*", "", part.splitlines()[0]))
+        sections = re.findall(r"^\| \d+ \| (\d+ · [^|]+) \|", part, re.M)
+        if paper:
+            cells = json.loads((NOTEBOOKS / f"{paper}.ipynb").read_text(encoding="utf-8"))["cells"]
+            lines = "".join("\n" + "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown").splitlines()
+            headings = {bare(line.lstrip("# ")) for line in lines if line.startswith("## ")}
+            for section in sections:
+                assert bare(section.partition(', "')[0]) in headings, section
+        found += len(sections)
+    assert found == 25
+
+
+def bare(heading: str) -> str:
+    return re.sub(r" \([^)]*\)$", "", heading.strip())
+
+
+def test_every_benchmark_is_described():
+    named = {words[2].split(".")[1] for words, _ in commands("benchmarks/README.md") if words[0] == "python"}
+    files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert named == {name for name in files if name != "__init__" and not name.startswith("literal_")}
+
+
+def test_pages_and_notebooks_are_where_the_tests_look():
+    """No page of the project is left out of the checks above."""
+    tracked = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("README.md")}
+    for folder in ("lib", "notebooks", "benchmarks", "results", "tests"):
+        tracked |= {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("README.md")}
+    assert {page for page in tracked if not page.startswith("lib/assets/") and "-custom/" not in page} == set(PAGES)
+    assert NOTEBOOKS == ROOT / "notebooks"
