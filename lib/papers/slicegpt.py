@@ -63,22 +63,28 @@ ESTIMATES = ("metric", "fitted")  # of OUTPUT_NORMS, those that estimate a norm 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice of a SliceGPT run. By default it is the paper's function, stored with the fewest parameters.
+    """Every choice of a SliceGPT run. The defaults compute the paper's network and store it with fewer parameters.
 
-    layout: `low-rank`, `dense` or `tied`, see `lib.papers.sliced_network`; empty for its `usual_layout`. schedule: `constant`,
-    one width for all junctions; `variance`, as many parameters as `constant` would leave, shared out by the dense spectra; or
-    a tuple of widths, one per junction, the last one the head's. compensate: give the mean of what is deleted back as biases
-    (our extra, not in the paper). output_norms: for models with sandwich norms (Gemma 3), which the paper does not cover, one of
-    our extensions `exact`, `metric` and `fitted`. signal: what the axes are those of, see `decompose`. orientation: `random`
-    rotates the kept axes among themselves, which leaves the function as it is. statistics: `dense` measures every junction on
-    the dense model instead of on the network sliced so far; one calibration then serves all cuts, but all axes are held in
-    memory (8 d² bytes a junction). drop_below: leave out shortcut columns whose principal angle has 1 - cos below this.
+    - layout: `low-rank`, `dense` or `tied`, see `lib.papers.sliced_network`; empty for `tied` if the model's head shares its
+      embedding table and is not sliced, else `low-rank`.
+    - schedule: `constant`, one width for all junctions; `variance`, as many parameters as `constant` would leave, distributed
+      by the spectra of the dense model; or a tuple of widths, one per junction, the last one the head's.
+    - compensate: add the mean of what is deleted back as biases (our extra, not in the paper).
+    - output_norms: what to do about sandwich norms (Gemma 3), which the paper does not cover: `refuse`, or one of our extensions
+      `exact`, `metric` and `fitted`.
+    - signal: `raw` for the axes of the residual stream, `normalised` for those of the norm's output, see `decompose`.
+    - orientation: `pca`, or `random`, which rotates the kept axes among themselves and so leaves the function unchanged.
+    - statistics: `sliced` measures each junction on the network sliced so far, `dense` all junctions on the dense model. One
+      calibration then serves all cuts, but all axes are held in memory (8 d² bytes a junction).
+    - drop_below: leave out shortcut columns whose principal angle has 1 - cos below this, an approximation.
+
+    Raises ValueError for values that do not exist or exclude each other.
     """
 
     round_interval: int = 8  # widths are multiples of this
     layout: str = ""
     schedule: str | tuple[int, ...] = "constant"
-    slice_head: bool = False  # the head too, which else keeps the full width
+    slice_head: bool = False  # False: the head keeps the full width
     compensate: bool = False
     output_norms: str = "refuse"
     signal: str = "raw"
@@ -95,7 +101,7 @@ class Settings:
             choose_one("layout", self.layout, LAYOUTS)
         if not isinstance(self.schedule, tuple):
             choose_one("schedule", self.schedule, SCHEDULES)
-        check_interval(self.round_interval)
+        _check_interval(self.round_interval)
         if self.layout == "global":
             raise ValueError("layout 'global' has one basis for all junctions: use global_axes and slice_globally")
         if self.statistics == "dense" and self.compensate:
@@ -104,7 +110,7 @@ class Settings:
             raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics 'sliced'")
 
     def layout_for(self, model: nn.Module, widths: Sequence[int]) -> str:
-        """The layout, and where it is left open that which is usual for the model and the last of these widths, the head's."""
+        """The layout for a model and its widths, of which the last one says whether the head is sliced."""
         sliced_head = self.slice_head or list(widths[-1:]) != [model.config.hidden_size]
         return self.layout or usual_layout(model, sliced_head)
 
@@ -112,16 +118,16 @@ class Settings:
 # --- widths -------------------------------------------------------------------------------------------------------------
 
 
-def kept_width(d: int, level: float, round_interval: int = 8) -> int:
+def kept_width(d: int, level: float, round_interval: int = Settings.round_interval) -> int:
     """Width k left of d at a slicing level in [0, 1): ⌊(1 - level) d⌋, rounded down to a multiple of `round_interval`.
 
     Computed on the fraction that the float stands for: (1 - 0.8) 5120 is 1024, which binary arithmetic rounds to 1023 (and
-    the published code then to 1016). Level 0 keeps d. Raises ValueError where nothing would be left.
+    the published code then to 1016). Level 0 keeps d. Raises ValueError if nothing would be left.
     """
     check_share(level, "slicing level", "0.25 deletes a quarter of the directions")
     if level == 0:
         return d
-    check_interval(round_interval)
+    _check_interval(round_interval)
     k = int((1 - exact(level)) * d)
     k -= k % round_interval
     if k < 1:
@@ -129,20 +135,30 @@ def kept_width(d: int, level: float, round_interval: int = 8) -> int:
     return k
 
 
-def check_interval(round_interval: int) -> None:
+def _check_interval(round_interval: int) -> None:
     """Raise ValueError for a step of widths that is not at least 1."""
     if round_interval < 1:
         raise ValueError(f"widths are rounded to multiples of {round_interval}, which is not a positive number: use 1 for none")
 
 
-def constant_widths(model: nn.Module, level: float, round_interval: int = 8, slice_head: bool = False) -> list[int]:
+def constant_widths(
+    model: nn.Module,
+    level: float,
+    round_interval: int = Settings.round_interval,
+    slice_head: bool = Settings.slice_head,
+) -> list[int]:
     """The paper's schedule: the same width at every junction; the last one is the head's, d unless it is sliced too."""
     d = model.config.hidden_size
     k = kept_width(d, level, round_interval)
     return [k] * (Anatomy(model).junctions - 1) + [k if slice_head else d]
 
 
-def variance_widths(energies: torch.Tensor, discarded: float, round_interval: int = 8, slice_head: bool = False) -> list[int]:
+def variance_widths(
+    energies: torch.Tensor,
+    discarded: float,
+    round_interval: int = Settings.round_interval,
+    slice_head: bool = Settings.slice_head,
+) -> list[int]:
     """The paper's varying schedule (section 4, Table 6): at each junction, the fewest axes that discard at most this energy.
 
     energies [junctions, d], largest first, from `spectra`: those of the dense model, so that the widths are known before
@@ -164,7 +180,7 @@ def widths_for_size(model: nn.Module, energies: torch.Tensor, params: int, setti
     narrower junction is stored dense.) Raises ValueError if even the smallest model is larger.
     """
     settings = settings or Settings()
-    low, high = 0.0, 1 - 1e-9  # too large a model, small enough a model
+    low, high = 0.0, 1 - 1e-9  # the model is too large at the first, small enough at the second
 
     def widths(discarded: float) -> list[int]:
         return variance_widths(energies, discarded, settings.round_interval, settings.slice_head)
@@ -208,7 +224,7 @@ def junctions(
     widths: Sequence[int],
     settings: Settings | None = None,
 ) -> Iterator[Junction]:
-    """Every junction in order, each measured on the stream already sliced to `widths` before it.
+    """Every junction in order, each measured on the stream that has been sliced to `widths` up to there.
 
     `first` is the decomposition of junction 0, where the stream must stand. Each half block is evaluated once (the published
     code runs every block twice). At widths d this is the dense model. With `compensate` the mean of what is deleted is
@@ -234,7 +250,7 @@ def junctions(
             stream.advance(run, block, before=project, after=shifts[0])
         found = decompose(stream, settings)
 
-        # Put the estimate of a sandwich norm, which depends on these axes, in the place of its exact scale.
+        # Replace the exact scale of a sandwich norm by its estimate, which depends on these axes.
         regress, kept = settings.output_norms == "fitted", found[1][:, :next_k]
         fit = _estimate_norm(stream, output_norm, written, kept, regress) if estimate else None
 
@@ -246,15 +262,13 @@ def junctions(
     yield Junction(axes, values, *shifts, fit)
 
 
-def dense_junctions(
-    stream: ResidualStream, first: tuple[torch.Tensor, torch.Tensor], settings: Settings | None = None
-) -> Iterator[Junction]:
+def dense_junctions(stream: ResidualStream, first: tuple[torch.Tensor, torch.Tensor], settings: Settings) -> Iterator[Junction]:
     """Every junction in order, measured on the dense model."""
     full = [stream.anatomy.width] * stream.anatomy.junctions
-    return junctions(stream, first, full, replace(settings or Settings(), compensate=False))
+    return junctions(stream, first, full, replace(settings, compensate=False))
 
 
-def spectra(model: nn.Module, ids: torch.Tensor, signal: str = "raw") -> torch.Tensor:
+def spectra(model: nn.Module, ids: torch.Tensor, signal: str = Settings.signal) -> torch.Tensor:
     """Eigenvalues [junctions, d] of the dense model, largest first: how much energy slicing could keep."""
     stream, settings = ResidualStream(model, ids), Settings(signal=signal)
     return torch.stack([found.values for found in dense_junctions(stream, decompose(stream, settings), settings)])
@@ -400,9 +414,9 @@ def sweep(
     """Slice a model at several levels; yields (cut, sliced model), each the same function as a run of its own.
 
     ids: calibration tokens [samples, length]. A cut is a slicing level, or a list of widths, one per junction, the last one the
-    head's (`variance_widths`, or `widths` from the record of a saved model), for which no schedule is asked. The dense model is
-    read only, or with `inplace` consumed by a single cut; first junction and residual buffer are shared by all cuts. With
-    sandwich norms the record of the result holds the error of every estimated norm.
+    head's (as from `variance_widths`, or `widths` in the record of a saved model); `settings.schedule` then has no effect. The
+    dense model is read only, or with `inplace` consumed by a single cut. All cuts share the first junction and the residual
+    buffer. With sandwich norms the record of the result holds the error of every estimated norm.
 
     Raises ValueError for bad cuts, ids, weights or architectures before any work starts.
     """
@@ -416,7 +430,7 @@ def sweep(
 
 
 def _widths(model: nn.Module, cut: Cut, settings: Settings) -> list[int]:
-    """The widths of a cut; under a variance schedule those of the constant one, whose size it takes over."""
+    """The widths of a cut; for a variance schedule those of the constant one that has as many parameters."""
     if not isinstance(cut, int | float):
         return list(cut)
     if isinstance(settings.schedule, tuple):
@@ -432,9 +446,10 @@ def _sweep(
     progress: Callable[[str], None] | None,
     inplace: bool,
 ) -> Iterator[tuple[Cut, nn.Module]]:
+    """The work of `sweep`, whose arguments have been checked; schedules: the widths of each cut."""
     model, first = stream.anatomy.model, decompose(stream, settings)
 
-    # What one look at the dense model serves: a variance schedule, and dense statistics.
+    # Dense statistics and variance schedules need one run of the dense model for all cuts together.
     dense = list(dense_junctions(stream, first, settings)) if settings.statistics == "dense" else None
     if settings.schedule == "variance":
         energies = torch.stack([found.values for found in dense or dense_junctions(stream, first, settings)])
@@ -445,7 +460,7 @@ def _sweep(
             for level, widths in zip(levels, schedules, strict=True)
         ]
 
-    # Each cut measures its own stream, from the first junction on, while the network is built.
+    # For each cut the junctions are measured on the stream sliced so far, while the network is built.
     for i, (cut, widths) in enumerate(zip(cuts, schedules, strict=True)):
         if i and not dense:
             stream.restart()
@@ -521,9 +536,9 @@ def slice_without_shortcuts(model: nn.Module, ids: torch.Tensor, level: float, *
 
 @dataclass(frozen=True)
 class Rounding:
-    """The one choice of a network without shortcuts: widths are multiples of `round_interval`."""
+    """The settings of networks without shortcuts: their widths are multiples of `round_interval`."""
 
-    round_interval: int = 8
+    round_interval: int = Settings.round_interval
 
 
 def stock_sweep(
@@ -534,7 +549,7 @@ def stock_sweep(
     progress: Callable[[str], None] | None = None,
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(level, stock model) for each slicing level: bases of their own without shortcuts, see `slice_without_shortcuts`."""
+    """(level, stock model) for each slicing level, one basis per junction without shortcuts: see `slice_without_shortcuts`."""
     sliced = Settings(round_interval=(settings or Rounding()).round_interval, **WITHOUT_SHORTCUTS)
     return ((ratio, stock_model(small)) for ratio, small in sweep(model, ids, ratios, sliced, progress, inplace))
 
@@ -547,7 +562,7 @@ def global_sweep(
     progress: Callable[[str], None] | None = None,
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(level, stock model) for each slicing level: one basis for all junctions and levels, see `slice_globally`."""
+    """(level, stock model) for each slicing level, one basis for all junctions and levels: see `slice_globally`."""
     interval = (settings or Rounding()).round_interval
     _check_inplace(inplace, ratios)
     widths = [kept_width(model.config.hidden_size, ratio, interval) for ratio in ratios]

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from lib.papers.sliced_network import check_sliceable
-from lib.papers.slicegpt import constant_widths, decompose, junctions
+from lib.papers.slicegpt import Settings, constant_widths, decompose, junctions
 from lib.primitives.calibration import ResidualStream
 
 
-def principal_angles(model: nn.Module, ids: torch.Tensor, level: float, round_interval: int = 8) -> torch.Tensor:
+def principal_angles(
+    model: nn.Module, ids: torch.Tensor, level: float, round_interval: int = Settings.round_interval
+) -> torch.Tensor:
     """Angles [steps, k] in degrees, ascending, between the subspaces kept at neighbouring junctions of a sliced network.
 
     The cosines of these angles are the singular values of the shortcuts AᵀB of SliceGPT. Angles of zero belong to directions
