@@ -19,7 +19,7 @@ from benchmarks.literal_slicegpt import LiteralSliceGPT
 from lib.evaluation.process import peak_memory
 from lib.evaluation.text import load_corpus, sample_blocks
 from lib.models.load import load
-from lib.papers.slicegpt import decompose, junctions, kept_width, sweep
+from lib.papers.slicegpt import Settings, decompose, junctions, kept_width, sweep
 from lib.primitives.calibration import ResidualStream
 
 LEVELS, REPEATS = (0.1, 0.2, 0.25, 0.3), 5
@@ -36,7 +36,7 @@ def main() -> None:
     ids = sample_blocks(load_corpus("wiki-a"), tokenizer, 128, 256, torch.Generator().manual_seed(0))
 
     def ours(layout: str) -> None:
-        for _ in sweep(model, ids, LEVELS, round_interval=1, layout=layout):
+        for _ in sweep(model, ids, LEVELS, Settings(round_interval=1, layout=layout)):
             pass
 
     def literal() -> None:

@@ -35,16 +35,16 @@ def uneven_widths(model):
 
 # A line per way of compressing; later methods join here. Each maps a dense model to a compressed one.
 WAYS = {
-    "slicegpt, low-rank": lambda m: slice_model(m, token_ids(), 0.25),
+    "slicegpt, low-rank": lambda m: slice_model(m, token_ids(), 0.25, layout="low-rank"),
     "slicegpt, dense shortcuts": lambda m: slice_model(m, token_ids(), 0.25, layout="dense"),
     "slicegpt, sliced head": lambda m: slice_model(m, token_ids(), 0.5, slice_head=True),
-    "slicegpt, level 0": lambda m: slice_model(m, token_ids(), 0.0),
+    "slicegpt, level 0": lambda m: slice_model(m, token_ids(), 0.0, layout="low-rank"),
     "slicegpt, tied": lambda m: slice_model(m, token_ids(), 0.25, layout="tied"),
     "slicegpt, one basis": lambda m: slice_globally(m, global_axes(m, token_ids()), 24),
     "slicegpt, one basis, whole head": lambda m: slice_globally(m, global_axes(m, token_ids()), 24, slice_head=False),
-    "slicegpt, schedule": lambda m: slice_model(m, token_ids(), uneven_widths(m)),
-    "slicegpt, compensated": lambda m: slice_model(m, token_ids(), 0.25, compensate=True),
-    "slicegpt, few shortcut columns": lambda m: slice_model(m, token_ids(), 0.25, drop_below=0.3),
+    "slicegpt, schedule": lambda m: slice_model(m, token_ids(), uneven_widths(m), layout="low-rank"),
+    "slicegpt, compensated": lambda m: slice_model(m, token_ids(), 0.25, layout="low-rank", compensate=True),
+    "slicegpt, few shortcut columns": lambda m: slice_model(m, token_ids(), 0.25, layout="low-rank", drop_below=0.3),
     "svd-llm": lambda m: compress_model(m, token_ids(), 0.4),
     "svd-llm, unequal ranks": lambda m: compress_model(m, token_ids(), 0.3, allocation="loss"),
 }

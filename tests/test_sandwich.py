@@ -10,6 +10,7 @@ from lib.models.checkpoint import save
 from lib.models.load import load
 from lib.papers.sliced_network import OUTPUT_NORMS, Junction, MetricNorm, NormFit, rotate_and_slice, shapes_only
 from lib.papers.slicegpt import (
+    Settings,
     constant_widths,
     decompose,
     fit_norm,
@@ -148,7 +149,7 @@ def test_calibration_runs_the_finished_network(output_norms, layout, slice_head)
     sliced = slice_model(model, ids, 0.25, layout=layout, slice_head=slice_head, **settings)
     stream = ResidualStream(model, ids, batch=4)
     widths = constant_widths(model, 0.25, slice_head=slice_head)
-    *_, last = junctions(stream, decompose(stream), widths, **settings)
+    *_, last = junctions(stream, decompose(stream), widths, Settings(**settings))
     kept = last.axes[:, : widths[-1]]
     gain = 1 + model.model.norm.weight
     shift = last.norm_shift * gain if slice_head else 0
@@ -157,27 +158,16 @@ def test_calibration_runs_the_finished_network(output_norms, layout, slice_head)
     assert relative(logits(sliced, ids), expected) < EXACT
 
 
-def test_layouts_and_orientations_are_one_function():
+def test_layouts_orientations_and_batches_are_one_function():
     model, ids = gemma(), token_ids()
     settings = dict(output_norms="metric", round_interval=1)
-    first = slice_model(model, ids, 0.3, **settings)
-    for more in (
-        dict(layout="dense"), dict(layout="tied"), dict(batch=1),
-        dict(orientation="random", generator=torch.Generator().manual_seed(1)),
-    ):  # fmt: skip
+    first = slice_model(model, ids, 0.3, layout="low-rank", **settings)
+    for more in (dict(layout="dense"), dict(layout="tied"), dict(layout="low-rank", orientation="random", seed=1)):
         assert relative(logits(slice_model(model, ids, 0.3, **settings | more)), logits(first)) < 1e-9
-
-
-def test_padding_has_no_effect():
-    model, ids = gemma(), token_ids(4)
-    padded = torch.cat([ids, torch.zeros(4, 5, dtype=torch.long)], dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, 20:] = 0
-    both = [
-        slice_model(model, ids, 0.25, output_norms="metric"),
-        slice_model(model, padded, 0.25, mask=mask, output_norms="metric"),
-    ]
-    assert relative(logits(both[1]), logits(both[0])) < 1e-9
+    stream, widths = ResidualStream(model, ids, batch=1), first.edits[0]["widths"]
+    found = junctions(stream, decompose(stream), widths, Settings(**settings))
+    singly = rotate_and_slice(model, found, widths, "low-rank", output_norms="metric")
+    assert relative(logits(singly), logits(first)) < 1e-9
 
 
 # --- the estimate ---------------------------------------------------------------------------------------------------------
@@ -208,7 +198,7 @@ def test_reported_errors_against_brute_force(output_norms):
             errors.append(relative_errors.square().mean().sqrt().item())
     assert sliced.edits[0]["norm_errors"] == pytest.approx(errors, rel=1e-8)
     assert min(errors) > 1e-3
-    whole_head = slice_model(model, ids, 0.25, output_norms=output_norms)
+    whole_head = slice_model(model, ids, 0.25, layout="low-rank", output_norms=output_norms)
     assert whole_head.edits[0]["norm_errors"] == pytest.approx([*errors[:-1], 0.0], rel=1e-8)  # nothing deleted at the last
 
 
@@ -259,17 +249,21 @@ def test_regression_is_least_squares_and_undoes_the_gain():
 
 def test_fitted_errors_are_smaller():
     model, ids = gemma(), token_ids(20)
-    metric, fitted = (slice_model(model, ids, 0.25, output_norms=way).edits[0]["norm_errors"] for way in ("metric", "fitted"))
+    metric, fitted = (
+        slice_model(model, ids, 0.25, layout="low-rank", output_norms=way).edits[0]["norm_errors"] for way in ("metric", "fitted")
+    )
     assert all(a < b for a, b in zip(fitted[:-1], metric[:-1], strict=True))  # the last deletes nothing
 
 
 def test_fit_is_better_than_no_fit():
     model, ids = gemma(), token_ids()
     fitted = slice_model(model, ids, 0.5, output_norms="metric", slice_head=True)
-    found = list(junctions(ResidualStream(model, ids), decompose(ResidualStream(model, ids)), [16] * 7, output_norms="metric"))
+    found = list(
+        junctions(ResidualStream(model, ids), decompose(ResidualStream(model, ids)), [16] * 7, Settings(output_norms="metric"))
+    )
     assert [j.fit.error for j in found[1:]] == fitted.edits[0]["norm_errors"]
     assert found[0].fit is None
-    unfitted = rotate_and_slice(model, (Junction(j.axes) for j in found), [16] * 7, output_norms="metric")
+    unfitted = rotate_and_slice(model, (Junction(j.axes) for j in found), [16] * 7, "low-rank", output_norms="metric")
     exact = slice_model(model, ids, 0.5, output_norms="exact", slice_head=True)
     errors = [(logits(m, ids) - logits(exact, ids)).norm() for m in (fitted, unfitted)]
     assert errors[0] < errors[1]
@@ -283,15 +277,15 @@ def test_the_default_refuses_and_names_both_ways_out():
     for refused in (
         lambda: slice_model(model, token_ids(), 0.25),
         lambda: slice_globally(model, torch.eye(WIDTH, dtype=torch.float64), 24),
-        lambda: rotate_and_slice(model, rotations(), full(model)),
-        lambda: shapes_only(model, full(model)),
+        lambda: rotate_and_slice(model, rotations(), full(model), "low-rank"),
+        lambda: shapes_only(model, full(model), "low-rank"),
     ):
         with pytest.raises(ValueError, match=r"sandwich norms.*output_norms=exact.*output_norms=metric or fitted"):
             refused()
     with pytest.raises(ValueError, match="refuse, exact, metric, fitted"):
-        sweep(model, token_ids(), [0.25], output_norms="fold")
+        Settings(output_norms="fold")
     with pytest.raises(ValueError, match="statistics 'sliced'"):
-        sweep(model, token_ids(), [0.25], output_norms="metric", statistics="dense")
+        Settings(output_norms="metric", statistics="dense")
 
 
 @pytest.mark.parametrize("gain", [0.0, 1e-6, -1e-6])
@@ -299,10 +293,10 @@ def test_a_gain_near_zero_needs_the_exact_form(gain):
     model = gemma()
     model.model.layers[1].post_feedforward_layernorm.weight.data[3] = gain - 1
     with pytest.raises(ValueError, match=r"1 entries of the gain of model\.layers\.1\.post_feedforward_layernorm.*=exact"):
-        sweep(model, token_ids(), [0.25], output_norms="metric")
+        sweep(model, token_ids(), [0.25], Settings(output_norms="metric"))
     for way in ("exact", "fitted"):
-        assert relative(logits(slice_model(model, token_ids(), 0.0, output_norms=way)), logits(model)) < EXACT
-    fitted = slice_model(model, token_ids(), 0.25, output_norms="fitted")
+        assert relative(logits(slice_model(model, token_ids(), 0.0, layout="low-rank", output_norms=way)), logits(model)) < EXACT
+    fitted = slice_model(model, token_ids(), 0.25, layout="low-rank", output_norms="fitted")
     assert max(fitted.edits[0]["norm_errors"]) < 0.5
 
 
@@ -362,17 +356,18 @@ def test_generation_with_a_cache_is_the_forward_pass(output_norms, layout):
 
 @pytest.mark.parametrize("output_norms", EXTENSIONS)
 def test_in_place_and_lower_precision(output_norms):
-    expected = logits(slice_model(gemma(), token_ids(), 0.25, output_norms=output_norms))
-    assert torch.equal(logits(slice_model(gemma(), token_ids(), 0.25, output_norms=output_norms, inplace=True)), expected)
-    single = slice_model(gemma().float(), token_ids(), 0.25, output_norms=output_norms)
+    settings = dict(layout="low-rank", output_norms=output_norms)
+    expected = logits(slice_model(gemma(), token_ids(), 0.25, **settings))
+    assert torch.equal(logits(slice_model(gemma(), token_ids(), 0.25, inplace=True, **settings)), expected)
+    single = slice_model(gemma().float(), token_ids(), 0.25, **settings)
     assert relative(logits(single).double(), expected) < 1e-3
-    half = slice_model(gemma().bfloat16(), token_ids(), 0.25, output_norms=output_norms)
+    half = slice_model(gemma().bfloat16(), token_ids(), 0.25, **settings)
     assert relative(logits(half).double(), expected) < 0.3
 
 
 def test_query_and_key_norms_are_left_alone():
     model = gemma()
-    sliced = slice_model(model, token_ids(), 0.25, output_norms="metric")
+    sliced = slice_model(model, token_ids(), 0.25, layout="low-rank", output_norms="metric")
     for before, after in zip(model.model.layers, sliced.model.layers, strict=True):
         for name in ("q_norm", "k_norm"):
             old, new = (getattr(layer.self_attn, name) for layer in (before, after))

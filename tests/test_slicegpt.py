@@ -9,15 +9,20 @@ from torch import nn
 from benchmarks.literal_slicegpt import LiteralSliceGPT
 from lib.papers.sliced_network import Junction, rotate_and_slice, shapes_only, slice_embedding, slice_reader
 from lib.papers.slicegpt import (
+    Rounding,
+    Settings,
     constant_widths,
     decompose,
     global_axes,
+    global_sweep,
     junctions,
     kept_width,
-    principal_angles,
     slice_globally,
     slice_model,
+    slice_without_shortcuts,
     spectra,
+    stock_model,
+    stock_sweep,
     sweep,
     variance_widths,
     widths_for_size,
@@ -82,7 +87,7 @@ def test_no_slicing_is_the_dense_model(family, tied, epsilon, layout):
 )
 def test_layer_norm_models_without_gain_or_biases(settings):
     model = tiny("opt", **settings)
-    assert relative(logits(slice_model(model, token_ids(), 0.0)), logits(model)) < EXACT
+    assert relative(logits(slice_model(model, token_ids(), 0.0, layout="low-rank")), logits(model)) < EXACT
 
 
 def test_layer_norm_without_offset():
@@ -90,7 +95,7 @@ def test_layer_norm_without_offset():
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.bias = None
-    assert relative(logits(slice_model(model, token_ids(), 0.0)), logits(model)) < EXACT
+    assert relative(logits(slice_model(model, token_ids(), 0.0, layout="low-rank")), logits(model)) < EXACT
 
 
 @pytest.mark.parametrize(
@@ -159,9 +164,7 @@ def test_orientation_changes_weights_but_not_the_function(family, layout):
     model = tiny(family)
     settings = dict(layout=layout, round_interval=1)
     pca = slice_model(model, token_ids(), 0.3, **settings)
-    turned = [
-        slice_model(model, token_ids(), 0.3, orientation="random", generator=generator(seed), **settings) for seed in (0, 0, 1)
-    ]
+    turned = [slice_model(model, token_ids(), 0.3, orientation="random", seed=seed, **settings) for seed in (0, 0, 1)]
     for other in turned:
         assert relative(logits(other), logits(pca)) < EXACT
     tables = [Anatomy(m).get(Anatomy(m).family.embeddings[0]).weight for m in turned]
@@ -172,7 +175,7 @@ def test_orientation_changes_weights_but_not_the_function(family, layout):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_float32_is_close(family):
     model = tiny(family, torch.float32)
-    assert relative(logits(slice_model(model, token_ids(), 0.0)), logits(model)) < 1e-4
+    assert relative(logits(slice_model(model, token_ids(), 0.0, layout="low-rank")), logits(model)) < 1e-4
 
 
 # --- the algorithm -----------------------------------------------------------------------------------------------------
@@ -198,25 +201,27 @@ def test_calibration_runs_the_finished_network(family):
     anatomy = Anatomy(model)
     with torch.no_grad():
         expected = anatomy.head(anatomy.get(anatomy.family.final_norm)(stream.hidden))
-    sliced = slice_model(model, ids, 1 - k / WIDTH, round_interval=1)
+    sliced = slice_model(model, ids, 1 - k / WIDTH, layout="low-rank", round_interval=1)
     assert relative(logits(sliced, ids), expected) < EXACT
 
 
-def test_sweep_equals_single_runs_and_leaves_the_dense_model_alone():
+@pytest.mark.parametrize("orientation", ["pca", "random"])
+def test_sweep_equals_single_runs_and_leaves_the_dense_model_alone(orientation):
     model = tiny("opt")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    levels = (0.1, 0.3, 0.5)
-    for level, sliced in sweep(model, token_ids(), levels, round_interval=1):
-        assert torch.equal(logits(sliced), logits(slice_model(model, token_ids(), level, round_interval=1)))
+    levels, settings = (0.1, 0.3, 0.5), dict(layout="low-rank", round_interval=1, orientation=orientation)
+    for level, sliced in sweep(model, token_ids(), levels, Settings(**settings)):
+        assert torch.equal(logits(sliced), logits(slice_model(model, token_ids(), level, **settings)))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_in_place_equals_out_of_place(family):
-    apart = slice_model(tiny(family), token_ids(), 0.25, round_interval=1)
+    settings = dict(layout="low-rank", round_interval=1)
+    apart = slice_model(tiny(family), token_ids(), 0.25, **settings)
     model = tiny(family)
-    consumed = slice_model(model, token_ids(), 0.25, round_interval=1, inplace=True)
+    consumed = slice_model(model, token_ids(), 0.25, inplace=True, **settings)
     assert consumed is model
     assert torch.equal(logits(consumed), logits(apart))
     # nothing of the calibration set stays behind in the model
@@ -231,23 +236,18 @@ def test_same_calibration_gives_the_same_bits():
 
 
 def test_batch_size_does_not_matter():
-    one, two = (slice_model(tiny("llama"), token_ids(7), 0.25, batch=b) for b in (1, 7))
-    assert relative(logits(one), logits(two)) < EXACT
-
-
-def test_padding_has_no_effect():
-    model, ids = tiny("llama"), token_ids(4)
-    padded = torch.cat([ids, torch.zeros(4, 5, dtype=torch.long)], dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, 20:] = 0
-    assert relative(logits(slice_model(model, padded, 0.25, mask=mask)), logits(slice_model(model, ids, 0.25))) < EXACT
+    model, widths, found = tiny("llama"), constant_widths(tiny("llama"), 0.25), []
+    for batch in (1, 7):
+        stream = ResidualStream(model, token_ids(7), batch=batch)
+        found.append(rotate_and_slice(model, junctions(stream, decompose(stream), widths), widths, "low-rank"))
+    assert relative(logits(found[0]), logits(found[1])) < EXACT
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_fewer_tokens_than_dimensions(family):
     """Three tokens, a covariance of rank three: on those very tokens nothing is lost, elsewhere the result is finite."""
     model, ids = tiny(family), token_ids(1, 3)
-    sliced = slice_model(model, ids, 0.5, round_interval=1)
+    sliced = slice_model(model, ids, 0.5, layout="low-rank", round_interval=1)
     assert relative(logits(sliced, ids), logits(model, ids)) < EXACT
     assert torch.isfinite(logits(sliced)).all()
 
@@ -260,7 +260,7 @@ def test_error_falls_with_width_and_pca_beats_random_directions():
         for seed in range(4):
             model = tiny("llama", seed=seed)
             rotations = (random_rotation(WIDTH, generator(seed)) for _ in range(2 * LAYERS + 1))
-            blindly = rotate_and_slice(model, turned(rotations), [k] * (2 * LAYERS) + [WIDTH])
+            blindly = rotate_and_slice(model, turned(rotations), [k] * (2 * LAYERS) + [WIDTH], "low-rank")
             for sliced in (slice_model(model, token_ids(), level, round_interval=1), blindly):
                 pairs.append((logits(sliced) - logits(model)).norm() / logits(model).norm())
         errors.append(torch.stack(pairs[0::2]).mean())
@@ -277,7 +277,7 @@ def test_normalised_signal_is_another_estimator():
     x = stream.hidden.flatten(0, 1)
     x = x / x.square().mean(-1, keepdim=True).sqrt()
     values = torch.linalg.eigvalsh(x.T @ x).flip(0)
-    assert torch.allclose(decompose(stream, "normalised")[0], values.clamp(min=0), atol=1e-3)
+    assert torch.allclose(decompose(stream, Settings(signal="normalised"))[0], values.clamp(min=0), atol=1e-3)
 
 
 def test_gain_offset_of_gemma_style_norms():
@@ -301,7 +301,7 @@ def test_generation_with_and_without_cache(family, layout):
 
 
 def test_tying_cannot_come_back():
-    sliced = slice_model(tiny("opt"), token_ids(), 0.25)
+    sliced = slice_model(tiny("opt"), token_ids(), 0.25, layout="low-rank")
     expected = logits(sliced)
     sliced.tie_weights()
     assert torch.equal(logits(sliced), expected)
@@ -320,7 +320,7 @@ def test_calibration_in_bfloat16(family, layout):
     exact = tiny(family)
     half = slice_model(tiny(family).bfloat16(), token_ids(), 0.25, layout=layout)
     assert half.dtype == torch.bfloat16
-    assert relative(logits(half).double(), logits(slice_model(exact, token_ids(), 0.25))) < 0.15
+    assert relative(logits(half).double(), logits(slice_model(exact, token_ids(), 0.25, layout=layout))) < 0.15
 
 
 def test_a_sliced_model_can_be_copied_after_use():
@@ -355,9 +355,24 @@ def test_tied_layout_is_the_same_function_with_one_table(family, level):
 
 def test_tied_layout_needs_a_tied_model_and_a_whole_head():
     with pytest.raises(ValueError, match="shares the embedding"):
-        sweep(tiny("llama", tie_word_embeddings=False), token_ids(), [0.25], layout="tied")
+        sweep(tiny("llama", tie_word_embeddings=False), token_ids(), [0.25], Settings(layout="tied"))
     with pytest.raises(ValueError, match="at full width"):
-        sweep(tiny("llama", tie_word_embeddings=True), token_ids(), [0.25], layout="tied", slice_head=True)
+        sweep(tiny("llama", tie_word_embeddings=True), token_ids(), [0.25], Settings(layout="tied", slice_head=True))
+
+
+@pytest.mark.parametrize("family", SLICEABLE)
+def test_the_layout_is_that_of_the_head_unless_it_is_given(family):
+    for tied in (True, False):
+        model = tiny(family, tie_word_embeddings=tied)
+        usual = "tied" if tied else "low-rank"
+        for cut, settings, layout in (
+            (0.25, {}, usual),
+            (0.25, {"slice_head": True}, "low-rank"),
+            (uneven_widths(model), {}, usual),
+            (uneven_widths(model, 18), {}, "low-rank"),
+            (0.25, {"layout": "dense"}, "dense"),
+        ):
+            assert slice_model(model, token_ids(), cut, **settings).edits[0]["layout"] == layout
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------------
@@ -396,9 +411,9 @@ def test_shortcuts_of_a_schedule_are_stored_in_the_smaller_form_that_exists():
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_schedule_of_a_single_layer(family):
     model = tiny(family, num_hidden_layers=1)
-    sliced = slice_model(model, token_ids(), [24, 30, 32])
+    sliced = slice_model(model, token_ids(), [24, 30, 32], layout="low-rank")
     assert torch.isfinite(logits(sliced)).all()
-    assert relative(logits(slice_model(model, token_ids(), [32, 32, 32])), logits(model)) < EXACT
+    assert relative(logits(slice_model(model, token_ids(), [32, 32, 32], layout="low-rank")), logits(model)) < EXACT
 
 
 def test_variance_schedule_by_hand():
@@ -417,11 +432,36 @@ def test_schedule_for_a_size_is_counted_on_the_real_model(layout):
     model = tiny("llama", hidden_size=64)
     energies = spectra(model, token_ids())
     wanted = count(slice_model(model, token_ids(), 0.25, layout=layout, round_interval=1)).params
-    widths = widths_for_size(model, energies, wanted, 1, layout)
+    widths = widths_for_size(model, energies, wanted, Settings(layout=layout, round_interval=1))
     found = count(slice_model(model, token_ids(), widths, layout=layout)).params
     assert 0.98 * wanted < found <= wanted
     with pytest.raises(ValueError, match="ask for more"):
         widths_for_size(model, energies, 1000)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("statistics", ["sliced", "dense"])
+def test_a_variance_schedule_has_the_size_of_the_constant_one(family, statistics):
+    """Level by level as a run of its own, with the widths that are found by hand; given widths stay as they are."""
+    width = dict(hidden_size=64) | (dict(word_embed_proj_dim=64) if family == "opt" else {})
+    model, settings = tiny(family, **width), dict(round_interval=1, statistics=statistics)
+    given, energies = [64, 60] + [40] * (Anatomy(model).junctions - 3) + [64], spectra(model, token_ids())
+    for cut, small in sweep(model, token_ids(), [0.25, given, 0.4], Settings(schedule="variance", **settings)):
+        if cut is given:
+            widths = given
+        else:
+            constant = count(slice_model(model, token_ids(), cut, round_interval=1)).params
+            widths = widths_for_size(model, energies, constant, Settings(round_interval=1))
+            assert 0.98 * constant < count(small).params <= constant
+        assert small.edits[0]["widths"] == widths
+        assert torch.equal(logits(small), logits(slice_model(model, token_ids(), widths, **settings)))
+
+
+def test_widths_as_a_schedule():
+    model, widths = tiny("llama"), uneven_widths(tiny("llama"))
+    small = slice_model(model, token_ids(), 0.25, schedule=tuple(widths))
+    assert small.edits[0]["widths"] == widths
+    assert torch.equal(logits(small), logits(slice_model(model, token_ids(), widths)))
 
 
 def test_bad_schedules():
@@ -435,7 +475,7 @@ def test_bad_schedules():
 
 def test_dense_statistics_are_nested_and_another_estimator():
     model = tiny("llama")
-    found = dict(sweep(model, token_ids(), [0.0, 0.25, 0.5], statistics="dense", round_interval=1))
+    found = dict(sweep(model, token_ids(), [0.0, 0.25, 0.5], Settings(statistics="dense", round_interval=1)))
     assert relative(logits(found[0.0]), logits(model)) < EXACT
     tables = {level: m.model.embed_tokens.weight for level, m in found.items()}
     assert relative(tables[0.25][:, :16], tables[0.5]) < 1e-12
@@ -446,11 +486,12 @@ def test_dense_statistics_are_nested_and_another_estimator():
 @pytest.mark.parametrize("family", SLICEABLE)
 def test_compensation_gives_deleted_means_back(family, slice_head):
     model, ids = tiny(family), token_ids()
-    sliced = slice_model(model, ids, 0.5, compensate=True, slice_head=slice_head)
+    settings = dict(layout="low-rank", slice_head=slice_head)
+    sliced = slice_model(model, ids, 0.5, compensate=True, **settings)
     # the calibration carried the compensated network: same final stream
     stream = ResidualStream(model, ids, batch=4)
     widths = constant_widths(model, 0.5, slice_head=slice_head)
-    *_, last = junctions(stream, decompose(stream), widths, compensate=True)
+    *_, last = junctions(stream, decompose(stream), widths, Settings(compensate=True))
     anatomy = Anatomy(model)
     x = stream.hidden - stream.hidden.mean(-1, keepdim=True) if anatomy.family.subtracts_mean else stream.hidden
     kept = last.axes[:, : widths[-1]]
@@ -462,7 +503,7 @@ def test_compensation_gives_deleted_means_back(family, slice_head):
         assert relative(logits(sliced, ids), anatomy.head(normed)) < EXACT
     # what the first readers return is right on average, and was not before
     name, means = f"{anatomy.family.blocks}.0.{anatomy.family.attention.readers[0]}", {}
-    plain = slice_model(model, ids, 0.5, slice_head=slice_head)
+    plain = slice_model(model, ids, 0.5, **settings)
     for label, network in (("dense", model), ("compensated", sliced), ("plain", plain)):
 
         def keep(_, inputs, out, label=label):
@@ -478,7 +519,7 @@ def test_compensation_gives_deleted_means_back(family, slice_head):
 def test_compensation_is_off_by_default_and_not_for_dense_statistics():
     assert not slice_model(tiny("llama"), token_ids(), 0.25).edits[0]["compensated"]
     with pytest.raises(ValueError, match="measured on the sliced stream"):
-        sweep(tiny("llama"), token_ids(), [0.25], compensate=True, statistics="dense")
+        Settings(compensate=True, statistics="dense")
 
 
 def test_dropping_shortcut_columns():
@@ -532,16 +573,26 @@ def test_coordinates_in_place_of_axes():
     assert errors[True] < errors[False]
 
 
-def test_principal_angles_against_the_shortcuts():
-    model = tiny("llama")
-    angles = principal_angles(model, token_ids(), 0.25)
-    sliced = slice_model(model, token_ids(), 0.25, layout="dense", slice_head=True)
-    shortcuts = [module.shortcut for module in sliced.modules() if getattr(module, "shortcut", None) is not None]
-    assert angles.shape == (2 * LAYERS, 24)
-    for found, shortcut in zip(angles, shortcuts, strict=True):
-        cosines = torch.linalg.svdvals(shortcut.detach())
-        assert torch.allclose(torch.cos(torch.deg2rad(found)), cosines, atol=1e-10)
-        assert (found[:16] < 1e-5).all()  # two subspaces of 24 in 32 dimensions share at least 16
+def own_bases(model, level):
+    return slice_without_shortcuts(model, token_ids(), level, round_interval=1)
+
+
+def one_basis(model, level):
+    return slice_globally(model, global_axes(model, token_ids()), kept_width(WIDTH, level, 1))
+
+
+@pytest.mark.parametrize(("sweep_of", "alone"), [(stock_sweep, own_bases), (global_sweep, one_basis)])
+def test_stock_sweeps_are_single_runs(sweep_of, alone):
+    model, levels = tiny("llama"), [0.25, 0.0, 0.1]
+    before, expected = logits(model), [logits(stock_model(alone(model, level))) for level in levels]
+    made = list(sweep_of(model, token_ids(), levels, Rounding(1)))
+    assert [level for level, _ in made] == levels
+    for (level, small), right in zip(made, expected, strict=True):
+        assert torch.equal(logits(small), right)
+        assert small.config.hidden_size == kept_width(WIDTH, level, 1)
+    assert torch.equal(logits(model), before)
+    ((_, consumed),) = sweep_of(model, token_ids(), levels[:1], Rounding(1), inplace=True)
+    assert torch.equal(logits(consumed), expected[0])
 
 
 # --- used by others ---------------------------------------------------------------------------------------------------------
@@ -563,7 +614,7 @@ def test_left_padded_batches(family, layout):
 def test_gradient_checkpointing_gives_the_same_gradients(family):
     gradients = []
     for checkpointing in (False, True):
-        sliced = slice_model(tiny(family), token_ids(), 0.25).train()
+        sliced = slice_model(tiny(family), token_ids(), 0.25, layout="low-rank").train()
         if checkpointing:
             sliced.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         sliced.config.use_cache = False
@@ -599,34 +650,39 @@ def test_save_pretrained_says_why_not(tmp_path):
         slice_model(tiny("llama"), token_ids(), 0.25).save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("sweep_of", [sweep, stock_sweep, global_sweep])
 @pytest.mark.parametrize("level", [-0.1, 1.0, 1.5])
-def test_levels_outside_the_range(level):
+def test_levels_outside_the_range(level, sweep_of):
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
-        sweep(tiny("llama"), token_ids(), [0.25, level])
+        sweep_of(tiny("llama"), token_ids(), [0.25, level])
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (dict(layout="sparse"), "low-rank, dense"),
+        (dict(layout="global"), "slice_globally"),
+        (dict(schedule="rising"), "constant, variance"),
+        (dict(schedule=[24] * 6 + [32]), "constant, variance"),
         (dict(signal="cooked"), "raw, normalised"),
         (dict(orientation="north"), "pca, random"),
-        (dict(orientation="random"), "Generator"),
+        (dict(statistics="none"), "sliced, dense"),
+        (dict(precision="float16"), "float64, float32"),
+        (dict(output_norms="fold"), "refuse, exact, metric, fitted"),
+        (dict(round_interval=0), "not a positive number"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(settings, message):
     with pytest.raises(ValueError, match=message):
-        sweep(tiny("llama"), token_ids(), [0.25], **settings)
+        Settings(**settings)
+    with pytest.raises(ValueError, match=message):
+        slice_model(tiny("llama"), token_ids(), 0.25, **settings)
 
 
-def test_in_place_takes_one_level():
+@pytest.mark.parametrize("sweep_of", [sweep, stock_sweep, global_sweep])
+def test_in_place_takes_one_level(sweep_of):
     with pytest.raises(ValueError, match="exactly one"):
-        sweep(tiny("llama"), token_ids(), [0.1, 0.2], inplace=True)
-
-
-def test_one_basis_has_its_own_functions():
-    with pytest.raises(ValueError, match="slice_globally"):
-        sweep(tiny("llama"), token_ids(), [0.25], layout="global")
+        sweep_of(tiny("llama"), token_ids(), [0.1, 0.2], inplace=True)
 
 
 # --- widths and counts -----------------------------------------------------------------------------------------------------
@@ -692,7 +748,7 @@ def test_counts_match_the_closed_forms(name, level):
     published = count(shapes_only(dense, constant_widths(dense, level), "dense")).params
     head_norms = 2 * layers * dense.config.head_dim if dense.config.model_type == "qwen3" else 0
     assert published == reference_count(name, k) + head_norms
-    low_rank = count(shapes_only(dense, constant_widths(dense, level))).params
+    low_rank = count(shapes_only(dense, constant_widths(dense, level), "low-rank")).params
     steps = layers if dense.config.model_type == "phi" else 2 * layers
     saved = (steps - 1) * (k * k - k * min(k, d - k)) + k * d
     assert low_rank == published - saved

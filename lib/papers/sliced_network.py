@@ -28,19 +28,20 @@ from lib.primitives.surgery import embedding, linear, parameter, record_edit, sh
 # and shared with the head. global: the same basis everywhere, no shortcuts.
 LAYOUTS = ("low-rank", "dense", "tied", "global")
 
-# What to do about sandwich norms. exact: the writer stays whole for its norm, diag(g) B follows; a reference, saves little.
-# metric: the writer is folded, y' = z W diag(g) B, and rms(y) is estimated from y' by `MetricNorm`: that of y' Bᵀ diag(1/g).
-# fitted: the same network, but y is estimated from y' by least squares on the calibration data. Also where gains are zero.
+# What to do about sandwich norms. exact: the writer and its norm stay whole, and diag(g) B follows them; this deletes nothing of
+# the writer, so it saves few parameters and serves as the reference for the other two. metric: the writer becomes
+# y' = z W diag(g) B, and `MetricNorm` estimates rms(y) as that of y' Bᵀ diag(1/g). fitted: the same network, but y is estimated
+# from y' by least squares on the calibration data, which also works where gains are zero.
 OUTPUT_NORMS = ("refuse", "exact", "metric", "fitted")
-SMALLEST_GAIN = 1e-4  # of the largest; `metric` divides by the gain, and float32 has no more digits to lose
+SMALLEST_GAIN = 1e-4  # relative to the largest; `metric` divides by the gain, and in float32 a smaller one leaves too few digits
 
 
 @dataclass(frozen=True)
 class NormFit:
-    """How rms(y)² of what a writer wrote follows from q, the energy that the cut leaves of it: slope · q + intercept.
+    """The estimate slope · q + intercept of rms(y)²: y is the output of a writer, q the energy that the cut leaves of it.
 
-    error: root mean square, over the calibration tokens, of the relative error of rms(y)² + epsilon. undo: [d, d], so that q
-    is the energy of (g * y) B Bᵀ undo; None for diag(1/g).
+    undo: [d, d]; q is the energy of (g * y) B Bᵀ undo, and None stands for diag(1/g). error: root mean square, over the
+    calibration tokens, of the relative error of the estimated rms(y)² + epsilon.
     """
 
     slope: float
@@ -51,11 +52,11 @@ class NormFit:
 
 @dataclass(frozen=True)
 class Junction:
-    """One point of the residual stream before a norm: the orthogonal axes [d, d] that it is turned to, and what they cost.
+    """One point of the residual stream before a norm: the orthogonal axes [d, d] that it is turned to, and what was measured.
 
     values: energy [d] along each axis. stream_shift, norm_shift: mean [d] of what the cut deletes from the stream and from
-    the norm's output; given where bias compensation is wanted (our extra, not in the paper). fit: of the sandwich norm that
-    leads here, where it is estimated from a cut stream.
+    the norm's output; given if these means are to be added back as biases (our extra, not in the paper). fit: the estimate
+    for the sandwich norm of the writer before this junction, if `output_norms` asks for one.
     """
 
     axes: torch.Tensor
@@ -64,6 +65,39 @@ class Junction:
     norm_shift: torch.Tensor | None = None
     fit: NormFit | None = None
 
+    def to(self, device: torch.device) -> Junction:
+        """The same junction with axes and means on `device`."""
+        axes, *shifts = (None if x is None else x.to(device) for x in (self.axes, self.stream_shift, self.norm_shift))
+        return Junction(axes, self.values, *shifts, self.fit)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The way from one junction to the next, over half a block, or over both halves of a parallel one. Made by `connect`.
+
+    a: [d, j] and b: [d, k], the bases of the stream at `start` and at `end`. shortcut: the matrix that carries the residual
+    from a to b, in the given form (see `connect`); None if the residual is only padded with zeros, or goes on as it is.
+    """
+
+    start: Junction
+    end: Junction
+    a: torch.Tensor
+    b: torch.Tensor
+    shortcut: torch.Tensor | None
+    form: str  # dense or low-rank
+
+    @property
+    def rank(self) -> int | None:
+        """Columns of a low-rank shortcut, 0 without any; None for a dense one."""
+        if self.form == "dense":
+            return None
+        return 0 if self.shortcut is None else self.shortcut.shape[1]
+
+    @property
+    def fit(self) -> NormFit | None:
+        """The estimate for the sandwich norm on the way; None if the basis b is complete, where there is nothing to estimate."""
+        return self.end.fit if self.b.shape[1] < len(self.b) else None
+
 
 # --- modules ------------------------------------------------------------------------------------------------------------
 
@@ -71,10 +105,10 @@ class Junction:
 class JunctionNorm(nn.Module):
     """RMS norm of a sliced stream, dividing by the *original* d: deleted coordinates count as zeros.
 
-    Input [..., stream], whose columns beyond the junction's own width are zero; result [..., width]. Gain and offset are
-    folded into the readers, except before a tied head, which must stay as it is. If the writer of the same half needs it
-    for a shortcut (`remembers`), the input is kept until that writer takes it. `extra` is set on the final norm when the
-    head is not sliced: coordinates of the last writer beyond the stream, joined to it before the norm.
+    Input [..., stream width], whose columns beyond the junction's own width are zero; result [..., width]. Gain and offset are
+    folded into the readers, except before a tied head, which must stay as it is. `remembers`: keep the input, because the
+    writer of the same half needs it for its shortcut and takes it there. `extra` is set on the final norm when the head is not
+    sliced: the coordinates of the last writer that the stream has no room for, joined to it before the norm.
     """
 
     def __init__(self, d: int, epsilon: float, width: int | None = None):
@@ -110,15 +144,15 @@ class ShortcutWriter(nn.Module):
 
     With u the residual, low-rank adds -(uC)Cᵀ, so the sum is u(I - CCᵀ) + output; dense adds uS - u. The result is padded
     with zeros to the width of the stream, which is that of the widest junction. In the last step before an unsliced head
-    the coordinates beyond the stream go to the final norm instead.
+    the coordinates beyond that width go to the final norm instead.
 
-    writer: a linear layer, or the sandwich norm behind one. norm: of the same half, where this writer carries the residual;
-    None in the other half of a parallel block.
+    writer: a linear layer, or the sandwich norm behind one. norm: that of the same half, if this writer has a shortcut to
+    apply; None otherwise, as in one half of a parallel block.
     """
 
-    def __init__(self, writer: nn.Module, stream: int, norm: JunctionNorm | None, shortcut: torch.Tensor | None, form: str):
+    def __init__(self, writer: nn.Module, stream_width: int, norm: JunctionNorm | None, shortcut: torch.Tensor | None, form: str):
         super().__init__()
-        self.linear, self.stream, self.form = writer, stream, form
+        self.linear, self.stream_width, self.form = writer, stream_width, form
         self.shortcut = None if shortcut is None else parameter(shortcut, like=next(writer.parameters()))
         self._norm = [norm]  # in lists: these modules belong to the block and to the model
         self._final: list[JunctionNorm] = []
@@ -127,7 +161,7 @@ class ShortcutWriter(nn.Module):
             norm.remembers = True
 
     def feed(self, final: JunctionNorm, adds: bool) -> None:
-        """Send what exceeds the stream to the final norm, on top of what another writer sent (`adds`) or anew."""
+        """Send the columns beyond the stream's width to the final norm; `adds`: to those that another writer has sent."""
         self._final, self._adds = [final], adds
 
     @property
@@ -144,9 +178,9 @@ class ShortcutWriter(nn.Module):
                 out = out + before @ self.shortcut
             else:
                 out = out - _padded((before @ self.shortcut) @ self.shortcut.T, out.shape[-1])
-        out = _padded(out, self.stream)
+        out = _padded(out, self.stream_width)
         if self._final:
-            out, beyond = out.split([self.stream, out.shape[-1] - self.stream], dim=-1)
+            out, beyond = out.split([self.stream_width, out.shape[-1] - self.stream_width], dim=-1)
             self._final[0].extra = self._final[0].extra + beyond if self._adds else beyond
         return out - u if u is not None and self.form == "dense" else out
 
@@ -155,9 +189,9 @@ class MetricNorm(nn.Module):
     """A sandwich norm behind a folded writer: y' / √(‖y' Rᵀ‖² + floor² + epsilon), where the root estimates rms(y).
 
     y' = (g * y) B [..., k] is what the writer wrote after gain g [d] and basis B [d, k]. R comes from a QR factorisation of
-    Pᵀ, where y' P estimates y. With P = Bᵀ diag(1/g), ‖y' Rᵀ‖² = y' Bᵀ diag(g)⁻² B y'ᵀ, which at k = d is ‖y‖². Below it
-    lacks what was deleted: `fit` corrects it, slope and intercept. epsilon is the norm's own: it is added to rms(y)², which no
-    gain or basis has touched.
+    Pᵀ, where y' P estimates y. With P = Bᵀ diag(1/g), ‖y' Rᵀ‖² = y' Bᵀ diag(g)⁻² B y'ᵀ, which at k = d is ‖y‖². For k < d the
+    energy of what was deleted is missing; slope and intercept of `fit` make up for it. epsilon is that of the dense norm,
+    unscaled, because the estimate is one of rms(y)² itself, before gain and rotation.
     """
 
     def __init__(self, b: torch.Tensor, gain: torch.Tensor, epsilon: float, fit: NormFit, like: torch.Tensor):
@@ -220,7 +254,7 @@ def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _empty_linear(outputs: int, inputs: int, biased: bool, dtype: torch.dtype) -> nn.Linear:
-    """A layer of shapes alone: arithmetic on meta tensors would give the same, and takes most of the time of counting."""
+    """A layer without values. Arithmetic on meta tensors gives the same shapes, but would take most of the time of counting."""
     return nn.Linear(inputs, outputs, biased, device="meta", dtype=dtype)
 
 
@@ -268,11 +302,11 @@ def slice_sandwich(
     fit: NormFit | None = None,
     shift: torch.Tensor | None = None,
 ) -> tuple[nn.Linear, nn.Module]:
-    """What takes the place of a writer y = z W and of the sandwich norm behind it: (writer, norm), whose result is [..., k].
+    """The replacements (writer, norm) of a writer y = z W and of the sandwich norm behind it; the norm's result is [..., k].
 
-    exact: the writer as it is, and y / rms(y) times diag(g) B. metric, fitted: z W diag(g) B and a `MetricNorm`; without a
-    `fit` that of an uncut stream, where the exact form has the same size, which fitted prefers. shift [d]: added to the stream
-    behind the norm.
+    output_norms `exact`: the writer as it is, and y / rms(y) times diag(g) B. `metric` and `fitted`: z W diag(g) B and a
+    `MetricNorm`, which without a `fit` is that of a complete basis. At a complete basis `fitted` takes the exact form, which
+    needs no more parameters there. shift [d]: added to the stream behind the norm.
     """
     gained = norm_gain(norm, family)[:, None] * b
     added = None if shift is None else b.T @ shift
@@ -292,29 +326,29 @@ def slice_embedding(table: nn.Embedding, a: torch.Tensor, family: Family) -> nn.
 
 
 def connect(
-    a: torch.Tensor, axes: torch.Tensor, k: int, layout: str, rank: int | None = None, drop_below: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    """Basis B [d, k] after a step, and the shortcut that leads to it from basis a: (B, shortcut or None, its form).
+    start: Junction, a: torch.Tensor, end: Junction, k: int, layout: str, rank: int | None = None, drop_below: float = 0.0
+) -> Step:
+    """The step from `start`, where the stream has the basis a [d, j], to a basis of k columns at `end`.
 
-    Form `dense`, as published: S = AᵀB. Form `low-rank`: C with AᵀB = I - CCᵀ (and zero columns, where the next junction is
-    wider). Where the next one is narrower there is no such C, and S is stored. Towards a full basis (k = d) the low-rank
-    form starts that basis with A itself, so the shortcut is zero padding and needs no parameters.
+    Form `dense`, as published: the shortcut is S = AᵀB. Form `low-rank`: it is C, with AᵀB = I - CCᵀ (and zero columns, if the
+    next junction is wider). For a narrower one there is no such C, and S is stored. Towards a complete basis (k = d) the
+    low-rank form starts that basis with A itself, so that the shortcut is zero padding and needs no parameters.
 
     Columns of C whose principal angle has 1 - cos below `drop_below` are left out, an approximation; `rank` keeps exactly
-    that many.
+    that many columns.
     """
-    d, before = axes.shape[0], a.shape[1]
+    axes, before = end.axes, a.shape[1]
     if layout == "global" and k == before:
-        return a, None, "low-rank"
+        return Step(start, end, a, a, None, "low-rank")
     if layout == "dense" or k < before:
         b = axes[:, :k]
-        return b, a.T @ b, "dense"
-    if k == d > before:
-        return complete(a), None, "low-rank"
+        return Step(start, end, a, b, a.T @ b, "dense")
+    if k == len(axes) > before:
+        return Step(start, end, a, complete(a), None, "low-rank")
     b, c = symmetric_shortcut(a, axes, k)
     if rank is None:
         rank = c.shape[1] if drop_below == 0 else int((c.square().sum(0) >= drop_below).sum())
-    return b, c[:, :rank] if rank else None, "low-rank"
+    return Step(start, end, a, b, c[:, :rank] if rank else None, "low-rank")
 
 
 # --- building -----------------------------------------------------------------------------------------------------------
@@ -324,135 +358,154 @@ def rotate_and_slice(
     model: nn.Module,
     junctions: Iterator[Junction],
     widths: Sequence[int],
-    layout: str = "low-rank",
+    layout: str,
     drop_below: float = 0.0,
     ranks: Sequence[int | None] | None = None,
     inplace: bool = False,
     progress: Callable[[str], None] | None = None,
     output_norms: str = "refuse",
 ) -> nn.Module:
-    """Build the sliced network from one junction at a time, taken from `junctions` as it is needed.
+    """Build the sliced network from the junctions of a model, each of which is taken from `junctions` when it is needed.
 
     widths: columns kept at each junction, the last of which is the width of the head. Any orthogonal axes leave the
     function unchanged at widths d (the paper's Theorem 1); principal axes lose least below. The result is a model of the
-    same class with narrower modules; the dense one stays intact, or is consumed block by block with `inplace` so that both
+    same class with narrower modules. The dense model stays intact, or with `inplace` is consumed block by block, so that both
     are never in memory. ranks: columns of each low-rank shortcut, None for dense ones, to repeat a recorded edit.
     output_norms: one of `OUTPUT_NORMS`, of no effect without sandwich norms.
     """
     check_sliceable(model, output_norms)
     dense = Anatomy(model)
     check_widths(dense, widths, layout)
-    family, d, stream = dense.family, dense.width, max(widths[:-1])
-    head, final_norm = dense.head, dense.get(family.final_norm)
-    device = head.weight.device
     sliced = Anatomy(model if inplace else shell(model))
+    family, stream_width = dense.family, max(widths[:-1])
 
-    here = next(junctions)
-    compensated = here.stream_shift is not None
-    a = here.axes[:, : widths[0]].to(device)
-    tables = _embeddings(dense, a, stream, layout)
-    last_norm = JunctionNorm(d, norm_epsilon(final_norm), widths[-1])
-    step, found, errors = 0, [], []
+    # The embeddings write the first stream, in the basis of the first junction.
+    start = next(junctions).to(dense.head.weight.device)
+    a = start.axes[:, : widths[0]]
+    for name, table in _embeddings(dense, a, stream_width, layout).items():
+        sliced.put(name, table)
+
+    # Each block reads the stream in one basis and writes it in the next. Its modules are replaced after its last step, because
+    # finding the junctions runs the dense block.
+    final_norm = JunctionNorm(dense.width, norm_epsilon(dense.get(family.final_norm)), widths[-1])
+    steps, ranks_found, norm_errors = _steps(start, a, junctions, widths, layout, drop_below, ranks), [], []
     for i, block in enumerate(sliced.blocks):
         new: dict[str, nn.Module] = {}
         for _, halves in dense.steps:
-            step += 1
-            k, last = widths[step], step + 1 == len(widths)
-            # A head of full width deletes nothing, so its junction needs no principal axes: nothing is measured for it.
-            if last and (layout == "tied" or k == d > a.shape[1]):
-                there = Junction(torch.eye(d, dtype=a.dtype, device=device) if layout == "tied" else complete(a))
-            else:
-                there = next(junctions)
-            form = "dense" if last and layout == "tied" else layout
-            rank = None if ranks is None else ranks[step - 1]
-            b, shortcut, form = connect(a, there.axes.to(device), k, form, rank, drop_below)
-            final = last_norm if last and k > stream else None
-            fit = there.fit if k < d else None  # nothing is deleted, nothing to be estimated
-            new |= _sliced_step(block, halves, family, here, a, b, shortcut, form, stream, final, output_norms, fit)
-            errors.append(fit.error if fit else 0.0)
-            found.append(None if form == "dense" else 0 if shortcut is None else shortcut.shape[1])
-            here, a = there, b
-        for name, module in new.items():  # only now: finding the axes ran the dense block
+            step = next(steps)
+            new |= _sliced_step(block, halves, step, family, stream_width, final_norm, output_norms)
+            ranks_found.append(step.rank)
+            norm_errors.append(step.fit.error if step.fit else 0.0)
+        for name, module in new.items():
             block.set_submodule(name, module)
         if progress:
-            progress(f"sliced layer {i + 1} of {len(sliced.blocks)} to width {a.shape[1]}")
-    if layout == "tied":
-        if (gain := getattr(final_norm, "weight", None)) is not None:
-            last_norm.weight = parameter(norm_gain(final_norm, family), like=gain)
-        if (offset := norm_offset(final_norm)) is not None:
-            last_norm.bias = parameter(offset, like=final_norm.bias)
-    else:
-        sliced.put(family.head, slice_reader(head, final_norm, a, family, _on(here.norm_shift, device)))
-        untie_head(sliced.model)
-    sliced.put(family.final_norm, last_norm)
-    for name, table in tables.items():
-        sliced.put(name, table)
-    edit = dict(edit="slicegpt", widths=list(widths), layout=layout, ranks=found, compensated=compensated)
+            progress(f"sliced layer {i + 1} of {len(sliced.blocks)} to width {step.b.shape[1]}")
+
+    # The head reads the last basis.
+    _put_head(sliced, step, final_norm, layout)
+
+    # The record says what a saved model needs to be built again.
+    compensated = start.stream_shift is not None
+    edit = dict(edit="slicegpt", widths=list(widths), layout=layout, ranks=ranks_found, compensated=compensated)
     if sandwich_norms(family):
-        edit |= dict(output_norms=output_norms, norm_errors=errors)
+        edit |= dict(output_norms=output_norms, norm_errors=norm_errors)
     record_edit(sliced.model, **edit)
     return sliced.model
 
 
-def _sliced_step(
-    block: nn.Module,
-    halves: tuple[Half, ...],
-    family: Family,
-    here: Junction,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    shortcut: torch.Tensor | None,
-    form: str,
-    stream: int,
-    final: JunctionNorm | None,
-    output_norms: str,
-    fit: NormFit | None,
-) -> dict[str, nn.Module]:
-    """The modules, by name, that replace norms, readers and writers between two junctions with bases a and b.
-
-    `final` is given in the last step before a head that is wider than the stream. Of the two halves of a parallel block
-    the last one carries the residual and its shortcut.
-    """
-    stream_shift, norm_shift = (_on(shift, a.device) for shift in (here.stream_shift, here.norm_shift))
-    new: dict[str, nn.Module] = {}
-    for half in halves:
-        carries = half is halves[-1]
-        norm = block.get_submodule(half.norm)
-        junction = new.setdefault(half.norm, JunctionNorm(a.shape[0], norm_epsilon(norm), a.shape[1]))
-        for name in half.readers:
-            new[name] = slice_reader(block.get_submodule(name), norm, a, family, norm_shift)
-        shift = stream_shift if carries else None
-        writer, last = block.get_submodule(half.writer), half.output_norm or half.writer
-        if half.output_norm is None:
-            writer = slice_writer(writer, b, family, shift)
-        else:
-            norm = block.get_submodule(half.output_norm)
-            new[half.writer], writer = slice_sandwich(writer, norm, b, family, output_norms, fit, shift)
-        residual = junction if carries and shortcut is not None else None
-        if residual is not None or b.shape[1] != stream:
-            writer = ShortcutWriter(writer, stream, residual, shortcut if carries else None, form)
-        if final is not None:
-            writer.feed(final, adds=half is not halves[0])
-        new[last] = writer
-    return new
-
-
-def _embeddings(dense: Anatomy, a: torch.Tensor, stream: int, layout: str) -> dict[str, nn.Module]:
-    """The tables that write the first stream: cut to the columns of `a`, or, with a tied head, the token table whole."""
+def _embeddings(dense: Anatomy, a: torch.Tensor, stream_width: int, layout: str) -> dict[str, nn.Module]:
+    """The tables that write the first stream, cut to the columns of `a`; in the `tied` layout the token table stays whole."""
     family = dense.family
     tables = {name: slice_embedding(dense.get(name), a, family) for name in family.embeddings}
     if layout == "tied":
         token_table = family.embeddings[0]
         projection = remove_mean(a, dim=0) if family.subtracts_mean else a  # E M A: the mean is taken from the rows of A
         tables[token_table] = ProjectedEmbedding(dense.get(token_table), projection)
-    if a.shape[1] < stream:
+    if a.shape[1] < stream_width:
         for table in tables.values():
-            table.register_forward_hook(_PadOutput(stream))
+            table.register_forward_hook(_PadOutput(stream_width))
     return tables
 
 
-def _on(shift: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if shift is None else shift.to(device)
+def _steps(
+    start: Junction,
+    a: torch.Tensor,
+    junctions: Iterator[Junction],
+    widths: Sequence[int],
+    layout: str,
+    drop_below: float,
+    ranks: Sequence[int | None] | None,
+) -> Iterator[Step]:
+    """All steps of a network, from `start` with basis a on; the junction at the end of a step is taken when the step is."""
+    d, last = len(a), len(widths) - 1
+    for i, k in enumerate(widths[1:], 1):
+        form = layout
+        # A head of full width deletes nothing, so its junction needs no principal axes and is not measured.
+        if i == last and layout == "tied":
+            end, form = Junction(torch.eye(d, dtype=a.dtype, device=a.device)), "dense"
+        elif i == last and k == d > a.shape[1]:
+            end = Junction(complete(a))
+        else:
+            end = next(junctions).to(a.device)
+        step = connect(start, a, end, k, form, None if ranks is None else ranks[i - 1], drop_below)
+        yield step
+        start, a = end, step.b
+
+
+def _sliced_step(
+    block: nn.Module,
+    halves: tuple[Half, ...],
+    step: Step,
+    family: Family,
+    stream_width: int,
+    final_norm: JunctionNorm,
+    output_norms: str,
+) -> dict[str, nn.Module]:
+    """The modules, by name, that replace the norms, readers and writers of the halves of one step.
+
+    Of the two halves of a parallel block the last one carries the residual and its shortcut. Columns beyond the stream's
+    width, which only a wider head has, go to the final norm.
+    """
+    new: dict[str, nn.Module] = {}
+    for half in halves:
+        # Norm and readers take basis a.
+        norm = block.get_submodule(half.norm)
+        junction = new.setdefault(half.norm, JunctionNorm(len(step.a), norm_epsilon(norm), step.a.shape[1]))
+        for name in half.readers:
+            new[name] = slice_reader(block.get_submodule(name), norm, step.a, family, step.start.norm_shift)
+
+        # The writer, or the sandwich norm behind it, returns basis b.
+        carries = half is halves[-1]
+        shift = step.start.stream_shift if carries else None
+        writer, last = block.get_submodule(half.writer), half.output_norm or half.writer
+        if half.output_norm is None:
+            writer = slice_writer(writer, step.b, family, shift)
+        else:
+            norm = block.get_submodule(half.output_norm)
+            new[half.writer], writer = slice_sandwich(writer, norm, step.b, family, output_norms, step.fit, shift)
+
+        # Around it, where they are needed: shortcut, padding to the width of the stream, and the way to a wider final norm.
+        residual = junction if carries and step.shortcut is not None else None
+        if residual is not None or step.b.shape[1] != stream_width:
+            writer = ShortcutWriter(writer, stream_width, residual, step.shortcut if carries else None, step.form)
+        if step.b.shape[1] > stream_width:
+            writer.feed(final_norm, adds=half is not halves[0])
+        new[last] = writer
+    return new
+
+
+def _put_head(sliced: Anatomy, step: Step, final_norm: JunctionNorm, layout: str) -> None:
+    """Put the final norm, and a head cut to the last basis; a tied head stays as it is, and the norm keeps gain and offset."""
+    family, norm = sliced.family, sliced.get(sliced.family.final_norm)
+    if layout == "tied":
+        if (gain := getattr(norm, "weight", None)) is not None:
+            final_norm.weight = parameter(norm_gain(norm, family), like=gain)
+        if (offset := norm_offset(norm)) is not None:
+            final_norm.bias = parameter(offset, like=norm.bias)
+    else:
+        sliced.put(family.head, slice_reader(sliced.head, norm, step.b, family, step.end.norm_shift))
+        untie_head(sliced.model)
+    sliced.put(family.final_norm, final_norm)
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------------
@@ -468,15 +521,15 @@ def check_sliceable(model: nn.Module, output_norms: str = "refuse") -> None:
     anatomy = Anatomy(model)
     choose_one("output_norms", output_norms, OUTPUT_NORMS)
     if any(isinstance(module, JunctionNorm) for module in model.modules()):
-        raise ValueError("this model is already sliced: slice the dense model at a higher level instead")
+        raise ValueError("this model is already sliced: slice the dense model, at a higher level")
     norms = sandwich_norms(anatomy.family)
     if norms and output_norms == "refuse":
         raise ValueError(
-            f"SliceGPT cannot rotate {model.config.model_type}: it normalises what attention and MLP write before "
-            "adding it (sandwich norms), and that norm's scale is not invariant under a rotation that follows its gain. "
-            "Use a method that leaves the residual stream alone, or an extension of ours, with slice_model or method slicegpt: "
-            "output_norms=exact (keeps writers whole, a reference that saves little), or output_norms=metric or fitted (folds "
-            "the gain and estimates the scale, an approximation once something is deleted)"
+            f"SliceGPT cannot rotate {model.config.model_type}: this model normalises the outputs of attention and MLP before "
+            "it adds them to the stream (sandwich norms), and a rotation behind the gain of such a norm changes its scale. "
+            "Use a method that does not rotate the stream, or one of our extensions of SliceGPT: output_norms=exact (keeps the "
+            "writers whole, so that few parameters are saved), or output_norms=metric or fitted (folds the gain into the writer "
+            "and estimates the scale, which is an approximation once something is deleted)"
         )
     for i, block in enumerate(anatomy.blocks if output_norms == "metric" else ()):
         for name in norms:
@@ -486,19 +539,19 @@ def check_sliceable(model: nn.Module, output_norms: str = "refuse") -> None:
 def _check_gain(name: str, gain: torch.Tensor) -> None:
     if not gain.is_meta and (small := gain < SMALLEST_GAIN * gain.max()).any():
         raise ValueError(
-            f"{int(small.sum())} entries of the gain of {name} are (almost) zero, at most {SMALLEST_GAIN:g} of its largest: "
-            "output_norms=metric divides by the gain, so it cannot know the size of those channels. Use output_norms=exact, or "
-            "output_norms=fitted, which does not divide"
+            f"{int(small.sum())} entries of the gain of {name} are zero or below {SMALLEST_GAIN:g} of its largest entry: "
+            "output_norms=metric divides by the gain, which is not possible for these channels. Use output_norms=exact or "
+            "output_norms=fitted, which do not divide by it"
         )
 
 
 def usual_layout(model: nn.Module, slice_head: bool = False) -> str:
-    """`tied` where the head shares the embedding table and stays whole, else `low-rank`."""
+    """`tied` if the head shares the embedding table and is not sliced, else `low-rank`."""
     return "tied" if model.config.tie_word_embeddings and not slice_head else "low-rank"
 
 
 def check_widths(dense: Anatomy, widths: Sequence[int], layout: str) -> None:
-    """Raise ValueError for widths or a layout that this model cannot be given."""
+    """Raise ValueError for widths or a layout that this model cannot have."""
     d, wanted = dense.width, dense.junctions
     choose_one("layout", layout, LAYOUTS)
     whole = all(isinstance(k, int) and not isinstance(k, bool) and 0 < k <= d for k in widths)
@@ -507,7 +560,7 @@ def check_widths(dense: Anatomy, widths: Sequence[int], layout: str) -> None:
     if layout == "tied" and (not dense.model.config.tie_word_embeddings or widths[-1] != d):
         raise ValueError("layout 'tied' is for a model whose head shares the embedding table, at full width: use low-rank")
     if layout == "global" and (len(set(widths[:-1])) > 1 or widths[-1] not in (widths[0], d)):
-        raise ValueError("layout 'global' has one basis: give every junction the same width (the head may keep its own)")
+        raise ValueError("layout 'global' has one basis: give every junction the same width (the head may be of full width)")
 
 
 def replay(
@@ -530,13 +583,13 @@ def replay(
     sliced = rotate_and_slice(model, junctions, widths, layout, ranks=ranks, inplace=True, output_norms=output_norms)
     if sliced.edits[-1]["ranks"] != ranks:
         raise ValueError(f"shortcuts of ranks {ranks} do not fit between widths {widths}")
-    if norm_errors is not None:  # measured once, on the calibration set
+    if norm_errors is not None:  # they were measured on the calibration set, which is not at hand now
         sliced.edits[-1]["norm_errors"] = norm_errors
     return sliced
 
 
-def shapes_only(model: nn.Module, widths: Sequence[int], layout: str = "low-rank", output_norms: str = "refuse") -> nn.Module:
-    """The sliced network as shapes on the meta device, from a model of any size and on any device: for counting."""
+def shapes_only(model: nn.Module, widths: Sequence[int], layout: str, output_norms: str = "refuse") -> nn.Module:
+    """The sliced network as shapes on the meta device, for counting; the model may have any size and be on any device."""
     junctions = itertools.repeat(_empty_junction(model.config.hidden_size, False))
     return rotate_and_slice(shape_shell(model), junctions, widths, layout, inplace=True, output_norms=output_norms)
 

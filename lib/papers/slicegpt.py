@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import init_empty_weights
@@ -22,6 +23,7 @@ from torch import nn
 
 from lib.papers.sliced_network import (
     LAYOUTS,
+    OUTPUT_NORMS,
     Junction,
     JunctionNorm,
     NormFit,
@@ -30,9 +32,10 @@ from lib.papers.sliced_network import (
     rotate_and_slice,
     sandwich_norms,
     shapes_only,
+    usual_layout,
 )
 from lib.primitives.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
-from lib.primitives.calibration import ResidualStream
+from lib.primitives.calibration import ResidualStream, inputs_of
 from lib.primitives.checks import check_share, choose_one, exact
 from lib.primitives.cost import count
 from lib.primitives.linalg import (
@@ -46,23 +49,85 @@ from lib.primitives.linalg import (
 )
 from lib.primitives.surgery import parameter
 
-SIGNALS = ("raw", "normalised")
-ORIENTATIONS = ("pca", "random")
-STATISTICS = ("sliced", "dense")
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
+CHOICES = {
+    "output_norms": OUTPUT_NORMS,
+    "signal": ("raw", "normalised"),
+    "orientation": ("pca", "random"),
+    "statistics": ("sliced", "dense"),
+    "precision": tuple(PRECISIONS),
+}
+SCHEDULES = ("constant", "variance")
 ESTIMATES = ("metric", "fitted")  # of OUTPUT_NORMS, those that estimate a norm from what a cut leaves of its input
 
 
-def kept_width(d: int, level: float, round_interval: int = 8) -> int:
+@dataclass(frozen=True)
+class Settings:
+    """Every choice of a SliceGPT run. The defaults compute the paper's network and store it with fewer parameters.
+
+    - layout: `low-rank`, `dense` or `tied`, see `lib.papers.sliced_network`; empty for `tied` if the model's head shares its
+      embedding table and is not sliced, else `low-rank`.
+    - schedule: `constant`, one width for all junctions; `variance`, as many parameters as `constant` would leave, distributed
+      by the spectra of the dense model; or a tuple of widths, one per junction, the last one the head's.
+    - compensate: add the mean of what is deleted back as biases (our extra, not in the paper).
+    - output_norms: what to do about sandwich norms (Gemma 3), which the paper does not cover: `refuse`, or one of our extensions
+      `exact`, `metric` and `fitted`.
+    - signal: `raw` for the axes of the residual stream, `normalised` for those of the norm's output, see `decompose`.
+    - orientation: `pca`, or `random`, which rotates the kept axes among themselves and so leaves the function unchanged.
+    - statistics: `sliced` measures each junction on the network sliced so far, `dense` all junctions on the dense model. One
+      calibration then serves all cuts, but all axes are held in memory (8 d² bytes a junction).
+    - drop_below: leave out shortcut columns whose principal angle has 1 - cos below this, an approximation.
+
+    Raises ValueError for values that do not exist or exclude each other.
+    """
+
+    round_interval: int = 8  # widths are multiples of this
+    layout: str = ""
+    schedule: str | tuple[int, ...] = "constant"
+    slice_head: bool = False  # False: the head keeps the full width
+    compensate: bool = False
+    output_norms: str = "refuse"
+    signal: str = "raw"
+    orientation: str = "pca"
+    statistics: str = "sliced"
+    drop_below: float = 0.0
+    seed: int = 0  # of the random orientation
+    precision: str = "float64"  # of the eigendecompositions
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            choose_one(name, getattr(self, name), known)
+        if self.layout:
+            choose_one("layout", self.layout, LAYOUTS)
+        if not isinstance(self.schedule, tuple):
+            choose_one("schedule", self.schedule, SCHEDULES)
+        _check_interval(self.round_interval)
+        if self.layout == "global":
+            raise ValueError("layout 'global' has one basis for all junctions: use global_axes and slice_globally")
+        if self.statistics == "dense" and self.compensate:
+            raise ValueError("compensation is measured on the sliced stream: use statistics 'sliced'")
+        if self.statistics == "dense" and self.output_norms in ESTIMATES:
+            raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics 'sliced'")
+
+    def layout_for(self, model: nn.Module, widths: Sequence[int]) -> str:
+        """The layout for a model and its widths, of which the last one says whether the head is sliced."""
+        sliced_head = self.slice_head or list(widths[-1:]) != [model.config.hidden_size]
+        return self.layout or usual_layout(model, sliced_head)
+
+
+# --- widths -------------------------------------------------------------------------------------------------------------
+
+
+def kept_width(d: int, level: float, round_interval: int = Settings.round_interval) -> int:
     """Width k left of d at a slicing level in [0, 1): ⌊(1 - level) d⌋, rounded down to a multiple of `round_interval`.
 
     Computed on the fraction that the float stands for: (1 - 0.8) 5120 is 1024, which binary arithmetic rounds to 1023 (and
-    the published code then to 1016). Level 0 keeps d. Raises ValueError where nothing would be left.
+    the published code then to 1016). Level 0 keeps d. Raises ValueError if nothing would be left.
     """
     check_share(level, "slicing level", "0.25 deletes a quarter of the directions")
     if level == 0:
         return d
-    if round_interval < 1:
-        raise ValueError(f"widths are rounded to multiples of {round_interval}, which is not a positive number: use 1 for none")
+    _check_interval(round_interval)
     k = int((1 - exact(level)) * d)
     k -= k % round_interval
     if k < 1:
@@ -70,14 +135,30 @@ def kept_width(d: int, level: float, round_interval: int = 8) -> int:
     return k
 
 
-def constant_widths(model: nn.Module, level: float, round_interval: int = 8, slice_head: bool = False) -> list[int]:
+def _check_interval(round_interval: int) -> None:
+    """Raise ValueError for a step of widths that is not at least 1."""
+    if round_interval < 1:
+        raise ValueError(f"widths are rounded to multiples of {round_interval}, which is not a positive number: use 1 for none")
+
+
+def constant_widths(
+    model: nn.Module,
+    level: float,
+    round_interval: int = Settings.round_interval,
+    slice_head: bool = Settings.slice_head,
+) -> list[int]:
     """The paper's schedule: the same width at every junction; the last one is the head's, d unless it is sliced too."""
     d = model.config.hidden_size
     k = kept_width(d, level, round_interval)
     return [k] * (Anatomy(model).junctions - 1) + [k if slice_head else d]
 
 
-def variance_widths(energies: torch.Tensor, discarded: float, round_interval: int = 8, slice_head: bool = False) -> list[int]:
+def variance_widths(
+    energies: torch.Tensor,
+    discarded: float,
+    round_interval: int = Settings.round_interval,
+    slice_head: bool = Settings.slice_head,
+) -> list[int]:
     """The paper's varying schedule (section 4, Table 6): at each junction, the fewest axes that discard at most this energy.
 
     energies [junctions, d], largest first, from `spectra`: those of the dense model, so that the widths are known before
@@ -92,32 +173,29 @@ def variance_widths(energies: torch.Tensor, discarded: float, round_interval: in
     return widths if slice_head else [*widths[:-1], d]
 
 
-def widths_for_size(
-    model: nn.Module,
-    energies: torch.Tensor,
-    params: int,
-    round_interval: int = 8,
-    layout: str = "low-rank",
-    slice_head: bool = False,
-    output_norms: str = "refuse",
-) -> list[int]:
+def widths_for_size(model: nn.Module, energies: torch.Tensor, params: int, settings: Settings | None = None) -> list[int]:
     """A variance schedule that comes close to `params` parameters from below, counted on the real modules.
 
-    Bisects the discarded energy. (Size is not quite monotone in it: a shortcut to a narrower junction is stored dense.)
-    Raises ValueError if even the smallest model is larger.
+    energies: as in `variance_widths`. Bisects the discarded energy. (Size is not quite monotone in it: a shortcut to a
+    narrower junction is stored dense.) Raises ValueError if even the smallest model is larger.
     """
-    low, high = 0.0, 1 - 1e-9  # too large a model, small enough a model
+    settings = settings or Settings()
+    low, high = 0.0, 1 - 1e-9  # the model is too large at the first, small enough at the second
 
-    def size(discarded: float) -> int:
-        widths = variance_widths(energies, discarded, round_interval, slice_head)
-        return count(shapes_only(model, widths, layout, output_norms)).params
+    def widths(discarded: float) -> list[int]:
+        return variance_widths(energies, discarded, settings.round_interval, settings.slice_head)
 
-    if size(high) > params:
+    if size_of(model, widths(high), settings) > params:
         raise ValueError(f"no variance schedule of this model has at most {params:,} parameters: ask for more")
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if size(middle) > params else (low, middle)
-    return variance_widths(energies, high, round_interval, slice_head)
+        low, high = (middle, high) if size_of(model, widths(middle), settings) > params else (low, middle)
+    return widths(high)
+
+
+def size_of(model: nn.Module, widths: Sequence[int], settings: Settings) -> int:
+    """Parameters of the model when it is sliced to these widths."""
+    return count(shapes_only(model, widths, settings.layout_for(model, widths), settings.output_norms)).params
 
 
 # --- calibration --------------------------------------------------------------------------------------------------------
@@ -129,59 +207,75 @@ def rms_normalise(x: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
     return x * (x.square().mean(-1, keepdim=True) + epsilon).clamp(min=1e-30).rsqrt()
 
 
-def decompose(
-    stream: ResidualStream, signal: str = "raw", precision: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decompose(stream: ResidualStream, settings: Settings | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues [d] and principal axes [d, d] of the stream where it stands.
 
     signal `raw` decomposes the residual stream itself, as the released code does; `normalised` decomposes the output of
     the norm, as the paper's text says (each token then has the same weight).
     """
-    return principal_axes(stream.gram(rms_normalise if signal == "normalised" else None), precision)
+    settings = settings or Settings()
+    gram = stream.gram(rms_normalise if settings.signal == "normalised" else None)
+    return principal_axes(gram, PRECISIONS[settings.precision])
 
 
 def junctions(
     stream: ResidualStream,
     first: tuple[torch.Tensor, torch.Tensor],
     widths: Sequence[int],
-    signal: str = "raw",
-    precision: torch.dtype = torch.float64,
-    compensate: bool = False,
-    output_norms: str = "refuse",
+    settings: Settings | None = None,
 ) -> Iterator[Junction]:
-    """Every junction in order, each measured on the stream already sliced to `widths` before it.
+    """Every junction in order, each measured on the stream that has been sliced to `widths` up to there.
 
-    `first` is the decomposition of junction 0, where the stream must stand. One evaluation of each half block: measure,
-    project, go on (the published code runs every block twice). At widths d this is the dense model. `compensate` also
-    measures the mean of what is deleted and gives it back, as the finished network will. With output_norms `metric` or
-    `fitted` the stream goes on behind each sandwich norm as that network estimates it (the axes are those of the exact norm:
-    they come first).
+    `first` is the decomposition of junction 0, where the stream must stand. Each half block is evaluated once (the published
+    code runs every block twice). At widths d this is the dense model. With `compensate` the mean of what is deleted is
+    measured and given back, as in the finished network. With output_norms `metric` or `fitted` the stream behind each sandwich
+    norm is the one that the finished network estimates, while the axes are those of the exact norm.
     """
+    settings = settings or Settings()
     anatomy, found, fit = stream.anatomy, first, None
-    estimates = output_norms in ESTIMATES and bool(sandwich_norms(anatomy.family))
+    estimated = settings.output_norms in ESTIMATES and bool(sandwich_norms(anatomy.family))
     steps = [(run, halves, block) for block in range(len(anatomy.blocks)) for run, halves in anatomy.steps]
     for (k, next_k), (run, halves, block) in zip(itertools.pairwise(widths), steps, strict=True):
+        # Cut the stream at this junction, and measure what that deletes.
         values, axes = found
         project = _projection(axes, k, anatomy)
         norms = [anatomy.blocks[block].get_submodule(half.norm) for half in halves]
-        shifts = _deleted_means(stream, project, norm_epsilon(norms[0])) if compensate else (None, None)
+        shifts = _deleted_means(stream, project, norm_epsilon(norms[0])) if settings.compensate else (None, None)
         yield Junction(axes, values, *shifts, fit)
-        output_norm = anatomy.blocks[block].get_submodule(halves[0].output_norm) if estimates and next_k < anatomy.width else None
-        with _shifted(norms, shifts[1], anatomy), _inputs_of(output_norm) as written:
+
+        # Run the dense half block on the cut stream, and find the axes of the next junction.
+        estimate = estimated and next_k < anatomy.width
+        output_norm = anatomy.blocks[block].get_submodule(halves[0].output_norm) if estimate else None
+        with _shifted(norms, shifts[1], anatomy), inputs_of(output_norm) as written:
             stream.advance(run, block, before=project, after=shifts[0])
-        found = decompose(stream, signal, precision)
-        if output_norm is not None:
-            fit = _estimate_norm(stream, output_norm, written, found[1][:, :next_k], output_norms == "fitted")
+        found = decompose(stream, settings)
+
+        # Replace the exact scale of a sandwich norm by its estimate, which depends on these axes.
+        regress, kept = settings.output_norms == "fitted", found[1][:, :next_k]
+        fit = _estimate_norm(stream, output_norm, written, kept, regress) if estimate else None
+
     values, axes = found
     shifts = (None, None)
-    if compensate:
+    if settings.compensate:
         final_norm = anatomy.get(anatomy.family.final_norm)
         shifts = _deleted_means(stream, _projection(axes, widths[-1], anatomy), norm_epsilon(final_norm))
     yield Junction(axes, values, *shifts, fit)
 
 
+def dense_junctions(stream: ResidualStream, first: tuple[torch.Tensor, torch.Tensor], settings: Settings) -> Iterator[Junction]:
+    """Every junction in order, measured on the dense model."""
+    full = [stream.anatomy.width] * stream.anatomy.junctions
+    return junctions(stream, first, full, replace(settings, compensate=False))
+
+
+def spectra(model: nn.Module, ids: torch.Tensor, signal: str = Settings.signal) -> torch.Tensor:
+    """Eigenvalues [junctions, d] of the dense model, largest first: how much energy slicing could keep."""
+    stream, settings = ResidualStream(model, ids), Settings(signal=signal)
+    return torch.stack([found.values for found in dense_junctions(stream, decompose(stream, settings), settings)])
+
+
 def _deleted_means(stream: ResidualStream, project: Callable, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means [d] over the real tokens of what a projection takes from the stream and from the norm's output (before gain)."""
+    """Means [d] over the tokens of what a projection takes from the stream and from the norm's output (before its gain)."""
     from_stream = from_norm = 0.0
     tokens = 0
     for x in stream.tokens():
@@ -194,7 +288,7 @@ def _deleted_means(stream: ResidualStream, project: Callable, epsilon: float) ->
 
 @contextlib.contextmanager
 def _shifted(norms: list[nn.Module], shift: torch.Tensor | None, anatomy: Anatomy) -> Iterator[None]:
-    """Add gain · shift to what these norms return: a mean given back to the readers behind them."""
+    """Within the `with`, add gain · shift to the outputs of these norms: a deleted mean, given back to their readers."""
     handles = []
     for norm in {id(norm): norm for norm in norms}.values() if shift is not None else ():
         given = norm_gain(norm, anatomy.family) * shift
@@ -206,31 +300,20 @@ def _shifted(norms: list[nn.Module], shift: torch.Tensor | None, anatomy: Anatom
             handle.remove()
 
 
-@contextlib.contextmanager
-def _inputs_of(norm: nn.Module | None) -> Iterator[list[torch.Tensor]]:
-    """What a norm is given within the `with`, batch by batch; nothing without one."""
-    seen: list[torch.Tensor] = []
-    hook = contextlib.nullcontext()
-    if norm is not None:
-        hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with hook:  # torch's handles remove themselves
-        yield seen
-
-
 def fit_norm(energy: torch.Tensor, left: torch.Tensor, epsilon: float) -> NormFit:
     """Least squares for rms(y)² from the energy that a cut leaves of y: slope · left + intercept, neither of them negative.
 
-    energy: rms(y)² [tokens]; left: Σ of the squares of what is left [tokens]. The error minimised is that of rms(y)² + epsilon
-    relative to itself: tokens then weigh the same, however large (a few are a thousand times larger), as they do behind the
-    norm. Not negative, or the estimate could be: with one of the two at zero the fit is that of the other alone.
+    energy: rms(y)² [tokens]; left: the sum of the squares of what is left [tokens]. The error minimised is the relative one of
+    rms(y)² + epsilon, so that all tokens weigh the same, as they do behind the norm (a few are a thousand times larger than the
+    rest). A negative slope or intercept could make the estimate negative: then the better fit with one of them at zero is taken.
     """
     true, left = energy.double() + epsilon, left.double()
     columns = torch.stack([left / true, 1 / true], dim=1)
-    wanted = energy.double() / true  # = 1 but for epsilon, which the norm adds itself
+    wanted = energy.double() / true  # 1 if epsilon were 0; the norm adds epsilon to the estimate itself
 
     def solved(used: list[int]) -> NormFit:
         weights = torch.zeros(2, dtype=columns.dtype, device=columns.device)
-        size = columns[:, used].norm(dim=0).clamp(min=1e-30)  # brought to length 1: the two differ by the scale of y
+        size = columns[:, used].norm(dim=0).clamp(min=1e-30)  # scaled to length 1, as the two differ by the scale of y
         x = columns[:, used] / size
         weights[used] = torch.linalg.pinv(x.T @ x, hermitian=True) @ (x.T @ wanted) / size
         error = (columns @ weights - wanted).square().mean().sqrt()
@@ -245,8 +328,8 @@ def fit_norm(energy: torch.Tensor, left: torch.Tensor, epsilon: float) -> NormFi
 def undo_by_regression(gram: torch.Tensor, gain: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The matrix [d, d] that takes what a cut leaves of g * y, (g * y) B Bᵀ, to the best linear estimate of y.
 
-    gram: Σ yᵀy [d, d]; gain: g [d]; kept: B [d, k]. Least squares, so no gain is divided by: where one is zero its channel is
-    told from the others. With k = d and no gain at zero it is diag(1/g).
+    gram: Σ yᵀy [d, d]; gain: g [d]; kept: B [d, k]. Least squares, so that nothing is divided by a gain: a channel whose gain
+    is zero is estimated from the others. With k = d and no gain at zero it is diag(1/g).
     """
     seen = gain[:, None] * kept
     across = seen.T @ gram
@@ -260,54 +343,34 @@ def _estimate_norm(
 ) -> NormFit:
     """Fit a sandwich norm to what a cut leaves of its inputs, and correct the stream behind it to what that estimate gives.
 
-    written: y [b, tokens, d], batch by batch; kept: B [d, k]. Of y the cut leaves (g * y) B Bᵀ, whose energy is taken after
-    division by g, y' Bᵀ diag(g)⁻² B y'ᵀ, or with `regress` after the best linear map.
+    written: y [b, tokens, d], batch by batch; kept: B [d, k]. The cut leaves (g * y) B Bᵀ of y. The energy of this is taken
+    after division by g, y' Bᵀ diag(g)⁻² B y'ᵀ, or with `regress` after the best linear map.
     """
     gain, epsilon = norm_gain(norm, stream.anatomy.family), norm_epsilon(norm)
-    batches = list(zip(stream.batches(), written, strict=True))
+
+    # The map from y to its estimate.
     undo = None
     if regress:
         gram = torch.zeros(len(gain), len(gain), dtype=torch.float64, device=gain.device)
-        for (_, real), y in batches:  # each token weighs the same, as in the fit of its energy
-            add_gram(gram, rms_normalise(y[real].double(), epsilon))
+        for y in written:  # each token weighs the same, as in the fit of its energy
+            add_gram(gram, rms_normalise(y.flatten(0, 1).double(), epsilon))
         undo = undo_by_regression(gram, gain, kept)
-    to_estimate = gain[:, None] * kept @ (kept.T / gain if undo is None else kept.T @ undo)  # of y from y
+    to_estimate = gain[:, None] * kept @ (kept.T / gain if undo is None else kept.T @ undo)
 
     def energies(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = y.double()
         return y.square().mean(-1), (y @ to_estimate).square().sum(-1)
 
-    measured = [energies(y[real]) for (_, real), y in batches]
+    # The fit of the true energy of a token to that of its estimate.
+    measured = [energies(y.flatten(0, 1)) for y in written]
     fit = fit_norm(*(torch.cat(values) for values in zip(*measured, strict=True)), epsilon)
-    for (rows, _), y in batches:
+
+    # The stream as the finished network will have it: what the norm added, times true scale over estimated scale.
+    for rows, y in zip(stream.rows(), written, strict=True):
         energy, left = energies(y)
         ratio = ((energy + epsilon) / (fit.slope * left + fit.intercept + epsilon)).sqrt()
         stream.hidden[rows] += ((ratio - 1)[..., None] * norm(y)).to(stream.hidden.dtype)
     return replace(fit, undo=undo)
-
-
-def spectra(model: nn.Module, ids: torch.Tensor, signal: str = "raw", batch: int = 8) -> torch.Tensor:
-    """Eigenvalues [junctions, d] of the dense model, largest first: how much energy slicing could keep."""
-    stream = ResidualStream(model, ids, batch=batch)
-    full = [stream.anatomy.width] * stream.anatomy.junctions
-    return torch.stack([found.values for found in junctions(stream, decompose(stream, signal), full, signal)])
-
-
-def principal_angles(model: nn.Module, ids: torch.Tensor, level: float, round_interval: int = 8, batch: int = 8) -> torch.Tensor:
-    """Angles [steps, k] in degrees, ascending, between the subspaces kept at neighbouring junctions of the sliced network.
-
-    Their cosines are the singular values of the shortcuts AᵀB. Angles of zero are directions that both junctions keep.
-    """
-    check_sliceable(model)
-    stream = ResidualStream(model, ids, batch=batch)
-    widths = constant_widths(model, level, round_interval, slice_head=True)
-    kept = [found.axes[:, : widths[0]] for found in junctions(stream, decompose(stream), widths)]
-    # From the sines of the dropped part: the arc cosine of a number near 1 has no digits left.
-    angles = []
-    for a, b in itertools.pairwise(kept):
-        sine = torch.linalg.svdvals(a - b @ (b.T @ a)).clamp(max=1)
-        angles.append(torch.rad2deg(torch.asin(sine)).flip(0))
-    return torch.stack(angles)
 
 
 def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy) -> Callable:
@@ -337,93 +400,99 @@ def randomly_oriented(found: Iterator[Junction], widths: Sequence[int], generato
 
 # --- slicing ------------------------------------------------------------------------------------------------------------
 
+Cut = float | Sequence[int]  # a slicing level, or widths, one per junction, the last one the head's
+
 
 def sweep(
     model: nn.Module,
     ids: torch.Tensor,
-    cuts: Sequence[float | Sequence[int]],
-    *,
-    round_interval: int = 8,
-    layout: str = "low-rank",
-    signal: str = "raw",
-    orientation: str = "pca",
-    statistics: str = "sliced",
-    slice_head: bool = False,
-    compensate: bool = False,
-    drop_below: float = 0.0,
-    precision: torch.dtype = torch.float64,
-    generator: torch.Generator | None = None,
-    batch: int = 8,
-    inplace: bool = False,
+    cuts: Sequence[Cut],
+    settings: Settings | None = None,
     progress: Callable[[str], None] | None = None,
-    output_norms: str = "refuse",
-) -> Iterator[tuple[float | Sequence[int], nn.Module]]:
+    inplace: bool = False,
+) -> Iterator[tuple[Cut, nn.Module]]:
     """Slice a model at several levels; yields (cut, sliced model), each the same function as a run of its own.
 
-    ids: calibration tokens [samples, length]. A cut is a slicing level, or a schedule: one width
-    per junction, the last one the head's (`variance_widths`, or `widths` from the record of a saved model). The dense model
-    is read only; first junction and residual buffer are shared by all cuts.
-
-    statistics `dense` measures every junction on the dense model instead of the network sliced so far: one calibration for
-    all cuts, a preview that holds all axes in memory (8 d² bytes a junction). compensate: give the mean of what is deleted
-    back as biases (our extra; off, as in the paper). drop_below: leave out shortcut columns whose principal angle has
-    1 - cos below this. output_norms: for models with sandwich norms (Gemma 3), which the paper does not cover, one of the
-    extensions of ours in `lib.papers.sliced_network`, `exact`, `metric` or `fitted`; the record of the result holds the error
-    of every estimated norm.
+    ids: calibration tokens [samples, length]. A cut is a slicing level, or a list of widths, one per junction, the last one the
+    head's (as from `variance_widths`, or `widths` in the record of a saved model); `settings.schedule` then has no effect. The
+    dense model is read only, or with `inplace` consumed by a single cut. All cuts share the first junction and the residual
+    buffer. With sandwich norms the record of the result holds the error of every estimated norm.
 
     Raises ValueError for bad cuts, ids, weights or architectures before any work starts.
     """
-    for name, value, known in (
-        ("layout", layout, LAYOUTS), ("signal", signal, SIGNALS), ("orientation", orientation, ORIENTATIONS),
-        ("statistics", statistics, STATISTICS),
-    ):  # fmt: skip
-        choose_one(name, value, known)
-    if layout == "global":
-        raise ValueError("one basis for all junctions is measured in another way: use global_axes and slice_globally")
-    if orientation == "random" and generator is None:
-        raise ValueError("orientation 'random' needs a torch.Generator, so that the run can be repeated")
-    if compensate and statistics == "dense":
-        raise ValueError("compensation is measured on the sliced stream: use statistics 'sliced'")
-    if output_norms in ESTIMATES and statistics == "dense":
-        raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics 'sliced'")
+    settings = settings or Settings()
+    _check_inplace(inplace, cuts)
+    check_sliceable(model, settings.output_norms)
+    schedules = [_widths(model, cut, settings) for cut in cuts]
+    for widths in schedules:
+        check_widths(Anatomy(model), widths, settings.layout_for(model, widths))
+    return _sweep(ResidualStream(model, ids), cuts, schedules, settings, progress, inplace)
+
+
+def _widths(model: nn.Module, cut: Cut, settings: Settings) -> list[int]:
+    """The widths of a cut; for a variance schedule those of the constant one that has as many parameters."""
+    if not isinstance(cut, int | float):
+        return list(cut)
+    if isinstance(settings.schedule, tuple):
+        return list(settings.schedule)
+    return constant_widths(model, cut, settings.round_interval, settings.slice_head)
+
+
+def _sweep(
+    stream: ResidualStream,
+    cuts: Sequence[Cut],
+    schedules: list[list[int]],
+    settings: Settings,
+    progress: Callable[[str], None] | None,
+    inplace: bool,
+) -> Iterator[tuple[Cut, nn.Module]]:
+    """The work of `sweep`, whose arguments have been checked; schedules: the widths of each cut."""
+    model, first = stream.anatomy.model, decompose(stream, settings)
+
+    # Dense statistics and variance schedules need one run of the dense model for all cuts together.
+    dense = list(dense_junctions(stream, first, settings)) if settings.statistics == "dense" else None
+    if settings.schedule == "variance":
+        energies = torch.stack([found.values for found in dense or dense_junctions(stream, first, settings)])
+        stream.restart()
+        levels = [isinstance(cut, int | float) for cut in cuts]
+        schedules = [
+            widths_for_size(model, energies, size_of(model, widths, settings), settings) if level else widths
+            for level, widths in zip(levels, schedules, strict=True)
+        ]
+
+    # For each cut the junctions are measured on the stream sliced so far, while the network is built.
+    for i, (cut, widths) in enumerate(zip(cuts, schedules, strict=True)):
+        if i and not dense:
+            stream.restart()
+        found = iter(dense) if dense else junctions(stream, first, widths, settings)
+        if settings.orientation == "random":
+            found = randomly_oriented(found, widths, torch.Generator().manual_seed(settings.seed))
+        options = dict(inplace=inplace, progress=progress, output_norms=settings.output_norms)
+        yield cut, rotate_and_slice(model, found, widths, settings.layout_for(model, widths), settings.drop_below, **options)
+
+
+def _check_inplace(inplace: bool, cuts: Sequence) -> None:
     if inplace and len(cuts) != 1:
         raise ValueError("slicing in place consumes the dense model: give exactly one level")
-    check_sliceable(model, output_norms)
-    schedules = []
-    for cut in cuts:
-        level = isinstance(cut, int | float)
-        schedules.append(constant_widths(model, cut, round_interval, slice_head) if level else list(cut))
-        check_widths(Anatomy(model), schedules[-1], layout)
-    stream = ResidualStream(model, ids, batch)
-
-    def run() -> Iterator[tuple[float | Sequence[int], nn.Module]]:
-        first = decompose(stream, signal, precision)
-        if statistics == "dense":
-            dense = list(junctions(stream, first, [stream.anatomy.width] * stream.anatomy.junctions, signal, precision))
-        for i, (cut, widths) in enumerate(zip(cuts, schedules, strict=True)):
-            if statistics == "dense":
-                found = iter(dense)
-            else:
-                if i:
-                    stream.restart()
-                found = junctions(stream, first, widths, signal, precision, compensate, output_norms)
-            if orientation == "random":
-                found = randomly_oriented(found, widths, generator)
-            settings = dict(inplace=inplace, progress=progress, output_norms=output_norms)
-            yield cut, rotate_and_slice(model, found, widths, layout, drop_below, **settings)
-
-    return run()
 
 
-def slice_model(model: nn.Module, ids: torch.Tensor, cut: float | Sequence[int], **settings) -> nn.Module:
-    """Slice a model at one level, or to one schedule of widths; `settings` are those of `sweep`."""
-    return next(sweep(model, ids, [cut], **settings))[1]
+def slice_model(
+    model: nn.Module,
+    ids: torch.Tensor,
+    cut: Cut,
+    *,
+    inplace: bool = False,
+    progress: Callable[[str], None] | None = None,
+    **settings,
+) -> nn.Module:
+    """Slice a model at one level, or to one list of widths; `settings` are the fields of `Settings`."""
+    return next(sweep(model, ids, [cut], Settings(**settings), progress, inplace))[1]
 
 
 # --- without shortcuts ------------------------------------------------------------------------------------------
 
 
-def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True, batch: int = 8) -> torch.Tensor:
+def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True) -> torch.Tensor:
     """Principal axes [d, d] of all junctions of the dense model together; any width can be cut from them.
 
     The covariances are summed after division by their traces (our choice: late junctions carry far more energy and would
@@ -431,7 +500,7 @@ def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True, batch:
     coordinates as they are, sorted by energy; cutting those is the paper's baseline of deleting columns of small norm.
     """
     check_sliceable(model)
-    stream = ResidualStream(model, ids, batch=batch)
+    stream = ResidualStream(model, ids)
     total = stream.gram()
     total /= total.trace()
     for block in range(len(stream.anatomy.blocks)):
@@ -442,28 +511,75 @@ def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True, batch:
     return (principal_axes if rotate else coordinate_axes)(total)[1]
 
 
-def slice_globally(model: nn.Module, axes: torch.Tensor, k: int, slice_head: bool = True) -> nn.Module:
-    """Slice every junction with the same axes [d, d]: no shortcuts, in any family; our own checkpoint format."""
+def slice_globally(model: nn.Module, axes: torch.Tensor, k: int, slice_head: bool = True, **options) -> nn.Module:
+    """Slice every junction with the same axes [d, d]: no shortcuts, in any family, saved in this library's own format.
+
+    options: `inplace` and `progress` of `rotate_and_slice`.
+    """
     check_sliceable(model)
     widths = [k] * (Anatomy(model).junctions - 1) + [k if slice_head else len(axes)]
-    return rotate_and_slice(model, itertools.repeat(Junction(axes)), widths, "global")
+    return rotate_and_slice(model, itertools.repeat(Junction(axes)), widths, "global", **options)
+
+
+WITHOUT_SHORTCUTS = dict(slice_head=True, drop_below=math.inf)
 
 
 def slice_without_shortcuts(model: nn.Module, ids: torch.Tensor, level: float, **settings) -> nn.Module:
     """Slice with a basis of its own at every junction, each turned to the one before, and leave every shortcut out.
 
     Our variant. A basis B is chosen so that the shortcut AᵀB is I - CCᵀ; this network takes the identity instead, which
-    is close where neighbouring subspaces are. Like one basis for all it has no shortcuts, but loses less. The head is sliced
-    too. `settings` are those of `sweep`.
+    is close if neighbouring subspaces are. Like one basis for all it has no shortcuts, but loses less. The head is sliced
+    too. `settings` are those of `slice_model`.
     """
-    return slice_model(model, ids, level, slice_head=True, drop_below=float("inf"), **settings)
+    return slice_model(model, ids, level, **WITHOUT_SHORTCUTS, **settings)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The settings of networks without shortcuts: their widths are multiples of `round_interval`."""
+
+    round_interval: int = Settings.round_interval
+
+
+def stock_sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    settings: Rounding | None = None,
+    progress: Callable[[str], None] | None = None,
+    inplace: bool = False,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(level, stock model) for each slicing level, one basis per junction without shortcuts: see `slice_without_shortcuts`."""
+    sliced = Settings(round_interval=(settings or Rounding()).round_interval, **WITHOUT_SHORTCUTS)
+    return ((ratio, stock_model(small)) for ratio, small in sweep(model, ids, ratios, sliced, progress, inplace))
+
+
+def global_sweep(
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    settings: Rounding | None = None,
+    progress: Callable[[str], None] | None = None,
+    inplace: bool = False,
+) -> Iterator[tuple[float, nn.Module]]:
+    """(level, stock model) for each slicing level, one basis for all junctions and levels: see `slice_globally`."""
+    interval = (settings or Rounding()).round_interval
+    _check_inplace(inplace, ratios)
+    widths = [kept_width(model.config.hidden_size, ratio, interval) for ratio in ratios]
+
+    def run() -> Iterator[tuple[float, nn.Module]]:
+        axes = global_axes(model, ids)
+        for ratio, k in zip(ratios, widths, strict=True):
+            yield ratio, stock_model(slice_globally(model, axes, k, inplace=inplace, progress=progress))
+
+    return run()
 
 
 def stock_model(sliced: nn.Module) -> nn.Module:
-    """A sliced network without shortcuts as a stock model of width k, which needs nothing of this suite.
+    """A sliced network without shortcuts as a model of the stock class with width k, which loads without this package.
 
-    sliced: from `slice_globally` or `slice_without_shortcuts`, head included; its weights are shared, not copied. What has to
-    change is the norm, which must divide by d and not by k: since ‖u‖²/k + ε d/k = (d/k)(‖u‖²/d + ε), a stock RMSNorm with
+    sliced: from `slice_globally` or `slice_without_shortcuts`, head included; its weights are shared, not copied. Only the norms
+    have to change, because they must divide by d and not by k: since ‖u‖²/k + ε d/k = (d/k)(‖u‖²/d + ε), a stock RMSNorm with
     gain √(d/k) and epsilon ε d/k does just that. Raises ValueError for networks that no stock class can hold.
     """
     d, k = sliced.config.hidden_size, _stock_width(sliced)
@@ -482,7 +598,7 @@ def stock_model(sliced: nn.Module) -> nn.Module:
 
 
 def _stock_width(sliced: nn.Module) -> int:
-    """The one width of a sliced network that a stock class can hold; ValueError with the reason where none can."""
+    """The one width of a sliced network that a stock class can hold; ValueError, with the reason, if none can."""
     family, kind = Anatomy(sliced).family, sliced.config.model_type
     advice = "save it with lib.models.checkpoint instead"
     edit = next((e for e in getattr(sliced, "edits", []) if e["edit"] == "slicegpt"), None)
@@ -492,10 +608,10 @@ def _stock_width(sliced: nn.Module) -> int:
         raise ValueError(f"a narrower {kind} is not a stock model: its class ties head size and norm to the width; {advice}")
     if len(set(edit["widths"])) > 1 or any(edit["ranks"]) or None in edit["ranks"] or edit["compensated"]:
         raise ValueError(
-            f"shortcuts, unequal widths (a head of full width is one) or new biases are not stock; {advice}, or slice with "
-            "slice_without_shortcuts or slice_globally"
+            f"a stock model has no shortcuts, no unequal widths (such as a head of full width) and no new biases; {advice}, or "
+            "slice with slice_without_shortcuts or slice_globally"
         )
     for name, module in Anatomy(sliced).blocks[0].named_modules():
-        if hasattr(module, "variance_epsilon"):  # those of the junctions are ours by now
-            raise ValueError(f"{kind} normalises {name} with the epsilon of its other norms, which must change; {advice}")
+        if hasattr(module, "variance_epsilon"):  # a norm that is not at a junction, such as that of the queries
+            raise ValueError(f"{kind} gives {name} the epsilon of the norms at the junctions, which has to change; {advice}")
     return edit["widths"][0]

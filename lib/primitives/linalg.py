@@ -56,8 +56,9 @@ def add_squares(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def principal_axes(gram: torch.Tensor, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues [d], largest first and never negative, and eigenvectors [d, d] in columns, of a Gram matrix.
 
-    This is uncentred PCA (SliceGPT, section 3.4). `dtype` exists to show what a float32 decomposition costs (paper
-    Table 4); the result is float64 either way. Raises ValueError for a Gram matrix that is not finite.
+    This is uncentred PCA (SliceGPT, section 3.4). dtype: precision of the decomposition, as SliceGPT's setting `precision` asks
+    for it; float32 is less accurate (the paper's Table 4). The result is float64 in either case. Raises ValueError for a Gram
+    matrix that is not finite.
     """
     check_finite(gram)
     values, vectors = torch.linalg.eigh(gram.to(dtype))  # reads the lower triangle alone
