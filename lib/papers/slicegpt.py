@@ -476,6 +476,11 @@ def _check_inplace(inplace: bool, cuts: Sequence) -> None:
         raise ValueError("slicing in place consumes the dense model: give exactly one level")
 
 
+def shape(model: nn.Module, ratio: float) -> nn.Module:
+    """What is left at a slicing level, on the meta device, in the usual layout and with widths that are not rounded."""
+    return shapes_only(model, constant_widths(model, ratio, round_interval=1), usual_layout(model))
+
+
 def slice_model(
     model: nn.Module,
     ids: torch.Tensor,
