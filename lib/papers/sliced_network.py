@@ -4,9 +4,9 @@ The stream x at junction j is replaced by u = x A_j, where A_j holds the first k
 become W A, writers Bᵀ W, and between two junctions with bases A and B a *shortcut* AᵀB carries the residual. Blocks keep
 their stock forward: a writer adds whatever turns the block's own `residual + output` into `residual · shortcut + output`.
 
-Where a sandwich norm stands between writer and stream (Gemma 3: x + g * y / rms(y), y = z W), rms(y) is that of the vector
-before gain and rotation, which the rotated one no longer shows. Such models are refused unless one of three extensions of
-ours is asked for, see `OUTPUT_NORMS`.
+A sandwich norm between writer and stream (Gemma 3: x + g * y / rms(y), y = z W) divides by rms(y) of the vector before gain and
+rotation, and after them rms(y) can no longer be computed exactly. Such models are refused unless one of our three extensions
+is chosen, see `OUTPUT_NORMS`.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ def slice_sandwich(
 
 
 def slice_embedding(table: nn.Embedding, a: torch.Tensor, family: Family) -> nn.Embedding:
-    """E M A: centred only where the norms subtract the mean (the published code centres always, which is wrong)."""
+    """E M A: centred only if the norms subtract the mean (the published code always centres, which changes RMSNorm models)."""
     weight = table.weight.detach().double()
     return embedding(table, (remove_mean(weight) if family.subtracts_mean else weight) @ a)
 
@@ -401,7 +401,7 @@ def rotate_and_slice(
         if progress:
             progress(f"sliced layer {i + 1} of {len(sliced.blocks)} to width {step.b.shape[1]}")
 
-    # The head reads the last basis.
+    # The final norm and the head read the last basis.
     _put_head(sliced, step, final_norm, layout)
 
     # The record says what a saved model needs to be built again.
@@ -436,7 +436,7 @@ def _steps(
     drop_below: float,
     ranks: Sequence[int | None] | None,
 ) -> Iterator[Step]:
-    """All steps of a network, from `start` with basis a on; the junction at the end of a step is taken when the step is."""
+    """All steps of a network, the first from `start` with basis a; a step takes the junction at its end when it is asked for."""
     d, last = len(a), len(widths) - 1
     for i, k in enumerate(widths[1:], 1):
         form = layout

@@ -494,7 +494,7 @@ def slice_model(
     return next(sweep(model, ids, [cut], Settings(**settings), progress, inplace))[1]
 
 
-# --- without shortcuts ------------------------------------------------------------------------------------------
+# --- without shortcuts --------------------------------------------------------------------------------------------------
 
 
 def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True) -> torch.Tensor:
@@ -516,14 +516,18 @@ def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True) -> tor
     return (principal_axes if rotate else coordinate_axes)(total)[1]
 
 
-def slice_globally(model: nn.Module, axes: torch.Tensor, k: int, slice_head: bool = True, **options) -> nn.Module:
-    """Slice every junction with the same axes [d, d]: no shortcuts, in any family, saved in this library's own format.
-
-    options: `inplace` and `progress` of `rotate_and_slice`.
-    """
+def slice_globally(
+    model: nn.Module,
+    axes: torch.Tensor,
+    k: int,
+    slice_head: bool = True,
+    inplace: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """Slice every junction with the same axes [d, d]: no shortcuts, in any family, saved in this library's own format."""
     check_sliceable(model)
     widths = [k] * (Anatomy(model).junctions - 1) + [k if slice_head else len(axes)]
-    return rotate_and_slice(model, itertools.repeat(Junction(axes)), widths, "global", **options)
+    return rotate_and_slice(model, itertools.repeat(Junction(axes)), widths, "global", inplace=inplace, progress=progress)
 
 
 WITHOUT_SHORTCUTS = dict(slice_head=True, drop_below=math.inf)
