@@ -80,9 +80,9 @@ class Method:
     presets: Mapping[str, object] = field(default_factory=dict)
 
 
-def _neurons(name: str, sweep: Callable, settings: type, needs: str, paper: str, **more) -> Method:
+def neuron_method(name: str, sweep: Callable, settings: type, needs: str, paper: str, **more) -> Method:
     """A method that removes FFN neurons only."""
-    known = {"shape": shape_without_neurons, "consumes": True} | more
+    known = {"shape": shape_without_neurons} | more
     return Method(name, sweep, settings, "FFN neurons", OF_NEURONS, needs, paper, EQUAL_WIDTHS, **known)
 
 
@@ -121,7 +121,8 @@ METHODS: dict[str, Method] = {
         _ranks("asvd", asvd.sweep, asvd.Settings, TEXT, "ASVD, arXiv 2312.05821"),
         _zeros("sparsegpt", sparsegpt.sweep, "SparseGPT, arXiv 2301.00774", sparsegpt.on_disk),
         _zeros("wanda", wanda.sweep, "Wanda, arXiv 2306.11695", wanda.on_disk),
-        _neurons("afr", afr.sweep, afr.Settings, GRADIENTS, "Structured AFR, Kobayashi et al. 2025", presets=afr.PRESETS),
+        neuron_method("afr", afr.sweep, afr.Settings, GRADIENTS, "Structured AFR, Kobayashi et al. 2025", presets=afr.PRESETS,
+            consumes=True),
         Method(
             "llm-pruner", llm_pruner.sweep, llm_pruner.Settings, "FFN neurons and groups of heads of the inner blocks", OF_UNITS,
             GRADIENTS, "LLM-Pruner, arXiv 2305.11627", THIS_SUITE, llm_pruner.shape, consumes=True,
@@ -138,18 +139,18 @@ METHODS: dict[str, Method] = {
             "shortgpt", shortgpt.sweep, shortgpt.Settings, "blocks", OF_BLOCKS, TEXT, "ShortGPT, arXiv 2403.03853", ANYWHERE,
             shortgpt.shape, consumes=True,
         ),
-        _neurons("cfsp", cfsp.sweep, cfsp.Settings, TEXT, "CFSP, arXiv 2409.13199"),
+        neuron_method("cfsp", cfsp.sweep, cfsp.Settings, TEXT, "CFSP, arXiv 2409.13199"),
         Method(
             "flap", flap.sweep, flap.Settings, "FFN neurons and groups of heads", OF_UNITS, TEXT, "FLAP, arXiv 2312.11983",
-            THIS_SUITE, flap.shape, consumes=True,
+            THIS_SUITE, flap.shape,
         ),
         Method(
             "lorap", lorap.sweep, lorap.Settings, "ranks of attention, FFN neurons", OF_UNITS, TEXT, "LoRAP, arXiv 2404.09695",
             THIS_SUITE, lorap.shape,
         ),
-        _neurons("wanda-sp", wanda.sweep_neurons, NoSettings, TEXT, "Wanda-sp, arXiv 2312.11983"),
-        _neurons("magnitude-neurons", magnitude.sweep_neurons, magnitude.Settings, NOTHING, "a control"),
-        _neurons("random-neurons", random_neurons.sweep, random_neurons.Settings, NOTHING, "a control"),
+        neuron_method("wanda-sp", wanda.sweep_neurons, NoSettings, TEXT, "Wanda-sp, arXiv 2312.11983"),
+        neuron_method("magnitude-neurons", magnitude.sweep_neurons, magnitude.Settings, NOTHING, "a control"),
+        neuron_method("random-neurons", random_neurons.sweep, random_neurons.Settings, NOTHING, "a control"),
     )
 }  # fmt: skip
 

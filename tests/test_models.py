@@ -40,12 +40,12 @@ def test_embedded_models_are_plain_folders_with_a_history(name):
 @pytest.mark.parametrize("name", models.EMBEDDED)
 def test_embedded_models_have_the_loss_of_their_manifest(name):
     from lib.evaluation.text import load_corpus, token_stream, windows
-    from lib.suite.workshop import CONTEXT, mean_loss
+    from lib.suite.workshop import CONTEXT, validation_loss
 
     model, tokenizer = load(name)
     blocks = windows(token_stream(load_corpus("wiki-a", "validation"), tokenizer), CONTEXT)
     manifest = json.loads((models.ASSETS / name / "manifest.json").read_text())
-    assert mean_loss(model, blocks) == pytest.approx(manifest["reached"]["validation_loss_bf16"], abs=2e-3)
+    assert validation_loss(model, blocks) == pytest.approx(manifest["reached"]["validation_loss_bf16"], abs=2e-3)
 
 
 def test_embedded_anatomies_differ_as_promised():

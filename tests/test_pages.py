@@ -15,7 +15,7 @@ from invoke.parser import Parser
 from invoke.program import Program
 
 import tasks
-from lib.compress import METHODS, check_settings
+from lib.methods import METHODS, settings_of
 from lib.papers.afr import PAPER
 from lib.suite import pages
 from tasks import NOTEBOOKS, RESULTS
@@ -318,7 +318,7 @@ def check_invoke(words: list[str], whole: bool) -> None:
     if settings and words[0] == "reproduce":
         tasks.parameters_of(given["--paper"], given.get("--profile", "workshop"), settings)
     elif settings and given.get("--method") != "neuron-energy":  # the one that the reader adds
-        check_settings(given.get("--method", "slicegpt"), tasks.named_values(settings))
+        settings_of(given.get("--method", "slicegpt"), tasks.named_values(settings))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -76,7 +76,7 @@ def in_session(session: int) -> list[int]:
 def test_an_unknown_method_fails_before_a_process_starts():
     with pytest.raises(ValueError, match="shortgpt"):
         measure("short-gpt", 0.2, SHAPE, 2, 16)
-    with pytest.raises(ValueError, match="unknown setting 'sample' of llm-pruner"):
+    with pytest.raises(ValueError, match="unknown setting of llm-pruner 'sample'"):
         measure("llm-pruner", 0.2, SHAPE, 2, 16, {"sample": None})
     with pytest.raises(ValueError, match="takes no settings, such as samples"):
         measure(ALL_GRADIENTS, 0.2, SHAPE, 2, 16, {"samples": None})

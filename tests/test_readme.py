@@ -11,11 +11,10 @@ import torch
 import transformers
 
 import tasks
-from lib import compress, equal_size
-from lib.compress import METHODS
 from lib.equal_size import own_ratio
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import load_corpus, sample_blocks, token_stream, train_text
+from lib.methods import METHODS, make
 from lib.models import checkpoint
 from lib.models.load import load
 from lib.papers.slicegpt import slice_model
@@ -42,7 +41,7 @@ def code(page: str, title: str) -> list[str]:
 @contextlib.contextmanager
 def tables_put_back():
     """The examples add to tables of the library; other tests should not see it."""
-    tables = (compress.METHODS, equal_size.SHAPES, anatomy.FAMILIES)
+    tables = (METHODS, anatomy.FAMILIES)
     before = [dict(table) for table in tables]
     try:
         yield
@@ -139,7 +138,7 @@ def test_the_score_is_the_error_of_cutting_that_neuron_alone(method, workshop, i
 def test_the_lowest_scores_go_and_nothing_else_changes(method, workshop, ids, allocation):
     model = workshop[0]
     scores = method[0]["neuron_scores"](model, ids)
-    small = METHODS["neuron-energy"](model, ids, 0.2, lambda text: None, allocation=allocation)
+    small = make("neuron-energy", model, ids, 0.2, allocation=allocation)
     widths = [len(score) for score in scores]
     if allocation == "global":
         limit = torch.cat(scores).sort().values[sum(widths) - int(0.8 * sum(widths))]
@@ -160,7 +159,7 @@ def test_the_saved_model_is_the_one_that_was_made(method):
     assert edits == [{"edit": "structured", "neurons": ffn_widths(names["model"])}]
     model, tokenizer = load("wiki-a-llama")
     ids = sample_blocks(train_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
-    made = METHODS["neuron-energy"](model, ids, 0.2, None, allocation="global")
+    made = make("neuron-energy", model, ids, 0.2, allocation="global")
     with torch.no_grad():
         assert torch.equal(made(ids[:2]).logits, names["model"](ids[:2]).logits)
 
@@ -171,7 +170,7 @@ def test_the_perplexities_of_the_page(method):
     model, tokenizer = load("wiki-a-llama")
     ids = sample_blocks(train_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
     stream = token_stream(load_corpus("wiki-a", "test"), tokenizer)
-    rivals = [METHODS[name](model, ids, 0.2, None) for name in ("cfsp", "random-neurons")]
+    rivals = [make(name, model, ids, 0.2) for name in ("cfsp", "random-neurons")]
     found = [perplexity(network, stream, 256, 60).perplexity for network in (method[0]["model"], model, *rivals)]
     assert found == pytest.approx([float(number) for number in printed], abs=0.02)
 
@@ -188,7 +187,7 @@ def test_the_command_knows_the_method_and_makes_a_stock_model(method, tmp_path, 
 def test_its_ratio_for_an_equal_size_is_found(method, workshop, ids, allocation):
     model = workshop[0]
     share = own_ratio("neuron-energy", model, 0.2)
-    small = METHODS["neuron-energy"](model, ids, share, None, allocation=allocation)
+    small = make("neuron-energy", model, ids, share, allocation=allocation)
     step = 3 * model.config.hidden_size * len(ffn_widths(model)) / count(model).decoder  # one neuron of every block
     assert count(small).against(count(model))["removed_decoder"] == pytest.approx(0.2, abs=step)
 
@@ -261,7 +260,7 @@ def test_walks_counts_and_cuts_of_the_new_family(family, tmp_path):
     attention, mlp, norms = 32 * 33 * 2 + 16 * 33 * 2, 48 * 33 + 32 * 49, 2 * 2 * 32
     assert count(model).decoder == 3 * (attention + mlp + norms)
     assert count(model).params == count(model).decoder + 80 * 32 + 2 * 32  # the head is the table
-    small = METHODS["random-neurons"](model, ids, 0.25, None)
+    small = make("random-neurons", model, ids, 0.25)
     again = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.export(small, None, tmp_path / "stock"), dtype="float64")
     assert again.config.intermediate_size == 36
     with torch.no_grad():

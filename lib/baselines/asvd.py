@@ -60,7 +60,7 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) with every matrix truncated by activation-scaled SVD, of uniform rank or with the rank `search`.
@@ -68,7 +68,6 @@ def sweep(
     ids: calibration tokens [samples, length]. One set of trials serves all ratios. Exact decompositions in float64, where the
     authors' code draws random ones.
     """
-    settings = settings or Settings()
     plans = [uniform_ranks(model, ratio) for ratio in ratios]
     found = list(roots(model, ids, settings.alpha))
     if settings.search:

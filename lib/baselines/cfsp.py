@@ -100,20 +100,18 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
-    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of its FFN neurons) for every ratio, from one pass; no repair.
 
     ids: [samples, tokens]. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids that cannot be used.
     """
-    settings = settings or Settings()
     for ratio in ratios:
         check_share(ratio)
     found = scores(model, ids, settings.fine)
     for ratio in ratios:
-        yield ratio, remove_neurons(model, keep(found, ratio, settings.coarse, settings.multiple), inplace=inplace)
+        yield ratio, remove_neurons(model, keep(found, ratio, settings.coarse, settings.multiple))
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:

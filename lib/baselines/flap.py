@@ -105,7 +105,7 @@ def compensation(writer: torch.Tensor, means: torch.Tensor, keep: torch.Tensor) 
 
 
 @torch.no_grad()
-def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True, inplace: bool = False) -> nn.Module:
+def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True) -> nn.Module:
     """The model without a share of the parameters of its neurons (and groups, if they are scored), from scores at hand."""
     anatomy = Anatomy(model)
     neurons, groups = choose(model, found.neurons, found.groups, ratio)
@@ -119,7 +119,7 @@ def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = Tru
         ]
 
     shifts = biases(anatomy.family.mlp.writer, found.means, neurons)
-    smaller = remove_neurons(model, neurons, bias=shifts, inplace=inplace)
+    smaller = remove_neurons(model, neurons, bias=shifts)
     if not groups:
         return smaller
     sizes = [len(mean) // len(score) for mean, score in zip(found.group_means, found.groups, strict=True)]
@@ -132,21 +132,19 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
-    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the parameters of neurons and key-value groups) for every ratio, from one pass.
 
     Least fluctuation goes first, with bias compensation. ratio: of the parameters of the units that compete. Raises ValueError,
     before any work, for a ratio outside [0, 1) and for ids that cannot be used.
     """
-    settings = settings or Settings()
     for ratio in ratios:
         check_share(ratio)
     found = scores(model, ids, attention=settings.attention)
     for ratio in ratios:
-        yield ratio, cut(model, found, ratio, compensate=settings.compensate, inplace=inplace)
+        yield ratio, cut(model, found, ratio, compensate=settings.compensate)
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:

@@ -398,7 +398,7 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """Prune a model at several ratios with FPT; yields (ratio, model). One set of gradients serves all.
@@ -407,7 +407,6 @@ def sweep(
     one neuron. The given model stays intact. Raises ValueError, before any work, for ratios, ids or families that cannot be
     used.
     """
-    settings = settings or Settings()
     shares = [share_kept(model, ratio) for ratio in ratios]
     if settings.tuning:
         check_tunable(model)

@@ -134,7 +134,7 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
@@ -144,7 +144,6 @@ def sweep(
     takes one ratio. Blocks end unequal, so a result is saved by `lib.models.checkpoint`. Raises ValueError before any work for
     arguments that cannot work.
     """
-    settings = settings or Settings()
     check_calibration(Anatomy(model), ids)
     for ratio in ratios:
         check_share(ratio)

@@ -68,14 +68,13 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of its neurons and, unless `mlp_only`, of the parameters of attention); a pass for each.
 
     Raises ValueError, before any work, for a ratio that leaves no rank or no neuron, and for ids that cannot be used.
     """
-    settings = settings or Settings()
     for ratio in ratios:
         for width in ffn_widths(model):
             kept_count(width, ratio)

@@ -63,11 +63,10 @@ def sweep_neurons(
     model: nn.Module,
     ids: torch.Tensor | None,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
-    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block, smallest norms first); needs no data."""
-    found = neuron_scores(model, (settings or Settings()).order)
+    found = neuron_scores(model, settings.order)
     for ratio in ratios:
-        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)
+        yield ratio, remove_neurons(model, uniform(found, ratio))

@@ -25,11 +25,10 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor | None,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
-    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block, at random); a lower ratio keeps what a higher one keeps."""
-    found = scores(model, torch.Generator().manual_seed((settings or Settings()).seed))
+    found = scores(model, torch.Generator().manual_seed(settings.seed))
     for ratio in ratios:
-        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)
+        yield ratio, remove_neurons(model, uniform(found, ratio))

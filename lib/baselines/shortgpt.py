@@ -49,9 +49,9 @@ class Settings:
         choose_one("choice", self.choice, ("one-shot", "iterative", "angular"))
 
 
-def chosen_blocks(model: nn.Module, ids: torch.Tensor, count: int, settings: Settings | None = None) -> list[int]:
+def chosen_blocks(model: nn.Module, ids: torch.Tensor, count: int, settings: Settings = Settings()) -> list[int]:
     """The `count` blocks that go, sorted. Raises ValueError if none would be left."""
-    choice, after_norm = (settings or Settings()).choice, (settings or Settings()).after_norm
+    choice, after_norm = settings.choice, settings.after_norm
     total = len(Anatomy(model).blocks)
     if not 0 <= count < total:
         raise ValueError(f"cannot remove {count} of {total} blocks: leave at least one")
@@ -77,7 +77,7 @@ def blocks_for(model: nn.Module, ratio: float) -> int:
     return min(total - 1, round(ratio * total))
 
 
-def prune(model: nn.Module, ids: torch.Tensor, count: int, settings: Settings | None = None, inplace: bool = False) -> nn.Module:
+def prune(model: nn.Module, ids: torch.Tensor, count: int, settings: Settings = Settings(), inplace: bool = False) -> nn.Module:
     """A stock model without the `count` blocks of least influence on calibration tokens ids [samples, length].
 
     The given model stays intact, unless `inplace`. Raises ValueError as `chosen_blocks` and `remove_blocks` do.
@@ -89,12 +89,11 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without the whole number of blocks nearest to that share of the blocks' parameters), scored once for all."""
-    settings = settings or Settings()
     for ratio in ratios:
         check_share(ratio)
     scores = block_influence(model, ids, after_norm=settings.after_norm) if settings.choice == "one-shot" else None

@@ -72,12 +72,7 @@ def neuron_scores(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def sweep_neurons(
-    model: nn.Module,
-    ids: torch.Tensor,
-    ratios: Sequence[float],
-    settings: object = None,
-    progress: Callable | None = None,
-    inplace: bool = False,
+    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], settings: object = None, progress: Callable | None = None
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block by Wanda-sp) for every ratio, from one pass.
 
@@ -87,4 +82,4 @@ def sweep_neurons(
         check_share(ratio)
     found = neuron_scores(model, ids)
     for ratio in ratios:
-        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)
+        yield ratio, remove_neurons(model, uniform(found, ratio))

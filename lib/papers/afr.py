@@ -264,7 +264,7 @@ def scores(
     model: nn.Module,
     ids: torch.Tensor,
     aggregations: Sequence[str] = PAPER,
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     *,
     half: str = "mlp",
     progress: Callable | None = None,
@@ -274,7 +274,6 @@ def scores(
     They serve every ratio: `lib.primitives.structured.uniform(scores, ratio)` chooses, `remove_neurons` cuts. half `attention`
     scores key-value groups instead, which the paper leaves alone.
     """
-    settings = settings or Settings()
     found = neuron_scores(model, ids, aggregations, settings, half=half, progress=progress)
     return {name: combine(parts, settings.z, settings.snip_power) for name, parts in found.items()}
 
@@ -308,7 +307,7 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
@@ -318,7 +317,6 @@ def sweep(
     whole loses less. The given model stays intact, unless `inplace`, which takes one ratio. The result is a stock architecture
     where all blocks are equally wide. Raises ValueError, before any long work, for ratios that leave a block without neurons.
     """
-    settings = settings or Settings()
     choose = ALLOCATIONS[settings.allocation]
     if settings.protect:
         choose = functools.partial(choose, protect=settings.protect)

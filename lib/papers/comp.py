@@ -490,7 +490,7 @@ def decide(model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: floa
 
 
 def prune(
-    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings | None = None, progress: Callable | None = None
+    model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings = Settings(), progress: Callable | None = None
 ) -> tuple[nn.Module, Report]:
     """A model with about `ratio` of its blocks' parameters removed by COMP, and a report. The given model stays intact.
 
@@ -498,7 +498,6 @@ def prune(
     neuron (or `settings.multiple`); with rho = 1, to the nearest block. Raises ValueError, before any long work, for a ratio
     that cannot be met and for ids, weights or families that cannot be used.
     """
-    settings = settings or Settings()
     check(model, ratio, settings)
     return _prune(model, ids, layer_scores(model, ids, settings.layer_score), ratio, settings, progress)
 
@@ -507,14 +506,13 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, what `prune` makes of the model) for every ratio; the importance of the blocks is measured once.
 
     Arguments are those of `prune`, and so are the errors: all ratios are checked before any long work.
     """
-    settings = settings or Settings()
     for ratio in ratios:
         check(model, ratio, settings)
 

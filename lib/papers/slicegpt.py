@@ -173,13 +173,12 @@ def variance_widths(
     return widths if slice_head else [*widths[:-1], d]
 
 
-def widths_for_size(model: nn.Module, energies: torch.Tensor, params: int, settings: Settings | None = None) -> list[int]:
+def widths_for_size(model: nn.Module, energies: torch.Tensor, params: int, settings: Settings = Settings()) -> list[int]:
     """A variance schedule that comes close to `params` parameters from below, counted on the real modules.
 
     energies: as in `variance_widths`. Bisects the discarded energy. (Size is not quite monotone in it: a shortcut to a
     narrower junction is stored dense.) Raises ValueError if even the smallest model is larger.
     """
-    settings = settings or Settings()
     low, high = 0.0, 1 - 1e-9  # the model is too large at the first, small enough at the second
 
     def widths(discarded: float) -> list[int]:
@@ -207,13 +206,12 @@ def rms_normalise(x: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
     return x * (x.square().mean(-1, keepdim=True) + epsilon).clamp(min=1e-30).rsqrt()
 
 
-def decompose(stream: ResidualStream, settings: Settings | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def decompose(stream: ResidualStream, settings: Settings = Settings()) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues [d] and principal axes [d, d] of the stream where it stands.
 
     signal `raw` decomposes the residual stream itself, as the released code does; `normalised` decomposes the output of
     the norm, as the paper's text says (each token then has the same weight).
     """
-    settings = settings or Settings()
     gram = stream.gram(rms_normalise if settings.signal == "normalised" else None)
     return principal_axes(gram, PRECISIONS[settings.precision])
 
@@ -222,7 +220,7 @@ def junctions(
     stream: ResidualStream,
     first: tuple[torch.Tensor, torch.Tensor],
     widths: Sequence[int],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
 ) -> Iterator[Junction]:
     """Every junction in order, each measured on the stream that has been sliced to `widths` up to there.
 
@@ -231,7 +229,6 @@ def junctions(
     measured and given back, as in the finished network. With output_norms `metric` or `fitted` the stream behind each sandwich
     norm is the one that the finished network estimates, while the axes are those of the exact norm.
     """
-    settings = settings or Settings()
     anatomy, found, fit = stream.anatomy, first, None
     estimated = settings.output_norms in ESTIMATES and bool(sandwich_norms(anatomy.family))
     steps = [(run, halves, block) for block in range(len(anatomy.blocks)) for run, halves in anatomy.steps]
@@ -407,7 +404,7 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     cuts: Sequence[Cut],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable[[str], None] | None = None,
     inplace: bool = False,
 ) -> Iterator[tuple[Cut, nn.Module]]:
@@ -420,7 +417,6 @@ def sweep(
 
     Raises ValueError for bad cuts, ids, weights or architectures before any work starts.
     """
-    settings = settings or Settings()
     _check_inplace(inplace, cuts)
     check_sliceable(model, settings.output_norms)
     schedules = [_widths(model, cut, settings) for cut in cuts]

@@ -169,7 +169,7 @@ def sweep(
     model: nn.Module,
     ids: torch.Tensor,
     ratios: Sequence[float],
-    settings: Settings | None = None,
+    settings: Settings = Settings(),
     progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
     """Compress a model at several ratios; yields (ratio, model), each the same function as a run of its own.
@@ -179,7 +179,6 @@ def sweep(
     decomposition of each matrix for all ratios, and another pass for each ratio that is refitted; unequal ranks take a pass and
     a decomposition more. Raises ValueError before any work starts.
     """
-    settings = settings or Settings()
     for ratio in ratios:
         check_share(ratio)
     check_calibration(Anatomy(model), ids)

@@ -28,9 +28,13 @@ RESULTS = ROOT / "results"
 
 @functools.cache
 def code_version() -> str:
-    """Hash of every file of `lib`, embedded models included: a number made by other code is never taken for this code's."""
+    """Hash of every file of `lib`, embedded models included: a number made by other code is never taken for this code's.
+
+    Pages of text (.md) are left out: what they say changes no number.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in (ROOT / "lib").rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+    files = (path for path in (ROOT / "lib").rglob("*") if path.is_file() and path.suffix != ".md")
+    for path in sorted(path for path in files if "__pycache__" not in path.parts):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
