@@ -84,6 +84,12 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture
+def data_dir(monkeypatch):
+    """Let corpora and benchmarks be read from a folder."""
+    return lambda folder: monkeypatch.setenv("PARED_DATA_DIR", str(folder))
+
+
+@pytest.fixture
 def batches_of(monkeypatch):
     """Let every stream carry its calibration set in batches of another size."""
     return lambda n: monkeypatch.setattr(ResidualStream.__init__, "__defaults__", (n,))

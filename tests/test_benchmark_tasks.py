@@ -151,23 +151,25 @@ def test_every_task_holds_the_documents_of_its_file():
 
 
 @needs_data
-def test_mmlu_is_weighted_by_the_size_of_its_subjects():
+def test_mmlu_is_weighted_by_the_size_of_its_subjects(data_dir):
+    data_dir(SHARED)
     group = local_task("mmlu", SHARED, manager())
     assert len(group.get_all_tasks()) == 57
     assert sum(len(task.eval_docs) for task in group.get_all_tasks()) == 14042
     assert [(m.metric, m.weight_by_size) for m in group.aggregate_metric_list] == [("acc", True)]
     assert len(list(group.get("mmlu_virology").fewshot_docs())) == 5
     model, tokenizer = load("wiki-a-llama")
-    row = zero_shot(model, tokenizer, ("mmlu",), limit=1, data_dir=SHARED)[0]
+    row = zero_shot(model, tokenizer, ("mmlu",), limit=1)[0]
     assert (row["documents"], row["limit"]) == (57, 1)
     assert row["acc"] * 57 == pytest.approx(round(row["acc"] * 57))
 
 
-def test_accuracy_limit_and_standard_error(tmp_path):
+def test_accuracy_limit_and_standard_error(tmp_path, data_dir):
+    data_dir(tmp_path)
     file, document = DOCUMENTS["piqa"]
     write(tmp_path, file, [document] * 6)
     model, tokenizer = load("wiki-a-llama")
-    (row,) = zero_shot(model, tokenizer, ("piqa",), limit=4, data_dir=tmp_path)
+    (row,) = zero_shot(model, tokenizer, ("piqa",), limit=4)
     assert (row["task"], row["documents"], row["limit"], row["metric"]) == ("piqa", 4, 4, "acc")
     assert row["acc"] in (0.0, 1.0)  # four times the same question
     assert row["stderr"] == 0
@@ -202,22 +204,25 @@ def test_bad_documents_are_refused_with_file_and_record(name, document, message,
     assert file in str(caught.value)
 
 
-def test_bad_files_are_refused_before_any_model_runs(tmp_path):
+def test_bad_files_are_refused_before_any_model_runs(tmp_path, data_dir):
+    data_dir(tmp_path)
     file, good = DOCUMENTS["piqa"]
     with pytest.raises(FileNotFoundError, match=r"no piqa/validation.jsonl.gz, the validation split of piqa.*PARED_DATA_DIR"):
-        zero_shot(None, None, ("piqa",), data_dir=tmp_path)
+        zero_shot(None, None, ("piqa",))
+    data_dir(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        zero_shot(None, None, ("piqa",), data_dir=tmp_path / "nowhere")
+        zero_shot(None, None, ("piqa",))
+    data_dir(tmp_path)
     path = write(tmp_path, file, [])
     with pytest.raises(ValueError, match="is empty"):
-        zero_shot(None, None, ("piqa",), data_dir=tmp_path)
+        zero_shot(None, None, ("piqa",))
     write(tmp_path, file, [good] * 500)
     path.write_bytes(path.read_bytes()[:60])  # cut short
     with pytest.raises(ValueError, match="it is damaged"):
-        zero_shot(None, None, ("piqa",), data_dir=tmp_path)
+        zero_shot(None, None, ("piqa",))
     path.write_bytes(gzip.compress(b'{"goal": \n'))
     with pytest.raises(ValueError, match="record 1 is no JSON"):
-        zero_shot(None, None, ("piqa",), data_dir=tmp_path)
+        zero_shot(None, None, ("piqa",))
 
 
 def test_the_environment_names_the_folder_too(tmp_path, monkeypatch):

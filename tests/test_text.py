@@ -102,13 +102,15 @@ def test_text_files_are_split_in_order(tmp_path):
         load_corpus(str(tmp_path / "none.txt"))
 
 
-def test_data_directory_errors_name_the_file(tmp_path):
+def test_data_directory_errors_name_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv(text.DATA_DIR_VARIABLE, str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"wikitext-2-raw/wiki.test.raw.*test split of wikitext2"):
-        load_corpus("wikitext2", "test", tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_corpus("wikitext2", "test", tmp_path / "nowhere")
+        load_corpus("wikitext2", "test")
     with pytest.raises(ValueError, match="no test split"):
-        load_corpus("c4", "test", tmp_path)
+        load_corpus("c4", "test")
+    monkeypatch.setenv(text.DATA_DIR_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_corpus("wikitext2", "test")
 
 
 def test_data_directory_by_environment(tmp_path, monkeypatch):
@@ -122,32 +124,35 @@ def test_data_directory_by_environment(tmp_path, monkeypatch):
     assert load_corpus("ptb", "test").rows == (" no it was n't ", " black monday ")
 
 
-def test_records_without_the_column_are_refused(tmp_path):
+def test_records_without_the_column_are_refused(tmp_path, data_dir):
+    data_dir(tmp_path)
     (tmp_path / "calibration").mkdir()
     with gzip.open(tmp_path / "calibration" / "c4_pf_decoding.jsonl.gz", "wt") as file:
         file.write(json.dumps({"url": "x"}) + "\n")
     with pytest.raises(ValueError, match="'text'"):
-        load_corpus("c4", "train", tmp_path)
+        load_corpus("c4", "train")
 
 
-def test_alpaca_prompts(tmp_path):
+def test_alpaca_prompts(tmp_path, data_dir):
+    data_dir(tmp_path)
     (tmp_path / "calibration").mkdir()
     with gzip.open(tmp_path / "calibration" / "alpaca_2000.jsonl.gz", "wt") as file:
         for given in ("", "2, 3"):
             file.write(json.dumps({"instruction": "Add.", "input": given, "output": "5"}) + "\n")
-    plain, with_input = load_corpus("alpaca", "train", tmp_path).rows
+    plain, with_input = load_corpus("alpaca", "train").rows
     assert plain.endswith("request.\n\n### Instruction:\nAdd.\n\n### Response:\n5")
     assert "further context" in with_input
     assert "### Input:\n2, 3\n\n### Response" in with_input
 
 
 @needs_data
-def test_wikitext_from_the_data_directory():
-    corpus = load_corpus("wikitext2", "test", SHARED)
+def test_wikitext_from_the_data_directory(data_dir):
+    data_dir(SHARED)
+    corpus = load_corpus("wikitext2", "test")
     assert len(corpus.rows) == 4358
     assert corpus.rows[1] == " = Robert Boulter = \n"
     for name, split in (("wikitext2", "train"), ("c4", "train"), ("c4", "validation"), ("alpaca", "train")):
-        assert len(load_corpus(name, split, SHARED).text) > 100_000
+        assert len(load_corpus(name, split).text) > 100_000
 
 
 def test_without_a_network_the_error_says_what_to_do(monkeypatch):
@@ -231,7 +236,8 @@ def test_embedded_tokenizer_gives_text_back():
 
 
 @needs_data
-def test_wikitext_2_is_another_spelling():
-    assert load_corpus("wikitext-2", "test", SHARED) == load_corpus("wikitext2", "test", SHARED)
+def test_wikitext_2_is_another_spelling(data_dir):
+    data_dir(SHARED)
+    assert load_corpus("wikitext-2", "test") == load_corpus("wikitext2", "test")
     # The papers join the hub's rows, line ends included, with a blank line.
-    assert load_corpus("wikitext-2", "test", SHARED).text[:26] == "\n\n = Robert Boulter = \n\n\n\n"
+    assert load_corpus("wikitext-2", "test").text[:26] == "\n\n = Robert Boulter = \n\n\n\n"

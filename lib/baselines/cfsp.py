@@ -59,13 +59,13 @@ def _fractions(t: torch.Tensor, dim: int) -> torch.Tensor:
     return t / t.sum(dim, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny)
 
 
-def kept_shares(angles: torch.Tensor, ratio: float, temperature: float = TEMPERATURE) -> torch.Tensor:
+def kept_shares(angles: torch.Tensor, ratio: float) -> torch.Tensor:
     """Which share of its neurons each block keeps, [L], 1 - ratio on average, from the turning angles [L].
 
     In proportion to a sigmoid of the angle's distance from the mean. Where a share would pass 1, all of them move towards
     the mean until the largest is just below.
     """
-    gates = torch.sigmoid((angles.double() - angles.double().mean()) / temperature)
+    gates = torch.sigmoid((angles.double() - angles.double().mean()) / TEMPERATURE)
     mean = float(kept_share(ratio))
     shares = mean * gates / gates.mean()
     if shares.max() > 1:

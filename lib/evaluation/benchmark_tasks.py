@@ -88,9 +88,9 @@ def task_manager(every_task: bool):
     return lm_eval.tasks.TaskManager(include_defaults=every_task, include_path=None if every_task else own)
 
 
-def data_folder(data_dir: str | Path | None = None) -> Path | None:
-    """The data directory that is set, by argument or environment, or None. Raises FileNotFoundError if it is not there."""
-    named = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+def data_folder() -> Path | None:
+    """The data directory that is set, or None. Raises FileNotFoundError if it is not there."""
+    named = os.environ.get(DATA_DIR_VARIABLE)
     if not named:
         return None
     folder = Path(named).expanduser()
@@ -222,9 +222,9 @@ def hub_task(name: str, manager):
     return found["tasks"][name]
 
 
-def files_record(tasks: Sequence[str], data_dir: str | Path | None = None) -> dict[str, str]:
+def files_record(tasks: Sequence[str]) -> dict[str, str]:
     """{task: file and its SHA-256} of the local documents that `tasks` would be scored on; empty without a data directory."""
-    folder = data_folder(data_dir)
+    folder = data_folder()
     if folder is None:
         return {}
     scored = {task: next(iter(local_files(task, folder).values())) for task in tasks if task in LOCAL_TASKS}

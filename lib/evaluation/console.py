@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import time
 
@@ -11,23 +12,18 @@ from lib.evaluation.process import resident_memory
 
 @contextlib.contextmanager
 def quiet(*names: str):
-    """lm-eval reports its plan and draws bars for every call; a notebook with forty calls has better uses for the space."""
-    import tqdm
+    """No line below an error from the loggers `names`, and no progress bars, which go to the error stream.
 
+    lm-eval reports its plan and draws bars for every call; a notebook with forty calls has better uses for the space.
+    """
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    original = tqdm.tqdm.__init__
-
-    def without_a_bar(self, *args, **kwargs):
-        original(self, *args, **kwargs | {"disable": True})
-
-    tqdm.tqdm.__init__ = without_a_bar
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        tqdm.tqdm.__init__ = original
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -45,11 +45,11 @@ class Corpus:
         return {"corpus": self.name, "split": self.split, "source": self.source, "sha256": self.sha256}
 
 
-def load_corpus(name: str, split: str = "train", data_dir: str | Path | None = None) -> Corpus:
+def load_corpus(name: str, split: str = "train") -> Corpus:
     """Rows of `name`: `wiki-a` (embedded), `wikitext2` (or `wikitext-2`), `ptb`, `c4`, `alpaca`, or the path of a .txt file.
 
-    Hub corpora are read from `data_dir` (or the folder named by the environment variable PARED_DATA_DIR) where one is
-    set, and from the hub otherwise; the corpus keeps the same name and rows either way. The paragraphs of a .txt file are
+    Hub corpora are read from the folder named by the environment variable PARED_DATA_DIR where it is set, and from the hub
+    otherwise; the corpus keeps the same name and rows either way. The paragraphs of a .txt file are
     split in order, the first 80 % to train, 10 % each to validation and test.
 
     Raises ValueError for an unknown name or split or an empty corpus, FileNotFoundError for a missing file.
@@ -64,7 +64,7 @@ def load_corpus(name: str, split: str = "train", data_dir: str | Path | None = N
     elif name == "wiki-a":
         rows, source = _wiki_a_rows(split), WIKI_DUMP
     elif name in HUB_CORPORA:
-        folder = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+        folder = os.environ.get(DATA_DIR_VARIABLE)
         rows, source = _local_rows(name, split, Path(folder)) if folder else _hub_rows(name, split)
     else:
         known = ", ".join(["wiki-a", *HUB_CORPORA])

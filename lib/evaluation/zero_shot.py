@@ -10,27 +10,26 @@ from lib.evaluation.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, l
 from lib.evaluation.console import quiet
 from lib.evaluation.continuation import TASK, continuation_task
 
+BATCH = 32  # choices in one forward pass
 
-def zero_shot(
-    model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None, batch: int = 32,
-    data_dir: str | Path | None = None,
-) -> list[dict]:  # fmt: skip
+
+def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None) -> list[dict]:
     """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, documents, limit, ...`.
 
-    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks, on the files of `data_dir`
-    (or of the folder named by PARED_DATA_DIR) where lib/evaluation/benchmark_tasks.py knows them, and from the hub otherwise.
-    `metric` says which of lm-eval's metrics `acc` is, `stderr` belongs to it, `limit` was asked for per task (for MMLU: per
-    subject), `documents` were scored. Raises what `local_task` and `hub_task` raise, before any model runs.
+    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks, on the files of the folder
+    named by PARED_DATA_DIR where lib/evaluation/benchmark_tasks.py knows them, and from the hub otherwise. `metric` says which
+    of lm-eval's metrics `acc` is, `stderr` belongs to it, `limit` was asked for per task (for MMLU: per subject), `documents`
+    were scored. Raises what `local_task` and `hub_task` raise, before any model runs.
     """
     with quiet("lm_eval", "lm-eval", "transformers", "datasets"):
         import lm_eval
 
         from lib.evaluation.shared_context import SharedContextLM
 
-        folder, manager = data_folder(data_dir), task_manager(not set(tasks) <= {TASK, *LOCAL_TASKS})
+        folder, manager = data_folder(), task_manager(not set(tasks) <= {TASK, *LOCAL_TASKS})
         built = {name: _build_task(name, manager, folder) for name in tasks}
         positions = model.config.max_position_embeddings
-        settings = dict(batch_size=batch, max_length=positions, softmax_dtype="float32")
+        settings = dict(batch_size=BATCH, max_length=positions, softmax_dtype="float32")
         lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, **settings)
         loaded = manager.load(list(built.values()))
         for task in loaded["tasks"].values():
@@ -67,6 +66,3 @@ def _build_task(name: str, manager, folder: Path | None):
     if folder is not None and name in LOCAL_TASKS:
         return local_task(name, folder, manager)
     return hub_task(name, manager)
-
-
-# --- speed --------------------------------------------------------------------------------------------------------------

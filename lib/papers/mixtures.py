@@ -92,22 +92,14 @@ def low_density_tails(x: torch.Tensor, mixtures: Mixtures, share: float = 0.02) 
     return left, right
 
 
-def clipped(
-    x: torch.Tensor,
-    components: Sequence[int] = COMPONENTS,
-    *,
-    share: float = 0.02,
-    binned: bool = True,
-    start: str = "scale",
-    floor: float = FLOOR,
-) -> torch.Tensor:
+def clipped(x: torch.Tensor, share: float = 0.02, *, binned: bool = True) -> torch.Tensor:
     """x [f, m] with the outlying scores of each row replaced by the innermost outlying one, everything in its place.
 
     So `clipped(x).mean(1).abs()` is the paper's score (equation 4), and `clipped(x).abs().mean(1)` its variant without signs.
     One mixture for a whole layer is `clipped(x.reshape(1, -1)).view_as(x)`. Arguments and errors as for `fit`.
     """
-    components = _checked(x, components, start, floor)
-    bounds = _bounds(x, share, lambda z: _fit(z, components, binned, start, floor))
+    components = _checked(x, COMPONENTS, "scale", FLOOR)
+    bounds = _bounds(x, share, lambda z: _fit(z, components, binned, "scale", FLOOR))
     low, high = (torch.cat(parts) for parts in zip(*bounds, strict=True))
     return x.clamp(low[:, None].to(x.dtype), high[:, None].to(x.dtype))
 

@@ -32,7 +32,6 @@ def measure(
     samples: int,
     length: int,
     settings: dict | None = None,
-    seed: int = 0,
     threads: int = 1,
 ) -> dict:
     """Prune a random float32 Llama in a fresh process: {"weights", "peak", "seconds"}, bytes and wall-clock seconds.
@@ -51,7 +50,7 @@ def measure(
         context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            return pool.submit(prune_here, method, ratio, shape, samples, length, settings or {}, seed, threads).result()
+            return pool.submit(prune_here, method, ratio, shape, samples, length, settings or {}, threads).result()
         except BrokenProcessPool as error:
             raise RuntimeError(f"{method}: its process died, most often because memory ran out; use a smaller shape") from error
         except Exception as error:
@@ -64,12 +63,10 @@ def keep_all_gradients(model: nn.Module, ids: torch.Tensor) -> None:
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
-def prune_here(
-    method: str, ratio: float, shape: dict, samples: int, length: int, settings: dict, seed: int, threads: int
-) -> dict:
+def prune_here(method: str, ratio: float, shape: dict, samples: int, length: int, settings: dict, threads: int) -> dict:
     """What `measure` asks of the process that it starts."""
     torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
     ids = torch.randint(model.config.vocab_size, (samples, length))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

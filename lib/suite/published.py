@@ -62,17 +62,6 @@ SVD_LLM_TABLE_1 = _by_ratio(
         "SVD-LLM": (7.73, 9.27, 15.00, 31.79),
     }
 )
-# Table 1, LLaMA-7B: mean accuracy on six tasks; dense 0.57. Values far below chance (about 0.3 for these six) cannot come from
-# multiple-choice scoring: see the notebook.
-SVD_LLM_TABLE_1_ACCURACY = _by_ratio(
-    {
-        "SVD": (0.03, 0.03, 0.01, 0.01),
-        "FWSVD": (0.08, 0.04, 0.03, 0.01),
-        "ASVD": (0.45, 0.10, 0.06, 0.03),
-        "SVD-LLM (W)": (0.49, 0.38, 0.11, 0.04),
-        "SVD-LLM": (0.55, 0.50, 0.30, 0.16),
-    }
-)
 # Table 2, 20 %.
 SVD_LLM_TABLE_2 = {
     "OPT-6.7B": {"dense": 10.86, "SVD": 66275, "FWSVD": 14559, "ASVD": 82.00, "SVD-LLM (W)": 16.04, "SVD-LLM": 14.47},
@@ -88,19 +77,6 @@ SVD_LLM_TABLE_4 = _by_ratio(
 )
 # Table 5, LLaMA-7B: which factor is trained first.
 SVD_LLM_TABLE_5 = _by_ratio({"u, then v": (7.85, 9.32, 13.20, 31.67), "v, then u": (7.73, 9.27, 15.00, 31.79)})
-# Table 6, LLaMA-7B at 20 %, with LoRA: calibration source -> evaluation text -> perplexity.
-SVD_LLM_TABLE_6 = {"WikiText-2": {"WikiText-2": 7.73, "C4": 12.23}, "C4": {"WikiText-2": 7.79, "C4": 11.97}}
-# Table 7, LLaMA-7B at 10, 9, 8 and 7 GB of weights.
-SVD_LLM_TABLE_7_BUDGETS = (10, 9, 8, 7)
-SVD_LLM_TABLE_7 = {
-    name: dict(zip(SVD_LLM_TABLE_7_BUDGETS, values, strict=True))
-    for name, values in {"SliceGPT": (8.78, 12.73, 16.39, 27.41), "SVD-LLM": (7.92, 8.18, 8.33, 9.63)}.items()
-}
-# Table 8, LLaMA-7B: gigabytes and perplexity.
-SVD_LLM_TABLE_8 = {
-    "SVD-LLM": {"gigabytes": 1.5, "perplexity": 47.21},
-    "SVD-LLM at 40 % + QuIP# 2 bit": {"gigabytes": 1.3, "perplexity": 9.83},
-}
 # Table 13, LLaMA-7B at 20 %, one A100: hours.
 SVD_LLM_TABLE_13_HOURS = {"SVD-LLM (W)": 1 / 6, "SVD-LLM": 3.5, "ASVD with rank search": 5.5}
 # Table 15, LLaMA-7B.
@@ -109,8 +85,8 @@ SVD_LLM_TABLE_15 = _by_ratio({"both factors at once": (7.87, 11.98, 16.30, 80.23
 SVD_LLM_FIGURE_4_DENSE = 17.7
 SVD_LLM_FIGURE_4 = _by_ratio({"weights factored": (14.4, 12.0, 9.5, 7.1), "and latent cache": (12.0, 9.2, 6.3, 3.5)})
 
-# Kobayashi et al., 2025 (Structured AFR), Llama-3-8B, removed FFN neurons: accuracy in percent on these tasks, Tables 1 to 3.
-AFR_TASKS = ("winogrande", "hellaswag", "arc_easy", "arc_challenge", "mmlu")
+# Kobayashi et al., 2025 (Structured AFR), Llama-3-8B, removed FFN neurons: accuracy in percent, Tables 1 to 3, on
+# WinoGrande, HellaSwag, ARC-easy, ARC-challenge and MMLU.
 AFR_DENSE = (72.61, 79.16, 77.74, 53.33, 62.13)
 AFR_TABLES = {
     0.2: {
