@@ -78,7 +78,7 @@ STYLE = {
     "SliceGPT, dense shortcuts": Style("narrows the stream", "s", "--"),
     "SliceGPT, tied": Style("narrows the stream", "D", "-."),
     "SliceGPT, one basis": Style("narrows the stream", "x", ":"),
-    "SliceGPT, turned bases": Style("narrows the stream", "v", (0, (6, 1))),
+    "SliceGPT, turned bases": Style("narrows the stream", "o"),
     "SliceGPT + recovery": Style("narrows the stream", "*", ""),
     "SVD": Style("factors matrices", "s", ":"),
     "FWSVD": Style("factors matrices", "v", "--"),
@@ -142,6 +142,15 @@ def perplexity_axis(panels: Sequence[Axes], label: str = "perplexity, times dens
     panels[0].set_ylabel(f"{label} (cut at {TOP})" if highest > TOP else label)
 
 
+def lines_of(table: pd.DataFrame) -> dict[str, tuple]:
+    """{method: (per cent removed, perplexity over dense)} of one model, each point once and from small to large."""
+    ordered = table.sort_values("removed_decoder").drop_duplicates(["method", "removed_decoder"])
+    return {
+        method: (100 * part.removed_decoder.to_numpy(), part.relative.to_numpy())
+        for method, part in ordered.groupby("method", sort=False)
+    }
+
+
 def curves(panel: Axes, lines: Mapping[str, tuple], bold: Iterable[str] | None = None) -> None:
     """A line for each {method: (x, y)}. Where `bold` names some, those alone have their style; the others are thin and grey."""
     for method, (x, y) in lines.items():
@@ -153,20 +162,28 @@ def curves(panel: Axes, lines: Mapping[str, tuple], bold: Iterable[str] | None =
             panel.plot(x, y, color=OTHERS, lw=0.9, zorder=2)
 
 
-def ranges(panel: Axes, x: Sequence, drawn: Sequence[Sequence[float]], **looks) -> None:
-    """The mean of the values `drawn` at each x, with a bar from the lowest to the highest."""
-    middle = [sum(values) / len(values) for values in drawn]
-    below = [m - min(values) for m, values in zip(middle, drawn, strict=True)]
-    above = [max(values) - m for m, values in zip(middle, drawn, strict=True)]
+def ranges(panel: Axes, x: Sequence, middle: Sequence, low: Sequence, high: Sequence, **looks) -> None:
+    """Points at `middle` with bars from `low` to `high`."""
+    below = [float(m - least) for m, least in zip(middle, low, strict=True)]
+    above = [float(most - m) for m, most in zip(middle, high, strict=True)]
     panel.errorbar(x, middle, [below, above], capsize=3, **looks)
 
 
-def points(panels: Sequence[Sequence[Axes]], grid: Sequence[Sequence[Mapping[str, tuple]]]) -> None:
-    """A cloud of points in each panel, given as {method: (x, y)}."""
-    for axes, clouds in zip(panels, grid, strict=True):
-        for panel, cloud in zip(axes, clouds, strict=True):
+def scatter(grid: Mapping[str, Mapping[str, Mapping[str, tuple]]]) -> tuple[Figure, Sequence[Sequence[Axes]]]:
+    """A panel of points for each {y label: {x label: {method: (x, y)}}}; the first row is perplexity over dense."""
+    columns = list(next(iter(grid.values())))
+    shape = {"figsize": (5 * len(columns), 0.8 + 3.2 * len(grid)), "squeeze": False, "sharex": "col", "sharey": "row"}
+    figure, panels = plt.subplots(len(grid), len(columns), layout="constrained", **shape)
+    for axes, (label, clouds) in zip(panels, grid.items(), strict=True):
+        axes[0].set_ylabel(label)
+        for panel, cloud in zip(axes, clouds.values(), strict=True):
             for method, (x, y) in cloud.items():
                 panel.plot(x, y, ms=7, **look(method) | {"linestyle": ""})
+    for panel, label in zip(panels[-1], columns, strict=True):
+        panel.set_xlabel(label)
+    perplexity_axis(panels[0], next(iter(grid)))
+    methods_below(figure, cloud)
+    return figure, panels
 
 
 def methods_below(figure: Figure, methods: Iterable[str], columns: int = 6) -> None:
@@ -185,12 +202,15 @@ def removed_below(figure: Figure, methods: Iterable[str], others: bool = False) 
     figure.legend(handles=handles, ncols=len(handles), loc="outside lower center", frameon=False)
 
 
-def depth_bar(figure: Figure, panels: Sequence[Axes], count: int, label: str) -> list:
-    """A colour for each of `count` places from the first block to the last, and the bar that explains them."""
-    colours = [plt.cm.viridis(i / max(count - 1, 1)) for i in range(count)]
+def by_depth(count: int) -> list:
+    """A colour for each of `count` places on the way from the embedding to the head."""
+    return [plt.cm.viridis(i / max(count - 1, 1)) for i in range(count)]
+
+
+def depth_bar(figure: Figure, panels: Sequence[Axes], count: int, label: str) -> None:
+    """The bar that explains the colours `by_depth`."""
     scale = plt.cm.ScalarMappable(cmap="viridis", norm=plt.Normalize(0, max(count - 1, 1)))
     figure.colorbar(scale, ax=panels, label=label)
-    return colours
 
 
 def apart(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
@@ -273,7 +293,7 @@ def size_figure(table: pd.DataFrame) -> Figure:
     table = table[table.method != "dense"]
     models = list(table.model.unique())
     figure, panels = row(len(models), 3.9 if len(models) > 1 else 6.2, 4.6)
-    lines = {model: _lines(table[table.model == model]) for model in models}
+    lines = {model: lines_of(table[table.model == model]) for model in models}
     for panel, model in zip(panels, models, strict=True):
         curves(panel, lines[model], HIGHLIGHTED)
         panel.set(title=model, xlabel="decoder parameters really removed, %")
@@ -285,15 +305,6 @@ def size_figure(table: pd.DataFrame) -> Figure:
     for panel, model in zip(panels, models, strict=True):
         label_ends(panel, {method: lines[model][method] for method in HIGHLIGHTED if method in lines[model]})
     return figure
-
-
-def _lines(table: pd.DataFrame) -> dict[str, tuple]:
-    """{method: (per cent removed, perplexity over dense)} of one model, each point once and from small to large."""
-    ordered = table.sort_values("removed_decoder").drop_duplicates(["method", "removed_decoder"])
-    return {
-        method: (100 * part.removed_decoder.to_numpy(), part.relative.to_numpy())
-        for method, part in ordered.groupby("method", sort=False)
-    }
 
 
 def front_picture(results: Path = RESULTS) -> list[Path]:
