@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from lib.suite.results import RESULTS, Results
 
@@ -90,7 +90,7 @@ STYLE = {
     "SparseGPT 2:4": Style("zeroes single weights", "X", ""),
     "Wanda 2:4": Style("zeroes single weights", "P", ""),
     "random neurons": Style("chance", "+", "--"),
-    "random": Style("chance", "+", ""),  # the same at several seeds, drawn as a range
+    "random, range of seeds": Style("chance", "+", ""),
 }
 UNKNOWN = Style("something else", "h")
 
@@ -130,7 +130,7 @@ def doublings(axis: Axis) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(base=2))
     axis.set_major_formatter("{x:,.0f}")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def perplexity_axis(panels: Sequence[Axes], label: str = "perplexity, times dense") -> None:
