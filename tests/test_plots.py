@@ -196,12 +196,20 @@ def test_an_axis_that_is_cut_says_so():
         assert panel.get_ylim() == pytest.approx((0.95, 40 if cut else 3.3))
 
 
+def test_a_model_that_could_not_be_measured_leaves_a_gap():
+    table = crowd()
+    table.loc[table.method == "COMP", "relative"] = [1.5, float("nan")]
+    [panel] = plots.size_figure(table).axes
+    assert [line.get_xydata().tolist() for line in panel.get_lines() if line.get_label() == "COMP"] == [[[20, 1.5]]]
+    assert "COMP" in written(panel.figure)[0]
+
+
 def test_logarithmic_axes_have_ordinary_numbers():
     panel = plots.row(1)[1][0]
     plots.curves(panel, {"SVD": ([512, 8192], [1, 30000])})
     panel.set_yscale("log")
     plots.plain_numbers(panel.yaxis, (1, 3))
-    plots.doublings(panel.xaxis)
+    plots.doublings(panel)
     panel.figure.draw_without_rendering()
     for axis, some in ((panel.yaxis, {"1", "300", "10,000"}), (panel.xaxis, {"512", "1,024", "8,192"})):
         words = {tick.get_text() for tick in axis.get_ticklabels()}

@@ -111,10 +111,10 @@ def look(method: str) -> dict:
     return {"color": style.color, "marker": style.marker, "linestyle": style.line, "label": method}
 
 
-def row(count: int, width: float = 4.8, height: float = 3.6, sharey: bool = True) -> tuple[Figure, Sequence[Axes]]:
+def row(count: int, width: float = 4.8, height: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
     """A figure and its panels side by side."""
     size = (width * count, height)
-    figure, panels = plt.subplots(1, count, figsize=size, sharey=sharey, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
     return figure, panels[0]
 
 
@@ -125,17 +125,18 @@ def plain_numbers(axis: Axis, ticks: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def doublings(axis: Axis) -> None:
-    """Make an axis logarithmic, with an ordinary number at every power of two."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(base=2))
-    axis.set_major_formatter("{x:,.0f}")
-    axis.set_minor_locator(NullLocator())
+def doublings(panel: Axes) -> None:
+    """Make the x axis logarithmic, with an ordinary number at every power of two."""
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(base=2))
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+    panel.xaxis.set_minor_locator(NullLocator())
 
 
 def perplexity_axis(panels: Sequence[Axes], label: str = "perplexity, times dense") -> None:
     """Logarithmic from the dense model up, in ordinary numbers, cut at `TOP`; the label of the first panel says if it cuts."""
-    highest = max((max(line.get_ydata(), default=1) for panel in panels for line in panel.get_lines()), default=1)
+    heights = [y for panel in panels for line in panel.get_lines() for y in line.get_ydata() if y == y]  # a NaN is not drawn
+    highest = max(heights, default=1)
     for panel in panels:
         panel.set(yscale="log", ylim=(0.95, TOP if highest > TOP else 1.1 * highest))
         plain_numbers(panel.yaxis, (1, 1.5, 2, 3, 5, 7))
@@ -144,7 +145,8 @@ def perplexity_axis(panels: Sequence[Axes], label: str = "perplexity, times dens
 
 def lines_of(table: pd.DataFrame) -> dict[str, tuple]:
     """{method: (per cent removed, perplexity over dense)} of one model, each point once and from small to large."""
-    ordered = table.sort_values("removed_decoder").drop_duplicates(["method", "removed_decoder"])
+    measured = table.dropna(subset="relative")
+    ordered = measured.sort_values("removed_decoder").drop_duplicates(["method", "removed_decoder"])
     return {
         method: (100 * part.removed_decoder.to_numpy(), part.relative.to_numpy())
         for method, part in ordered.groupby("method", sort=False)
