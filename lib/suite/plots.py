@@ -63,11 +63,11 @@ STYLE = {
     "COMP": Style("deletes neurons", "o"),
     "CFSP": Style("deletes neurons", "s"),
     "LLM-Pruner": Style("deletes neurons", "X"),
-    "FPT": Style("deletes neurons", "p"),
+    "FPT": Style("deletes neurons", "^"),
     "Wanda-sp": Style("deletes neurons", "d"),
     "FLAP": Style("deletes neurons", ">"),
-    "LoRAP": Style("deletes neurons", "H"),
-    "magnitude": Style("deletes neurons", "1"),
+    "LoRAP": Style("deletes neurons", "P"),
+    "magnitude": Style("deletes neurons", "v"),
     "Structured AFR": Style("deletes neurons", "*"),
     "simple mean": Style("deletes neurons", "s", "--"),
     "absolute only": Style("deletes neurons", "o"),
@@ -193,7 +193,7 @@ def methods_below(figure: Figure, methods: Iterable[str], columns: int = 6) -> N
     order = list(COLOURS)
     methods = sorted(methods, key=lambda method: order.index(style_of(method).removes))
     handles = [Line2D([], [], ms=6, **look(method)) for method in methods]
-    figure.legend(handles=handles, fontsize=8, ncols=columns, loc="outside lower center", frameon=False)
+    figure.legend(handles=handles, fontsize=8, ncols=columns, handlelength=3, loc="outside lower center", frameon=False)
 
 
 def removed_below(figure: Figure, methods: Iterable[str], others: bool = False) -> None:
@@ -201,7 +201,8 @@ def removed_below(figure: Figure, methods: Iterable[str], others: bool = False) 
     shown = {style_of(method).removes for method in methods}
     colours = {name: colour for name, colour in COLOURS.items() if name in shown} | ({"others": OTHERS} if others else {})
     handles = [Line2D([], [], color=colour, lw=3, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, ncols=len(handles), loc="outside lower center", frameon=False)
+    columns = int(figure.get_figwidth() / 1.9)
+    figure.legend(handles=handles, ncols=columns, loc="outside lower center", frameon=False)
 
 
 def by_depth(count: int) -> list:
@@ -302,7 +303,7 @@ def size_figure(table: pd.DataFrame) -> Figure:
     perplexity_axis(panels)
     methods = table.method.unique()
     removed_below(figure, [method for method in methods if method in HIGHLIGHTED], any(m not in HIGHLIGHTED for m in methods))
-    title = textwrap.fill(message(table), int(10 * figure.get_figwidth()))
+    title = textwrap.fill(message(table), int(10 * figure.get_figwidth()), break_on_hyphens=False)
     figure.suptitle(title, weight="bold", size=12)
     for panel, model in zip(panels, models, strict=True):
         label_ends(panel, {method: lines[model][method] for method in HIGHLIGHTED if method in lines[model]})
