@@ -370,7 +370,7 @@ def methods(c):
 def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="float32", data_dir=""):
     """Print the perplexity of a model, compressed or not, and its zero-shot accuracy on the given tasks."""
     from lib.evaluation.perplexity import perplexity
-    from lib.evaluation.text import load_corpus, token_stream
+    from lib.evaluation.text import load_corpus, tokens_of
     from lib.evaluation.zero_shot import zero_shot
     from lib.models.load import load, spread
 
@@ -379,7 +379,7 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
         network, tokenizer = load(model, "cpu" if device == "auto" else device, dtype)
         network = spread(network) if device == "auto" else network
         window = length or min(2048, network.config.max_position_embeddings)
-        found = perplexity(network, token_stream(load_corpus(corpus, "test"), tokenizer), window, windows or None)
+        found = perplexity(network, tokens_of(load_corpus(corpus, "test"), tokenizer), window, windows or None)
         print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")
         for row in zero_shot(network, tokenizer, tuple(tasks.split(",")), limit or None) if tasks else ():
             first = f" (limit {row['limit']})" if row["limit"] else ""

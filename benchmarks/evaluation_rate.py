@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.evaluation.perplexity import perplexity
-from lib.evaluation.text import load_corpus, token_stream, windows
+from lib.evaluation.text import load_corpus, tokens_of, windows
 from lib.models.load import fast_bfloat16, load
 from lib.primitives.surgery import cast
 
@@ -39,7 +39,7 @@ def plain(model: nn.Module, stream: torch.Tensor, limit: int) -> float:
 def main(name: str = "gemma-3-270m", limit: int = 2, corpus: str = "wiki-a") -> None:
     model, tokenizer = load(name)
     small = cast(copy.deepcopy(model), torch.bfloat16)
-    stream = token_stream(load_corpus(corpus, "test"), tokenizer)
+    stream = tokens_of(load_corpus(corpus, "test"), tokenizer)
     ways: dict[str, Callable[[], float]] = {
         "plain, float32": lambda: plain(model, stream, limit),
         "ours, float32": lambda: perplexity(model, stream, LENGTH, limit, batch=1).perplexity,

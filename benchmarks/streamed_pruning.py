@@ -33,7 +33,7 @@ def write_model(folder: Path) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lib.models.checkpoint import stored_tensors
-    from lib.models.streaming import INDEX, write_tensors
+    from lib.models.disk import INDEX, write_tensors
     from lib.primitives.anatomy import Anatomy
 
     config = LlamaConfig(**SHAPE)
@@ -81,7 +81,7 @@ def work(method: str, folder: str) -> None:
     ids = torch.randint(SHAPE["vocab_size"], (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     start = time.time()
     if method == "comp":
-        from lib.models.streaming import compress_on_disk, model_on_disk
+        from lib.models.disk import compress_on_disk, model_on_disk
         from lib.papers import comp
         from lib.primitives.cost import count
         from lib.primitives.layer_importance import layer_scores

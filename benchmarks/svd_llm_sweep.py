@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.literal_svd_llm import literal_svd_llm, profile, truncated
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.process import peak_memory
-from lib.evaluation.text import load_corpus, sample_blocks, token_stream
+from lib.evaluation.text import load_corpus, sample_blocks, tokens_of
 from lib.models.load import load
 from lib.papers.svd_llm import by_outputs, sweep
 from lib.primitives.anatomy import Anatomy, shared_inputs
@@ -128,7 +128,7 @@ def workshop_model() -> None:
     ids = sample_blocks(load_corpus("wiki-a"), tokenizer, 128, 256, torch.Generator().manual_seed(0))
     print("(b) wiki-a-llama, 128 x 256 tokens; median of 3:")
     compare(model, ids, repeats=3)
-    stream = token_stream(load_corpus("wiki-a", "test"), tokenizer)
+    stream = tokens_of(load_corpus("wiki-a", "test"), tokenizer)
     for ratio, small in sweep(model, ids, RATIOS):
         ours, theirs = (perplexity(m, stream, 256, 64).perplexity for m in (small, literal_svd_llm(model, ids, ratio)))
         print(f"  {ratio:.0%}: perplexity ours {ours:.3f}, literal {theirs:.3f}")

@@ -14,7 +14,7 @@ from lib.evaluation.console import Progress
 from lib.evaluation.process import package_versions
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks
 from lib.methods import make, method_named, on_disk_method, settings_of
-from lib.models import streaming
+from lib.models import disk
 from lib.models.checkpoint import export, fingerprint, read_record, save
 from lib.models.load import DTYPES, load, locate
 from lib.papers import slicegpt
@@ -39,7 +39,7 @@ def compress(
 
     ratio: the method's own notion, in [0, 1) (`lib.methods` says of what it is a share). calibration: 128 sequences of wiki-a as
     long as the model's positions permit, at most 2,048, unless given. streamed: work from the model's folder block by block,
-    without loading it whole (`lib.models.streaming`); an interrupted run goes on where it was when it is started again.
+    without loading it whole (`lib.models.disk`); an interrupted run goes on where it was when it is started again.
     values: fields of the method's settings; a slicegpt `schedule` may also be the folder of a sliced model, whose widths are
     taken over. Raises ValueError or FileExistsError before any long work for arguments that cannot work.
     """
@@ -54,7 +54,7 @@ def compress(
     generator = torch.Generator().manual_seed(draw.seed)
     ids = sample_blocks(load_corpus(draw.corpus, "train"), tokenizer, draw.samples, draw.length, generator, draw.rule)
     dense, progress = count(network), Progress()
-    weights = streaming.fingerprint(network) if streamed else fingerprint(network)
+    weights = disk.fingerprint_on_disk(network) if streamed else fingerprint(network)
 
     def sizes(small: nn.Module) -> dict:
         size = count(small)
@@ -71,7 +71,7 @@ def compress(
 
     if streamed:
         run = {"method": method, "ratio": ratio, "settings": asdict(settings)}
-        small = streaming.compress_on_disk(
+        small = disk.compress_on_disk(
             locate(model), out, ids, lambda network, ids, note: record.on_disk(network, ids, ratio, settings, note),
             tokenizer=tokenizer, dtype=network.dtype, resume=run, facts=facts, progress=progress,
         )  # fmt: skip
@@ -107,4 +107,4 @@ def _open_on_disk(model: str, device: str, dtype: str) -> tuple[nn.Module, objec
     folder = locate(model)
     if not Path(folder).is_dir():
         raise ValueError(f"streaming reads a local folder, and {model!r} is none: download the model first")
-    return streaming.model_on_disk(folder, DTYPES[dtype]), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return disk.model_on_disk(folder, DTYPES[dtype]), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

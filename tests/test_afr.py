@@ -207,8 +207,8 @@ def test_many_settings_share_their_backward_passes(monkeypatch):
         "tokens": {"aggregation": "absolute only", "view": "token"},
     }
     alone = {name: afr.scores(model, ids, [c["aggregation"]], afr.Settings(**c))[c["aggregation"]] for name, c in changes.items()}
-    runs, real = [], afr.stream_vectors
-    monkeypatch.setattr(afr, "stream_vectors", lambda *a, **k: runs.append(a) or real(*a, **k))
+    runs, real = [], afr.each_vector
+    monkeypatch.setattr(afr, "each_vector", lambda *a, **k: runs.append(a) or real(*a, **k))
     found = afr.scores_under(model, ids, {name: afr.settings_of(**c) for name, c in changes.items()})
     assert list(found) == list(changes)
     for name, blocks in found.items():

@@ -9,7 +9,7 @@ import torch
 
 import tasks
 from lib.evaluation.perplexity import perplexity
-from lib.evaluation.text import load_corpus, sample_blocks, token_stream
+from lib.evaluation.text import load_corpus, sample_blocks, tokens_of
 from lib.models import checkpoint
 from lib.models import load as models
 from lib.models.checkpoint import fingerprint
@@ -39,11 +39,11 @@ def test_embedded_models_are_plain_folders_with_a_history(name):
 
 @pytest.mark.parametrize("name", models.EMBEDDED)
 def test_embedded_models_have_the_loss_of_their_manifest(name):
-    from lib.evaluation.text import load_corpus, token_stream, windows
+    from lib.evaluation.text import load_corpus, tokens_of, windows
     from lib.suite.workshop import CONTEXT, validation_loss
 
     model, tokenizer = load(name)
-    blocks = windows(token_stream(load_corpus("wiki-a", "validation"), tokenizer), CONTEXT)
+    blocks = windows(tokens_of(load_corpus("wiki-a", "validation"), tokenizer), CONTEXT)
     manifest = json.loads((models.ASSETS / name / "manifest.json").read_text())
     assert validation_loss(model, blocks) == pytest.approx(manifest["reached"]["validation_loss_bf16"], abs=2e-3)
 
@@ -102,7 +102,7 @@ def test_a_spread_model_scores_the_same(tmp_path):
     """Blocks and head on disk, fetched where they run; the same perplexity to the last bit, for a compressed model too."""
     dense, tokenizer = load("wiki-a-llama")
     ids = sample_blocks(load_corpus("wiki-a"), tokenizer, 4, 64, torch.Generator().manual_seed(0))
-    stream = token_stream(load_corpus("wiki-a", "test"), tokenizer)
+    stream = tokens_of(load_corpus("wiki-a", "test"), tokenizer)
     for name, model in (("dense", dense), ("sliced", slice_model(dense, ids, 0.25))):
         expected = perplexity(model, stream, 64, 4)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -13,7 +13,7 @@ import transformers
 import tasks
 from lib.equal_size import own_ratio
 from lib.evaluation.perplexity import perplexity
-from lib.evaluation.text import load_corpus, sample_blocks, token_stream, train_text
+from lib.evaluation.text import load_corpus, sample_blocks, tokens_of, train_text
 from lib.methods import METHODS, make
 from lib.models import checkpoint
 from lib.models.load import load
@@ -169,7 +169,7 @@ def test_the_perplexities_of_the_page(method):
     printed = re.search(r"perplexity ([\d.]+) \(dense ([\d.]+), CFSP ([\d.]+), random neurons ([\d.]+)\)", text).groups()
     model, tokenizer = load("wiki-a-llama")
     ids = sample_blocks(train_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
-    stream = token_stream(load_corpus("wiki-a", "test"), tokenizer)
+    stream = tokens_of(load_corpus("wiki-a", "test"), tokenizer)
     rivals = [make(name, model, ids, 0.2) for name in ("cfsp", "random-neurons")]
     found = [perplexity(network, stream, 256, 60).perplexity for network in (method[0]["model"], model, *rivals)]
     assert found == pytest.approx([float(number) for number in printed], abs=0.02)

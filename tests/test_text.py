@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.evaluation import text
-from lib.evaluation.text import Corpus, load_corpus, sample_blocks, token_stream, wiki_a_articles, windows
+from lib.evaluation.text import Corpus, load_corpus, sample_blocks, tokens_of, wiki_a_articles, windows
 from lib.models.load import load
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -163,7 +163,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch):
 
 
 def test_stream_is_one_join():
-    assert token_stream(corpus("ab", "", "c"), Letters()).tolist() == [ord(c) for c in "ab\n\n\n\nc"]
+    assert tokens_of(corpus("ab", "", "c"), Letters()).tolist() == [ord(c) for c in "ab\n\n\n\nc"]
 
 
 def test_windows_drop_the_tail():

@@ -137,7 +137,7 @@ def mask_gradients(
     return Units(stacked[: len(ones.groups)], stacked[len(ones.groups) :])
 
 
-def fisher(gradients: Units) -> Units:
+def importance(gradients: Units) -> Units:
     """Diagonal Fisher information F_ii = Σ_s g_si² of every unit, [n]."""
     return gradients.map(lambda g: g.double().square().sum(0))
 
@@ -421,7 +421,7 @@ def sweep(
             if ratio == 0:
                 yield ratio, shell(model)
                 continue
-            student, teacher = (search(fisher(gradients), budget * units, costs) for budget in (c, float(c) ** 0.5))
+            student, teacher = (search(importance(gradients), budget * units, costs) for budget in (c, float(c) ** 0.5))
             if settings.rearrangement:
                 student = Units(
                     *(

@@ -24,7 +24,7 @@ def weight_scores(
 ) -> list[torch.Tensor]:
     """The score [out, in] of every FFN matrix, block by block: Σ over sequences of |W g|, standardised over all of them, added.
 
-    settings: those of `lib.primitives.gradients.stream`. Memory: one float32 copy of the FFN weights for each score.
+    settings: those of `lib.primitives.gradients.each_gradient`. Memory: one float32 copy of the FFN weights for each score.
     """
     names = [name for part in half_names(model) for name in part]
     found = summed(model, ids, names, "absolute", scores=scores, **settings)
@@ -59,7 +59,7 @@ def prune(
     """Zero a share of the FFN weights by AFR, or by one of its parts alone: scores ("snip",) or ("refer",).
 
     One threshold can empty a layer, which SNIP is known for. Raises ValueError, before any long work, for a ratio outside
-    [0, 1) and what `lib.primitives.gradients.stream` refuses.
+    [0, 1) and what `lib.primitives.gradients.each_gradient` refuses.
     """
     check_sparsity(float(ratio), 1)
     found = weight_scores(model, ids, scores, progress=progress, **settings)

@@ -28,10 +28,10 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int | None = None, batch: int = 8) -> Perplexity:
-    """Perplexity by the protocol of the papers (GPTQ, SparseGPT, SliceGPT): one token stream, windows of `length`.
+def perplexity(model: nn.Module, tokens: torch.Tensor, length: int, limit: int | None = None, batch: int = 8) -> Perplexity:
+    """Perplexity by the protocol of the papers (GPTQ, SparseGPT, SliceGPT): one sequence of tokens, windows of `length`.
 
-    stream: ids [n_tokens] of the joined text; the tail shorter than a window is dropped; `limit` keeps the first windows.
+    tokens: ids [n_tokens] of the joined text; the tail shorter than a window is dropped; `limit` keeps the first windows.
     Log-softmax is float32 whatever the model's dtype. Raises ValueError if the window exceeds the model's positions.
     """
     positions = model.config.max_position_embeddings
@@ -39,7 +39,7 @@ def perplexity(model: nn.Module, stream: torch.Tensor, length: int, limit: int |
         raise ValueError(f"windows of {length} tokens exceed the model's {positions} positions: use shorter windows")
     if length < 2 or (limit is not None and limit < 1):
         raise ValueError(f"{limit or 'all'} windows of {length} tokens score nothing: use at least 1 window of 2 tokens")
-    blocks = windows(stream, length)[:limit]
+    blocks = windows(tokens, length)[:limit]
     device = next(model.parameters()).device
     total = sum(_next_token_loss(model, ids.to(device)) for ids in blocks.split(batch))
     scored = blocks.shape[0] * (length - 1)

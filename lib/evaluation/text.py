@@ -1,7 +1,7 @@
 """Corpora and the rules that turn them into fixed-length blocks of token ids.
 
 A corpus is a list of *rows* (paragraphs), because every paper of the suite samples rows and joins them with a blank
-line. `load_corpus` finds the rows, `token_stream` and `windows` build the evaluation text, `sample_blocks` the
+line. `load_corpus` finds the rows, `tokens_of` and `windows` build the evaluation text, `sample_blocks` the
 calibration set.
 """
 
@@ -260,18 +260,18 @@ def _text_file_rows(path: Path, split: str) -> list[str]:
 # --- rows to token ids -----------------------------------------------------------------------------------------------
 
 
-def token_stream(corpus: Corpus, tokenizer) -> torch.Tensor:
+def tokens_of(corpus: Corpus, tokenizer) -> torch.Tensor:
     """All rows joined with a blank line and tokenised once, as the perplexity protocol asks. Returns ids [n_tokens]."""
     ids = tokenizer(corpus.text, return_tensors="pt", verbose=False).input_ids[0]
     return ids.to(torch.long)
 
 
-def windows(stream: torch.Tensor, length: int) -> torch.Tensor:
+def windows(tokens: torch.Tensor, length: int) -> torch.Tensor:
     """Cut ids [n_tokens] into non-overlapping windows [n, length]; the incomplete tail is dropped."""
-    count = len(stream) // length
+    count = len(tokens) // length
     if count == 0:
-        raise ValueError(f"the text has {len(stream)} tokens, fewer than one window of {length}: use a longer text")
-    return stream[: count * length].view(count, length)
+        raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {length}: use a longer text")
+    return tokens[: count * length].view(count, length)
 
 
 SAMPLING_RULES = ("rows", "rows-retokenised", "offsets")
@@ -292,11 +292,11 @@ def sample_blocks(
     if samples < 1 or length < 2:
         raise ValueError(f"a calibration set needs at least 1 sample of 2 tokens, not {samples} of {length}")
     if rule == "offsets":
-        stream = token_stream(corpus, tokenizer)
-        if len(stream) <= length:
+        tokens = tokens_of(corpus, tokenizer)
+        if len(tokens) <= length:
             raise _too_short(corpus, samples, length)
-        starts = torch.randint(len(stream) - length, (samples,), generator=generator)
-        return torch.stack([stream[s : s + length] for s in starts.tolist()])
+        starts = torch.randint(len(tokens) - length, (samples,), generator=generator)
+        return torch.stack([tokens[s : s + length] for s in starts.tolist()])
 
     rows = [row for row in corpus.rows if row.strip()]
     blocks: list[list[int]] = []

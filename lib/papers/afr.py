@@ -21,7 +21,7 @@ from torch import nn
 from lib.papers import mixtures
 from lib.primitives.anatomy import half_names
 from lib.primitives.checks import choose_one
-from lib.primitives.gradients import SCORES, stream
+from lib.primitives.gradients import SCORES, each_gradient
 from lib.primitives.linalg import at_least_float32
 from lib.primitives.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
 
@@ -61,7 +61,7 @@ class Settings:
         if self.protect and self.allocation != "uniform":
             raise ValueError("one threshold over all blocks does not know protected ones: use allocation 'uniform'")
 
-    def streaming(self) -> dict:
+    def backward(self) -> dict:
         """The settings of the backward passes."""
         return {name: getattr(self, name) for name in ("scores", "loss", "features", "view", "batch", "checkpointing")}
 
@@ -103,7 +103,7 @@ VECTORS: dict[str, Callable] = {
 ACCUMULATIONS = ("sum_grad", "per_sample", "one_sample")
 
 
-def stream_vectors(
+def each_vector(
     model: nn.Module,
     ids: torch.Tensor,
     take: Callable[[str, int, torch.Tensor], None],
@@ -132,7 +132,7 @@ def stream_vectors(
             maps = waiting.pop(block)
             take(score, block, combine([maps[i] for i in sorted(maps)]))
 
-    stream(model, ids, [name for part in names for name in part], collect, progress=progress, **settings.streaming())
+    each_gradient(model, ids, [name for part in names for name in part], collect, progress=progress, **settings.backward())
 
 
 def summed_vectors(
@@ -149,7 +149,7 @@ def summed_vectors(
         totals[score][block] = x if known is None else known.add_(x)
 
     used = ids[:1] if settings.accumulation == "one_sample" else ids
-    stream_vectors(model, used, take, settings, half, progress)
+    each_vector(model, used, take, settings, half, progress)
     return totals
 
 
@@ -166,7 +166,7 @@ def neuron_scores(
     """{aggregation: {score: [units] of every block}}, all of them from one run over the calibration set.
 
     ids: [samples, tokens]. vectors: those of `summed_vectors` under the same settings, where they are at hand already.
-    Raises ValueError for unknown aggregations, and what `lib.primitives.gradients.stream` raises.
+    Raises ValueError for unknown aggregations, and what `lib.primitives.gradients.each_gradient` raises.
     """
     settings = settings or Settings()
     for name in aggregations:
@@ -179,7 +179,7 @@ def neuron_scores(
             found[name][score][block] = found[name][score][block] + value
 
     if settings.accumulation == "per_sample":
-        stream_vectors(model, ids, add, settings, half, progress)
+        each_vector(model, ids, add, settings, half, progress)
         return found
     vectors = vectors or summed_vectors(model, ids, settings, half, progress)
     vectors = STAGES[settings.stage](vectors)

@@ -21,7 +21,7 @@ from lib.primitives.linalg import add_gram, remove_mean
 def resident(*modules: nn.Module) -> Iterator[None]:
     """Modules with their weights in memory within the `with`.
 
-    Those of a model in memory are. A module whose weights are on disk says so by an attribute `stored` (`lib.models.streaming`):
+    Those of a model in memory are. A module whose weights are on disk says so by an attribute `stored` (`lib.models.disk`):
     they are loaded, unless someone holds them already, and dropped at the end.
     """
     with contextlib.ExitStack() as held:

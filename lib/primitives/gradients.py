@@ -123,7 +123,7 @@ def _collecting(modules: Sequence[nn.Module], view: Callable, shape: torch.Size)
 # --- the backward passes -------------------------------------------------------------------------------------------------
 
 
-def stream(
+def each_gradient(
     model: nn.Module,
     ids: torch.Tensor,
     names: Sequence[str],
@@ -250,7 +250,7 @@ def summed(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """{score: {name: Σ over batches}} of `signed` W g, `absolute` |W g| or `squared` g², at least float32 [out, in].
 
-    The totals have the size of the named matrices: to reduce them on the way, use `stream`, whose settings this takes.
+    The totals have the size of the named matrices: to reduce them on the way, use `each_gradient`, whose settings this takes.
     """
     choose_one("product", product, PRODUCTS)
     totals: dict[str, dict[str, torch.Tensor]] = {score: {} for score in settings.get("scores", ("snip",))}
@@ -262,5 +262,5 @@ def summed(
         else:
             totals[score][name] = value
 
-    stream(model, ids, names, take, **settings)
+    each_gradient(model, ids, names, take, **settings)
     return totals

@@ -51,7 +51,7 @@ def relative_change(change: Change) -> float:
     return (change.moved / change.before) ** 0.5 if change.before else 0.0
 
 
-SCORES: dict[str, Callable[[Change], float]] = {
+BLOCK_SCORES: dict[str, Callable[[Change], float]] = {
     "mean cosine": mean_cosine,
     "pooled cosine": pooled_cosine,
     "relative change": relative_change,
@@ -59,7 +59,7 @@ SCORES: dict[str, Callable[[Change], float]] = {
 
 
 def check_score(score: str) -> None:
-    choose_one("score of a block", score, SCORES)
+    choose_one("score of a block", score, BLOCK_SCORES)
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def layer_scores(
         for row in range(len(ids)):
             out = stream.hidden[row]
             change.add(before[row], final_norm(out) if last else out)
-        scores.append(SCORES[score](change))
+        scores.append(BLOCK_SCORES[score](change))
     return scores
 
 

@@ -1,6 +1,6 @@
 """Walk over a model block by block: measure the inputs of a block's layers, replace the layers, go on behind it.
 
-A `Walk` edits a model in memory (`go`) as well as one whose weights are on disk, a block at a time (`lib.models.streaming`).
+A `Walk` edits a model in memory (`go`) as well as one whose weights are on disk, a block at a time (`lib.models.disk`).
 SparseGPT, Wanda and GPTQ share one, `LayerWalk`: all layers of a block are measured in one pass, before any of them is
 replaced; the next block then sees what the rebuilt ones hand it. One block's statistics are in memory at a time.
 """

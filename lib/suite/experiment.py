@@ -11,7 +11,8 @@ from torch import nn
 
 from lib.evaluation.benchmark_tasks import files_record
 from lib.evaluation.perplexity import perplexity
-from lib.evaluation.text import Calibration, Corpus, sample_blocks, token_stream, train_text
+from lib.evaluation.text import Calibration, Corpus, sample_blocks, tokens_of, train_text
+from lib.evaluation.zero_shot import zero_shot as accuracies
 from lib.models.checkpoint import fingerprint
 from lib.models.load import DTYPES, fast_bfloat16, load
 from lib.papers.sliced_network import check_sliceable
@@ -52,7 +53,7 @@ class Subject:
         self.model, self.tokenizer = load(name, device, dtype)
         self.evaluated_in = evaluation_dtype(protocol.dtype, device) or self.model.dtype
         self.size: Count = count(self.model)
-        self.stream = token_stream(protocol.text, self.tokenizer)
+        self.tokens = tokens_of(protocol.text, self.tokenizer)
         self.fingerprint = fingerprint(self.model)
 
     def record(self) -> dict:
@@ -73,7 +74,7 @@ class Subject:
 
     def perplexity(self, model: nn.Module) -> dict:
         model = self.in_evaluation_dtype(model)
-        return perplexity(model, self.stream, self.protocol.length, self.protocol.windows).record()
+        return perplexity(model, self.tokens, self.protocol.length, self.protocol.windows).record()
 
     def in_evaluation_dtype(self, model: nn.Module) -> nn.Module:
         """The model itself, or a copy in the precision that the protocol evaluates in."""
@@ -87,7 +88,7 @@ class Subject:
             "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
             "zeros": zero_share(model),
             "perplexity": self.perplexity(scored),
-            "zero_shot": zero_shot(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
+            "zero_shot": accuracies(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
         }
 
     def dense(self) -> dict:

@@ -160,16 +160,16 @@ def here(run: Run, partial: Path, ledger: Ledger) -> None:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A text stream whose lines start with a label: several notebooks may write to it at once."""
+    """Where a notebook prints: lines start with a label: several notebooks may write to it at once."""
 
     label: str
-    stream: object
+    out: object
 
     def write(self, text: str) -> None:
-        self.stream.write("".join(f"{self.label}: {line}" for line in text.splitlines(keepends=True)))
+        self.out.write("".join(f"{self.label}: {line}" for line in text.splitlines(keepends=True)))
 
     def flush(self) -> None:
-        self.stream.flush()
+        self.out.flush()
 
 
 def execute(notebook: Path, parameters: dict, profile: str, folder: Path, place: Path | None = None) -> None:

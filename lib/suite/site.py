@@ -38,7 +38,7 @@ LINKED = re.compile(r"\]\((?:\.\./)+(lib/[^)#\s]+)\)")  # how notebooks link to 
 
 
 @dataclass
-class Run:
+class Executed:
     """One complete run of a notebook: the folder `results/<profile>/<paper>`, its manifest, and the executed notebook."""
 
     folder: Path
@@ -77,7 +77,7 @@ def one_line(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
 
 
-def find_runs(results: Path) -> list[Run]:
+def find_runs(results: Path) -> list[Executed]:
     """Every complete run below `results`, interactive ones left out.
 
     Raises ValueError where there is none, for a damaged manifest, and for a manifest without its notebook.
@@ -92,7 +92,7 @@ def find_runs(results: Path) -> list[Run]:
     return [read_run(path.parent) for path in manifests]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> Executed:
     """The run in `results/<profile>/<paper>`; ValueError, with the command that mends it, where it is incomplete."""
     profile, paper = folder.parts[-2:]
     again = f"`invoke reproduce --profile {profile.removesuffix('-custom')} --paper {paper}`"
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> Run:
             raise ValueError(f"{folder} holds no {path.name}: {again} makes it")
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        run = Run(folder, manifest, nbformat.read(notebook, as_version=4))
+        run = Executed(folder, manifest, nbformat.read(notebook, as_version=4))
         missing = {"paper", "profile", "parameters", "commit", "code_version", "machine", "seconds", "files"} - set(manifest)
     except (json.JSONDecodeError, nbformat.reader.NotJSONError) as error:
         raise ValueError(f"the manifest or the notebook in {folder} is damaged ({error}): {again} makes them new") from error
@@ -164,7 +164,7 @@ def page(title: str, body: str, up: str = "../../") -> str:
     )
 
 
-def facts(run: Run, packages: bool = True) -> str:
+def facts(run: Executed, packages: bool = True) -> str:
     """What the manifest says of how a run was made; the date is that of its commit, if git knows it."""
     manifest, machine = run.manifest, run.manifest["machine"]
     words = ["git", "show", "-s", "--format=%cs", run.commit.split()[0]]
@@ -184,7 +184,7 @@ def facts(run: Run, packages: bool = True) -> str:
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
 
 
-def made_by(run: Run, path: Path) -> str:
+def made_by(run: Executed, path: Path) -> str:
     """The line below a table or figure: command and commit, and a warning if the file is not the one that the run wrote."""
     name = path.relative_to(run.folder).as_posix()
     same = run.manifest["files"].get(name) == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -225,7 +225,7 @@ def spoken(path: Path) -> str:
     return path.stem.replace("_", " ").capitalize()
 
 
-def results_page(run: Run) -> str:
+def results_page(run: Executed) -> str:
     """Every table and every figure of one run."""
     tables, figures = sorted((run.folder / "tables").glob("*.csv")), {}
     for path in sorted((run.folder / "figures").glob("*.*")):  # png before svg
@@ -254,7 +254,7 @@ def results_page(run: Run) -> str:
     return page(f"Tables and figures: {run.title}", f"{top}\n{head}\n" + "\n".join(parts))
 
 
-def notebook_page(run: Run, papers: frozenset[str] = frozenset()) -> str:
+def notebook_page(run: Executed, papers: frozenset[str] = frozenset()) -> str:
     """The executed notebook, with its code, its outputs and a list of its sections; links lead to the neighbours `papers`."""
     exporter = NotebookPage(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.papers = papers
@@ -281,7 +281,7 @@ def code_page(path: str) -> str:
     return page(path, f'<nav><a href="{up}index.html">All papers</a></nav>\n<h1>{path}</h1>{said}\n' + "\n".join(parts), up)
 
 
-def index_page(runs: list[Run], out: Path) -> str:
+def index_page(runs: list[Executed], out: Path) -> str:
     """One card for every run, by profile."""
     parts = [
         "<h1>Four papers on compressing language models</h1>\n<p>Executed notebooks, and every table and figure that they wrote, "

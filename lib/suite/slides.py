@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import SlidesExporter
 
-from lib.suite.site import Run, Words, read_run
+from lib.suite.site import Executed, Words, read_run
 
 EXERCISES = re.compile(r"## \d+ · Exercises")
 LOGGED = re.compile(r" at \d+%: perplexity | s since the start|files written")  # lines that report progress
@@ -41,7 +41,7 @@ class Slides(Words, SlidesExporter):
 """
 
 
-def slide_cells(run: Run) -> list[nbformat.NotebookNode]:
+def slide_cells(run: Executed) -> list[nbformat.NotebookNode]:
     """The cells of a notebook as slides, each marked with its slide type.
 
     A `#` or `##` heading starts a slide. Stacked below it: the text under a `###` heading, every other text cell, and every

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lib.evaluation.text import load_corpus, token_stream, windows
+from lib.evaluation.text import load_corpus, tokens_of, windows
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.losses import mean_loss
 
@@ -223,7 +223,7 @@ WORKSHOP_MODELS = {
 def describe(name: str, model, tokenizer, recipe: Recipe, curve: list[dict], threads: int) -> dict:
     """The manifest of a trained model with bf16 weights: settings, what was reached, what was tried, the loss curve."""
     train_text, held_out = load_corpus("wiki-a", "train"), load_corpus("wiki-a", "validation")
-    ids, held_out_ids = token_stream(train_text, tokenizer), token_stream(held_out, tokenizer)
+    ids, held_out_ids = tokens_of(train_text, tokenizer), tokens_of(held_out, tokenizer)
     best = min(curve, key=lambda point: point["validation_loss"])
     rounded = validation_loss(model.float(), windows(held_out_ids, CONTEXT))
     reached = {
@@ -254,8 +254,8 @@ def train_workshop_model(name: str, recipe: Recipe, folder: Path, log=print) -> 
     text = load_corpus("wiki-a", "train")
     tokenizer = train_tokenizer(text.text)
     model = untrained(name, recipe.seed)
-    validation = windows(token_stream(load_corpus("wiki-a", "validation"), tokenizer), CONTEXT)
-    curve = train(model, token_stream(text, tokenizer), validation, recipe, log)
+    validation = windows(tokens_of(load_corpus("wiki-a", "validation"), tokenizer), CONTEXT)
+    curve = train(model, tokens_of(text, tokenizer), validation, recipe, log)
     model = model.bfloat16()
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)

@@ -15,10 +15,10 @@ from lib.baselines import sparsegpt, wanda
 from lib.compress import compress
 from lib.evaluation.text import Calibration
 from lib.methods import on_disk_method, settings_of
-from lib.models import streaming
+from lib.models import disk
 from lib.models.checkpoint import fingerprint, is_checkpoint, load_checkpoint
+from lib.models.disk import compress_on_disk, model_on_disk, write_tensors
 from lib.models.load import load
-from lib.models.streaming import compress_on_disk, model_on_disk, write_tensors
 from lib.papers import comp, svd_llm
 from lib.primitives.anatomy import Anatomy
 from tests.conftest import tiny, token_ids
@@ -132,7 +132,7 @@ def test_the_writer_writes_what_safetensors_reads(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_fingerprint_is_that_of_the_model_in_memory(tmp_path, tied):
     model, source = on_disk(tmp_path, tie_word_embeddings=tied)
-    assert streaming.fingerprint(model_on_disk(source)) == fingerprint(model)
+    assert disk.fingerprint_on_disk(model_on_disk(source)) == fingerprint(model)
 
 
 @pytest.mark.parametrize("method", ["comp", "wanda"])
@@ -157,20 +157,20 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.blocks, self.bytes, self.between = set(), [], []
-        original = streaming._read
+        original = disk._read
 
         def read(file, name):
-            self.blocks.add(frozenset(n.split(".")[2] for _, n, _ in streaming._LOADED if ".layers." in n))
+            self.blocks.add(frozenset(n.split(".")[2] for _, n, _ in disk._LOADED if ".layers." in n))
             return original(file, name)
 
-        monkeypatch.setattr(streaming, "_read", read)
-        write = streaming.write_tensors
+        monkeypatch.setattr(disk, "_read", read)
+        write = disk.write_tensors
 
         def watched_write(*arguments):
             self.bytes.append(self.parameters())
             write(*arguments)
 
-        monkeypatch.setattr(streaming, "write_tensors", watched_write)
+        monkeypatch.setattr(disk, "write_tensors", watched_write)
 
     def parameters(self):
         """Bytes of all parameters that were made since `gc.freeze`."""
@@ -207,7 +207,7 @@ def test_no_gradients_are_asked_for(tmp_path):
     _, source = on_disk(tmp_path)
     model = model_on_disk(source)
     block = Anatomy(model).blocks[0]
-    with streaming.resident(block):
+    with disk.resident(block):
         assert not any(p.requires_grad or p.is_meta for p in block.parameters())
     assert all(p.is_meta for p in block.parameters())
 
@@ -231,7 +231,7 @@ def test_a_killed_run_goes_on_behind_the_last_finished_block(tmp_path, monkeypat
     for kill in (0, total - 1, total + 1):  # the last: in the second round, where there is one
         seen = [0]
         name = {"middle of a block": "empty", "half-written file": "write_tensors", "before the state": "_save_state"}[at]
-        original = getattr(streaming, name)
+        original = getattr(disk, name)
 
         def once(*arguments, name=name, original=original, seen=seen, kill=kill):
             if name == "write_tensors" and not str(arguments[0]).endswith("block.tmp"):
@@ -244,7 +244,7 @@ def test_a_killed_run_goes_on_behind_the_last_finished_block(tmp_path, monkeypat
             return original(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(streaming, name, once)
+            patch.setattr(disk, name, once)
             try:
                 from_disk(source, tmp_path / "small", method, ratio, resume=True, **settings)
             except Killed:

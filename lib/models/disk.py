@@ -146,7 +146,7 @@ def files_of(folder: Path) -> dict[str, str]:
         return {name: "model.safetensors" for name in tensors.keys()}  # noqa: SIM118 (not a dict)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint_on_disk(model: nn.Module) -> str:
     """What `lib.models.checkpoint.fingerprint` finds for the same model in memory, with one tensor in memory at a time."""
     shapes = dict(model.named_parameters(remove_duplicate=False))
     aliases = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
