@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.primitives.anatomy import half_names
-from lib.primitives.gradients import VIEWS, each_gradient, feature_modules, mean_singular_value, summed
+from lib.primitives.gradients import VIEWS, Passes, each_gradient, feature_modules, mean_singular_value, summed
 from lib.primitives.losses import LOSSES
 from tests.conftest import relative, tiny, token_ids
 
@@ -167,7 +167,7 @@ def test_no_gradient_is_left_and_what_was_there_comes_back():
         kept.append(sum(p.grad is not None for p in model.parameters()))
 
     before = {n: p.requires_grad for n, p in model.named_parameters()}
-    each_gradient(model, ids, names, take, scores=BOTH)
+    each_gradient(model, ids, names, take, Passes(scores=BOTH))
     assert len(kept) == 2 * 2 * len(names)
     assert set(kept) == {0}  # never a second gradient beside the one in use
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.suite import plots
+from lib.suite.pages import SHOWN
 from lib.suite.plots import COLOURS, HIGHLIGHTED, STYLE, UNKNOWN, apart, line_end, look, style_of
 from lib.suite.results import RESULTS
 
@@ -44,7 +45,7 @@ def methods_in(path):
 
 def compared():
     """The rows of all committed comparisons."""
-    paths = [RESULTS / profile / "compare" / "tables" / "pareto.csv" for profile in plots.FRONT]
+    paths = [RESULTS / profile / "compare" / "tables" / "pareto.csv" for profile in SHOWN]
     return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
 
 
@@ -250,14 +251,14 @@ def texts(path):
 
 
 def test_the_front_picture_is_drawn_from_the_committed_tables(tmp_path):
-    for profile in plots.FRONT:
+    for profile in SHOWN:
         folder = tmp_path / profile / "compare" / "tables"
         folder.mkdir(parents=True)
         shutil.copy(RESULTS / profile / "compare" / "tables" / "pareto.csv", folder)
-    paths = plots.front_picture(tmp_path)
+    paths = plots.front_picture(tmp_path, SHOWN)
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["figures/size.svg", "figures/size.png"]
     first = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in plots.front_picture(tmp_path)] == first
+    assert [path.read_bytes() for path in plots.front_picture(tmp_path, SHOWN)] == first
     committed = texts(RESULTS / "figures" / "size.svg")
     assert texts(paths[0]) == committed
     assert plots.message(compared()) in committed

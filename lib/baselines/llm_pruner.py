@@ -16,7 +16,7 @@ from torch import nn
 from lib.primitives.anatomy import Anatomy, half_names, head_size
 from lib.primitives.calibration import check_calibration
 from lib.primitives.checks import check_share, choose_one, exact
-from lib.primitives.gradients import each_gradient, summed
+from lib.primitives.gradients import Passes, each_gradient, summed
 from lib.primitives.losses import at_least_float32
 from lib.primitives.structured import (
     Keep,
@@ -83,7 +83,7 @@ def channel_scores(model: nn.Module, ids: torch.Tensor, names: Sequence[str], im
             w = at_least_float32(model.get_submodule(name).weight.detach())
             found[name] = channels((first[name] - 0.5 * w.square() * second[name]) / samples)
     else:
-        each_gradient(model, ids, names, take, batch=1 if importance == "second" else samples)
+        each_gradient(model, ids, names, take, Passes(batch=1 if importance == "second" else samples))
     return found
 
 

@@ -19,15 +19,13 @@ from lib.primitives.linalg import check_sparsity, keep_mask
 from lib.primitives.surgery import linear, shell
 
 
-def weight_scores(
-    model: nn.Module, ids: torch.Tensor, scores: Sequence[str] = ("refer", "snip"), **settings
-) -> list[torch.Tensor]:
+def weight_scores(model: nn.Module, ids: torch.Tensor, scores: Sequence[str] = ("refer", "snip"), **passes) -> list[torch.Tensor]:
     """The score [out, in] of every FFN matrix, block by block: Σ over sequences of |W g|, standardised over all of them, added.
 
-    settings: those of `lib.primitives.gradients.each_gradient`. Memory: one float32 copy of the FFN weights for each score.
+    passes: fields of `lib.primitives.gradients.Passes`. Memory: one float32 copy of the FFN weights for each score.
     """
     names = [name for part in half_names(model) for name in part]
-    found = summed(model, ids, names, "absolute", scores=scores, **settings)
+    found = summed(model, ids, names, "absolute", scores=scores, **passes)
     standard = [standardise([maps[name] for name in names]) for maps in found.values()]
     return [sum(parts[1:], parts[0]) for parts in zip(*standard, strict=True)]
 
@@ -54,7 +52,7 @@ def prune(
     scores: Sequence[str] = ("refer", "snip"),
     inplace: bool = False,
     progress: Callable | None = None,
-    **settings,
+    **passes,
 ) -> nn.Module:
     """Zero a share of the FFN weights by AFR, or by one of its parts alone: scores ("snip",) or ("refer",).
 
@@ -62,5 +60,5 @@ def prune(
     [0, 1) and what `lib.primitives.gradients.each_gradient` refuses.
     """
     check_sparsity(float(ratio), 1)
-    found = weight_scores(model, ids, scores, progress=progress, **settings)
+    found = weight_scores(model, ids, scores, progress=progress, **passes)
     return zero_lowest(model, found, ratio, inplace=inplace)

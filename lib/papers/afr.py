@@ -21,7 +21,7 @@ from torch import nn
 from lib.papers import mixtures
 from lib.primitives.anatomy import half_names
 from lib.primitives.checks import choose_one
-from lib.primitives.gradients import SCORES, each_gradient
+from lib.primitives.gradients import SCORES, Passes, each_gradient
 from lib.primitives.linalg import at_least_float32
 from lib.primitives.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
 
@@ -61,9 +61,9 @@ class Settings:
         if self.protect and self.allocation != "uniform":
             raise ValueError("one threshold over all blocks does not know protected ones: use allocation 'uniform'")
 
-    def backward(self) -> dict:
+    def passes(self) -> Passes:
         """The settings of the backward passes."""
-        return {name: getattr(self, name) for name in ("scores", "loss", "features", "view", "batch", "checkpointing")}
+        return Passes(self.scores, self.loss, self.features, self.view, self.batch, self.checkpointing)
 
 
 # --- from weights to neurons: x [units, m] -> [units] ---------------------------------------------------------------------
@@ -132,7 +132,7 @@ def each_vector(
             maps = waiting.pop(block)
             take(score, block, combine([maps[i] for i in sorted(maps)]))
 
-    each_gradient(model, ids, [name for part in names for name in part], collect, progress=progress, **settings.backward())
+    each_gradient(model, ids, [name for part in names for name in part], collect, settings.passes(), progress)
 
 
 def summed_vectors(

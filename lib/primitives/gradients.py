@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -123,32 +124,48 @@ def _collecting(modules: Sequence[nn.Module], view: Callable, shape: torch.Size)
 # --- the backward passes -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the backward passes are made. Raises ValueError for what does not exist."""
+
+    scores: tuple[str, ...] = ("snip",)  # refer, snip or both, which then share the forward pass
+    loss: str = "lm_shift"
+    features: str = "projections"
+    view: str = "flat"
+    batch: int = 1  # sequences in one pass
+    checkpointing: bool = (
+        False  # keep only the inputs of the blocks and run each block again on the way back, for each score apart
+    )
+
+    def __post_init__(self):
+        if not self.scores:
+            raise ValueError(f"no score asked for: choose one or more of {', '.join(SCORES)}")
+        for kind, values, known in (("score", self.scores, SCORES), ("loss", [self.loss], LOSSES), ("view", [self.view], VIEWS)):
+            for value in values:
+                choose_one(kind, value, known)
+        if self.batch < 1:
+            raise ValueError(f"a batch has at least 1 sequence, not {self.batch}")
+
+
 def each_gradient(
     model: nn.Module,
     ids: torch.Tensor,
     names: Sequence[str],
     take: Callable[[str, str, torch.Tensor, torch.Tensor], None],
-    *,
-    scores: Sequence[str] = ("snip",),
-    loss: str = "lm_shift",
-    features: str = "projections",
-    view: str = "flat",
-    batch: int = 1,
-    checkpointing: bool = False,
+    passes: Passes = Passes(),
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Call `take(score, name, W, g)` for every batch of sequences, every score and every named matrix, and free g afterwards.
 
     ids: [samples, tokens]; names: of linear layers in the model, whose weights W [out, in] get the gradients g [out, in] of
-    the batch, in the model's dtype; their biases are left out. scores: `refer`, `snip` or both, which then share the forward
-    pass. checkpointing: keep only the inputs of the blocks and run each block again on the way back, for each score apart.
-    Which parameters ask for gradients, and what gradients they hold, is afterwards as it was before.
-
-    Raises ValueError, before any work, for unknown settings and for ids that cannot be used; and as soon as a loss or a
-    gradient overflows.
+    the batch, in the model's dtype; their biases are left out. Which parameters ask for gradients, and what gradients they
+    hold, is afterwards as it was before. Raises ValueError, before any work, for ids that cannot be used; and as soon as a
+    loss or a gradient overflows.
     """
-    _check(model, ids, scores, loss, view, batch)
-    modules = feature_modules(model, features) if "refer" in scores else []
+    check_calibration(Anatomy(model), ids)
+    if ids.shape[1] < 2:
+        raise ValueError(f"sequences of {ids.shape[1]} token predict nothing: use a longer text, and at least 2 tokens")
+    modules = feature_modules(model, passes.features) if "refer" in passes.scores else []
     weights = {name: model.get_submodule(name).weight for name in names}
     current = [""]
 
@@ -163,45 +180,38 @@ def each_gradient(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only(model, list(weights.values())))
-        if checkpointing:
+        if passes.checkpointing:
             stack.enter_context(_checkpointed(Anatomy(model).blocks))
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(hook(name)).remove)
         # Scores share a forward pass by retaining its graph. Checkpoints would then hold what they run again: one pass each.
-        passes = [[score] for score in scores] if checkpointing else [scores]
-        for start in range(0, len(ids), batch):
-            part = ids[start : start + batch].to(model.device)
-            for together in passes:
-                hooked = modules if "refer" in together else ()
+        rounds = [(score,) for score in passes.scores] if passes.checkpointing else [passes.scores]
+        for start in range(0, len(ids), passes.batch):
+            part = ids[start : start + passes.batch].to(model.device)
+            for scores in rounds:
                 # Checkpoints run the blocks again, with the same hooks: they stay until all is differentiated.
-                with torch.enable_grad(), _collecting(hooked, VIEWS[view], part.shape) as total:
-                    logits = model(input_ids=part, use_cache=False).logits
-                    scalars = {}
-                    if "refer" in together:
-                        scalars["refer"] = total()
-                    if "snip" in together:
-                        scalars["snip"] = LOSSES[loss](logits, part)
-                    del logits
+                with torch.enable_grad(), _scalars(model, part, scores, modules, passes) as scalars:
                     while scalars:
                         current[0], scalar = scalars.popitem()
                         if not torch.isfinite(scalar):
                             raise ValueError(f"the scalar of {current[0]} is {scalar.item()}: score in float32 or bfloat16")
                         scalar.backward(retain_graph=bool(scalars), inputs=list(weights.values()))
             if progress:
-                progress(f"gradients of {min(start + batch, len(ids))} of {len(ids)} sequences")
+                progress(f"gradients of {min(start + passes.batch, len(ids))} of {len(ids)} sequences")
 
 
-def _check(model: nn.Module, ids: torch.Tensor, scores: Sequence[str], loss: str, view: str, batch: int) -> None:
-    for kind, values, known in (("score", scores, SCORES), ("loss", [loss], LOSSES), ("view", [view], VIEWS)):
-        for value in values:
-            choose_one(kind, value, known)
-    if not scores:
-        raise ValueError(f"no score asked for: choose one or more of {', '.join(SCORES)}")
-    check_calibration(Anatomy(model), ids)
-    if ids.shape[1] < 2:
-        raise ValueError(f"sequences of {ids.shape[1]} token predict nothing: use a longer text, and at least 2 tokens")
-    if batch < 1:
-        raise ValueError(f"a batch has at least 1 sequence, not {batch}")
+@contextlib.contextmanager
+def _scalars(
+    model: nn.Module, part: torch.Tensor, scores: Sequence[str], modules: Sequence[nn.Module], passes: Passes
+) -> Iterator[dict[str, torch.Tensor]]:
+    """{score: the scalar to differentiate} from one forward pass over ids `part` [b, t]."""
+    with _collecting(modules if "refer" in scores else (), VIEWS[passes.view], part.shape) as total:
+        logits = model(input_ids=part, use_cache=False).logits
+        scalars = {"refer": total()} if "refer" in scores else {}
+        if "snip" in scores:
+            scalars["snip"] = LOSSES[passes.loss](logits, part)
+        del logits
+        yield scalars
 
 
 @contextlib.contextmanager
@@ -246,14 +256,20 @@ PRODUCTS = {
 
 
 def summed(
-    model: nn.Module, ids: torch.Tensor, names: Sequence[str], product: str = "signed", **settings
+    model: nn.Module,
+    ids: torch.Tensor,
+    names: Sequence[str],
+    product: str = "signed",
+    progress: Callable[[str], None] | None = None,
+    **passes,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """{score: {name: Σ over batches}} of `signed` W g, `absolute` |W g| or `squared` g², at least float32 [out, in].
 
-    The totals have the size of the named matrices: to reduce them on the way, use `each_gradient`, whose settings this takes.
+    The totals have the size of the named matrices: to reduce them on the way, use `each_gradient`. passes: fields of `Passes`.
     """
     choose_one("product", product, PRODUCTS)
-    totals: dict[str, dict[str, torch.Tensor]] = {score: {} for score in settings.get("scores", ("snip",))}
+    how = Passes(**passes)
+    totals: dict[str, dict[str, torch.Tensor]] = {score: {} for score in how.scores}
 
     def take(score: str, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         value = PRODUCTS[product](at_least_float32(weight), at_least_float32(gradient))
@@ -262,5 +278,5 @@ def summed(
         else:
             totals[score][name] = value
 
-    each_gradient(model, ids, names, take, **settings)
+    each_gradient(model, ids, names, take, how, progress)
     return totals

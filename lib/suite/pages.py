@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib.papers.afr import PAPER
+from lib.suite.plots import front_picture
 from lib.suite.results import markdown, write_atomically
 
 SHOWN = {"workshop": "The two embedded models", "gemma-3-270m": "Gemma 3 270M"}  # profiles whose results are committed
@@ -74,13 +75,14 @@ come nearest. Every formula of COMP is our reading of the paper.""",
 
 
 def write_pages(root: Path) -> str:
-    """Write the pages of the project in `root` anew. Returns one line that says what was done.
+    """Write the pages of the project in `root` anew, and draw their picture. Returns one line that says what was done.
 
     Pages are written only if every table that they show is there, so a project without some of the results keeps its pages.
     """
     missing = [name for name in sources() if not (root / name).is_file()]
     if missing:
         return f"pages: left as they are, because {missing[0]} is missing"
+    front_picture(root / "results", SHOWN)
     written = [name for name, text in pages(root).items() if _replace(root / name, text)]
     return f"pages: {' and '.join(written)} written from the tables" if written else "pages: up to date with the tables"
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from lib.suite.results import RESULTS, Results
+from lib.suite.results import Results
 
 LOOK = {
     "figure.figsize": (7, 3.6),
@@ -97,7 +97,6 @@ UNKNOWN = Style("something else", "h")
 HIGHLIGHTED = ("COMP", "Structured AFR", "SliceGPT", "SVD-LLM (W)", "CFSP", "ShortGPT", "random neurons")
 NEAR = 0.015  # a model counts at a size when what was really removed is within this of it
 TOP = 40  # times dense: what is worse than this has collapsed, and how badly does not matter
-FRONT = ("workshop", "gemma-3-270m")  # profiles of the picture on the front page
 
 
 def style_of(method: str) -> Style:
@@ -310,9 +309,9 @@ def size_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def front_picture(results: Path = RESULTS) -> list[Path]:
-    """Draw the committed comparisons of all profiles in `FRONT` as `figures/size.svg` and `.png` of the results folder."""
-    tables = [pd.read_csv(Path(results) / profile / "compare" / "tables" / "pareto.csv") for profile in FRONT]
+def front_picture(results: Path, profiles: Iterable[str]) -> list[Path]:
+    """Draw the comparisons of some profiles as `figures/size.svg` and `.png` of the results folder."""
+    tables = [pd.read_csv(Path(results) / profile / "compare" / "tables" / "pareto.csv") for profile in profiles]
     written = Results("front", results)
     with plt.rc_context(LOOK):
         figure = size_figure(pd.concat(tables, ignore_index=True))

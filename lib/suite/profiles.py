@@ -16,6 +16,9 @@ import torch
 from torch import nn
 
 from lib.evaluation.text import HUB_CORPORA
+from lib.methods import METHODS
+from lib.papers.sliced_network import shapes_only
+from lib.papers.slicegpt import constant_widths
 from lib.primitives.checks import choose_one
 from lib.primitives.cost import Count, count
 from lib.suite.architectures import meta_model
@@ -129,9 +132,6 @@ WORK: dict[str, Callable[[dict], Work]] = {
 
 
 def _sliced(model: nn.Module, level: float, p: dict) -> Count:
-    from lib.papers.sliced_network import shapes_only
-    from lib.papers.slicegpt import constant_widths
-
     return count(shapes_only(model, constant_widths(model, level, p["round_interval"]), "low-rank"))
 
 
@@ -139,8 +139,6 @@ def _method(name: str) -> Callable:
     """(model, ratio, parameters) -> size of what a method makes at its own ratio."""
 
     def after(model: nn.Module, ratio: float, p: dict) -> Count:
-        from lib.methods import METHODS
-
         return count(METHODS[name].shape(model, ratio))
 
     return after
