@@ -166,30 +166,13 @@ def list_profiles(c, data_dir=""):
     """List the profiles: size of the model, disk space, time and memory here, the papers of each, and what is still missing."""
     import torch
 
-    from lib.primitives.cost import count
-    from lib.suite.architectures import meta_model
-    from lib.suite.profiles import WORK, missing_here, plan, read_profile
+    from lib.suite.profiles import overview, read_profile
 
     device = "A100" if torch.cuda.is_available() else "CPU"
     for name in profiles():
         profile = read_profile(PROFILES / f"{name}.yaml")
-        print(f"{name}: {profile.about.get('model', '')}; runs {', '.join(profile.papers)}")
-        for paper, reason in profile.about.get("refused", {}).items():
-            print(f"  does not run {paper}: {reason}")
-        if architecture := profile.about.get("architecture"):
-            size = count(meta_model(architecture))
-            print(
-                f"  {size.params:,} parameters, {2 * size.params / 1e9:.2f} GB in 16 bits, {4 * size.params / 1e9:.2f} GB in 32"
-            )
-            plans = {p: plan(p, full_parameters(p, name), architecture, device) for p in profile.papers if p in WORK}
-            for paper, found in plans.items():
-                print(
-                    f"  {paper}: disk {found['disk_bytes'] / 1e9:.1f} GB, memory {found['peak_bytes'] / 1e9:.1f} GB, about "
-                    f"{found['hours']:.1f} h here ({device}, estimated)"
-                )
-        if "settings" in profile.about:
-            print(f"  settings: {profile.about['settings']}")
-        print(f"  still needs: {', '.join(missing_here(profile, bool(data_dir))) or 'nothing'}")
+        parameters = {paper: full_parameters(paper, name) for paper in profile.papers}
+        print("\n".join(overview(profile, parameters, device, bool(data_dir))))
 
 
 @task(
@@ -201,40 +184,15 @@ def list_profiles(c, data_dir=""):
 )
 def plan(c, profile, gpu="A100", tflops=0.0):
     """Count what a run would do, from configuration files and shapes alone, without weights or network."""
-    from lib.suite import profiles as counting
+    from lib.suite.profiles import DEVICES, read_profile, report
 
     choose("profile", profile, profiles())
-    choose("device", gpu, list(counting.DEVICES))
+    choose("device", gpu, list(DEVICES))
     if tflops < 0:
         raise Exit(f"--tflops is a number of operations a second, in trillions, not {tflops}", code=2)
-    found = checked(lambda: counting.read_profile(PROFILES / f"{profile}.yaml"))
-    architecture = found.about.get("architecture")
-    if not architecture:
-        raise Exit(
-            f"profile {profile} names no architecture of lib/suite/architectures.py: it is small enough to be run instead", code=2
-        )
-    print(f"{profile}: {found.about['model']}, counted on shapes. {found.about['settings']}")
-    for paper in papers_of(profile, ""):
-        if paper not in counting.WORK:
-            print(f"{paper}: the work of this notebook is not counted")
-            continue
-        parameters = full_parameters(paper, profile)
-        work = checked(lambda p=paper, v=parameters: counting.plan(p, v, architecture, gpu, tflops * 1e12))
-        before = work["params"]
-        print(f"{paper}: {work['cells']} models to evaluate")
-        print(f"  parameters before: {before:,}")
-        for level, after in counting.params_after(paper, parameters, architecture).items():
-            print(f"  at {level:.0%}: {after:,} ({1 - after / before:.1%} of the model removed)")
-        parts = ", ".join(f"{name} {n / 1e15:,.1f}" for name, n in work["operations"].items())
-        print(f"  10^15 operations: {parts}")
-        print(f"  peak memory {work['peak_bytes'] / 1e9:,.0f} GB ({gpu}: {counting.DEVICES[gpu].memory / 1e9:,.0f})", end=", ")
-        print(f"disk {work['disk_bytes'] / 1e9:,.1f} GB")
-        print(f"  {work['hours']:,.1f} hours on {gpu} at {work['throughput'] / 1e12:,.1f} x 10^12 operations a second", end="")
-        print(", without decompositions")
-    print(
-        "tables: "
-        + ("; ".join(found.about.get("tables", [])) or "none of the papers' tables; the numbers of this profile are new")
-    )
+    found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
+    parameters = {paper: full_parameters(paper, profile) for paper in papers_of(profile, "")}
+    print("\n".join(checked(lambda: list(report(found, parameters, gpu, tflops * 1e12)))))
 
 
 @task(help={"paper": "only this notebook (default: all)"})

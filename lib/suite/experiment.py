@@ -114,7 +114,7 @@ class Subject:
             found[level] = self.run.cell(lambda model=model: self.measure(model, zero_shot), **key, level=level)
             if not quiet:
                 print(f"{self.name} at {level:.0%}: perplexity {found[level]['perplexity']['perplexity']:.2f}", flush=True)
-        return {level: found[level] if level in found else self.run.cell(None, **key, level=level) for level in levels}
+        return {level: found[level] if level in found else self.run.remembered(**key, level=level) for level in levels}
 
 
 def evaluation_dtype(name: str, device: str) -> torch.dtype | None:

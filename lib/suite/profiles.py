@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -22,6 +24,7 @@ from lib.papers.slicegpt import constant_widths
 from lib.primitives.checks import choose_one
 from lib.primitives.cost import Count, count
 from lib.suite.architectures import meta_model
+from lib.suite.results import RESULTS
 
 ABOUT = ("model", "architecture", "needs", "settings", "tables", "refused")
 NEEDS = ("gpu", "hub", "licence", "package")
@@ -77,85 +80,55 @@ def read_profile(path: Path) -> Profile:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one notebook computes, counted from its parameters: how often each kind of work is done."""
+class Notebook:
+    """What an estimate needs to know of a notebook: the levels of its main sweep, what is left at one, and a table with a row for
+    each model and zero-shot task."""
 
-    compressed: int  # passes over the calibration set, most often one for each model made
-    evaluated: int  # models scored by perplexity
-    examined: int  # of these, how many face the zero-shot tasks
-    tuning_tokens: int  # tokens that go forward and backward through a model
-
-
-def _slicegpt_work(p: dict) -> Work:
-    """Of notebooks/slicegpt.ipynb: three layouts, bases, controls, rivals, calibration sizes, variants, schedules."""
-    levels, draws = len(p["levels"]), len(p["calibration_sizes"]) * len(p["seeds"])
-    made = 5 * levels + 4 + 2 + 1 + draws + 6 + 2 * (levels // 2) + 5
-    return Work(made, 1 + made, 2 + levels, p["recovery"]["steps"] * p["recovery"]["batch"] * p["length"])
+    levels: Callable[[dict], list]
+    shape: Callable[[nn.Module, float, dict], nn.Module]
+    tasks_table: str
 
 
-def _svd_llm_work(p: dict) -> Work:
-    """Of notebooks/svd_llm.ipynb: six methods and adapters, ablations, calibration sizes, equal bytes, bits, allocations."""
-    ratios, tuned, draws = len(p["ratios"]), len(p["lora_ratios"]), len(p["calibration_sizes"]) * len(p["seeds"])
-    made = 7 * ratios + 3 * tuned + draws + len(p["sources"]) + 1 + min(3, ratios) + 6 + 2 * ratios + 7
-    evaluated = made - 7 + 1 + 3
-    rounds = ratios + 4 * tuned + 1  # each of two stages
-    return Work(made, evaluated, 1 + 7 * ratios, 2 * rounds * p["lora"]["steps"] * p["lora"]["batch"] * p["lora_length"])
+def _of(method: str) -> Callable:
+    return lambda model, ratio, p: METHODS[method].shape(model, ratio)
 
 
-def _afr_work(p: dict) -> Work:
-    """Of notebooks/afr.ipynb: six ways of AFR, eleven rivals and random ones, variants. Neurons deleted one by one to
-    see what they are worth are left out: they cost 4 sequences each, from their block on."""
-    ratios, variants = len(p["ratios"]), (len(p["ablations"]) or 25) + 4
-    made = (16 + len(p["seeds"]) + variants) * ratios + 4 * len(p["sweep"])
-    backward = 3 + 2 * variants + 4 + ratios  # SNIP and ReFer pass once each; LLM-Pruner's kinds, and LLM-Pruner itself
-    tokens = backward * p["samples"] * p["length"]
-    return Work(6 + ratios, 1 + made, 1 + 6 * ratios, tokens)
+def _sliced(model: nn.Module, level: float, p: dict) -> nn.Module:
+    return shapes_only(model, constant_widths(model, level, p["round_interval"]), "low-rank")
 
 
-def _comp_work(p: dict) -> Work:
-    """Of notebooks/comp.ipynb: seven methods, five of them swept, draws, splits, metrics, choices."""
-    sweep, seeds, sizes = len(p["sweep"]), len(p["seeds"]), len(p["calibration_sizes"])
-    splits = 2 if p["whole_blocks"] in p["sweep"] else 4
-    pruned = 1 + sweep + 2 * seeds - 1 + splits + 2 + 7 + 9 + sizes * seeds + 1  # COMP: layer scores, then teacher and student
-    others = 6 + 4 * sweep + 3 * (seeds - 1) + 6
-    backward = 1 + (seeds - 1) + 1 + sweep + seeds  # LLM-Pruner on all text, and FPT's masks
-    tokens = backward * p["samples"] * p["length"] + p["lora"]["steps"] * p["lora"]["batch"] * p["lora_length"]
-    return Work(3 * pruned + others, 1 + pruned + others, 8, tokens)
-
-
-WORK: dict[str, Callable[[dict], Work]] = {
-    "slicegpt": _slicegpt_work,
-    "svd_llm": _svd_llm_work,
-    "afr": _afr_work,
-    "comp": _comp_work,
+NOTEBOOKS = {
+    "slicegpt": Notebook(lambda p: p["levels"], _sliced, "zero_shot"),
+    "svd_llm": Notebook(lambda p: p["ratios"], _of("svd-llm"), "zero_shot"),
+    "afr": Notebook(lambda p: p["ratios"], _of("afr"), "zero_shot"),
+    "comp": Notebook(lambda p: sorted([p["ratio"], *p["sweep"]]), _of("comp"), "accuracy"),
 }
 
 
-def _sliced(model: nn.Module, level: float, p: dict) -> Count:
-    return count(shapes_only(model, constant_widths(model, level, p["round_interval"]), "low-rank"))
+def models_made(paper: str, parameters: dict) -> tuple[int, int]:
+    """About how many models a run of a notebook evaluates on one dense model, and how many of these face zero-shot tasks.
 
-
-def _method(name: str) -> Callable:
-    """(model, ratio, parameters) -> size of what a method makes at its own ratio."""
-
-    def after(model: nn.Module, ratio: float, p: dict) -> Count:
-        return count(METHODS[name].shape(model, ratio))
-
-    return after
-
-
-AFTER = {  # the levels of a notebook, and the model at one of them
-    "slicegpt": (lambda p: p["levels"], _sliced),
-    "svd_llm": (lambda p: p["ratios"], _method("svd-llm")),
-    "afr": (lambda p: p["ratios"], _method("afr")),
-    "comp": (lambda p: sorted([p["ratio"], *p["sweep"]]), _method("comp")),
-}
+    Counted from the committed run of the embedded models: as many for each model, half of them in proportion to the levels.
+    """
+    folder = RESULTS / "workshop" / paper
+    manifest = json.loads((folder / "manifest.json").read_text())
+    done, levels = manifest["parameters"], NOTEBOOKS[paper].levels
+    growth = (1 + len(levels(parameters)) / len(levels(done))) / 2
+    cells = manifest["cells_computed"] + manifest["cells_from_ledger"]
+    rows = len(pd.read_csv(folder / "tables" / f"{NOTEBOOKS[paper].tasks_table}.csv")) / len(done["tasks"])
+    return tuple(round(found / len(done["models"]) * growth) for found in (cells, rows))
 
 
 def documents_scored(p: dict) -> int:
     """Documents of all zero-shot tasks of a run under its limit; a task that is not known counts as 2,000."""
     limit = p.get("limit") or 10**9
     return sum(57 * min(limit, 246) if task == "mmlu" else min(limit, DOCUMENTS.get(task, 2000)) for task in p.get("tasks", []))
+
+
+def adapter_tokens(p: dict) -> int:
+    """Tokens that one training of adapters reads."""
+    lora = p.get("lora") or p.get("recovery")
+    return lora["steps"] * lora["batch"] * p.get("lora_length", p["length"]) if lora else 0
 
 
 @functools.cache
@@ -167,33 +140,31 @@ def _dense(architecture: str) -> tuple[Count, object]:
 
 def params_after(paper: str, parameters: dict, architecture: str) -> dict[float, int]:
     """{level or ratio: parameters that are left} for every level of a notebook's sweep, counted on the compressed shapes."""
-    levels, after = AFTER[paper]
-    model = meta_model(architecture)
-    return {level: after(model, level, parameters).params for level in levels(parameters)}
+    notebook, model = NOTEBOOKS[paper], meta_model(architecture)
+    return {level: count(notebook.shape(model, level, parameters)).params for level in notebook.levels(parameters)}
 
 
 def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", throughput: float = 0.0) -> dict:
     """What a notebook would do with its full `parameters` on a model of `architecture`, without weights.
 
     throughput: operations a second; 0 takes REACHED of the device's published figure. Returns cells, parameters, operations
-    (two per multiply-add), peak memory, disk and hours. Perplexity, zero-shot, calibration and tuning are counted in passes of
-    the whole network; decompositions, which no matrix throughput describes, are left out.
+    (two per multiply-add), peak memory, disk and hours, an estimate. Perplexity, zero-shot, calibration and adapters are counted
+    in passes of the whole network; decompositions, which no matrix throughput describes, are left out.
 
     Raises ValueError for an unknown device, or a paper whose work is not counted here.
     """
     choose_one("device", device, DEVICES)
-    if paper not in WORK:
-        raise ValueError(f"the work of {paper!r} is not counted yet: choose one of {', '.join(WORK)}")
-    (dense, config), work = _dense(architecture), WORK[paper](parameters)
+    choose_one("notebook whose work is counted", paper, NOTEBOOKS)
+    (dense, config), (made, examined) = _dense(architecture), models_made(paper, parameters)
     width = 4 if parameters.get("dtype", "float32") == "float32" else 2
     length = parameters["length"]
     per_token = 2 * dense.macs_per_token
     scored = parameters["windows"] * length if parameters.get("windows") else WIKITEXT2_TEST_TOKENS
     tokens = {
-        "calibration": work.compressed * parameters["samples"] * length,
-        "perplexity": work.evaluated * scored,
-        "zero_shot": work.examined * documents_scored(parameters) * TOKENS_PER_DOCUMENT,
-        "tuning": 3 * work.tuning_tokens,  # backward costs twice the forward pass
+        "calibration": made * parameters["samples"] * length,
+        "perplexity": made * scored,
+        "zero_shot": examined * documents_scored(parameters) * TOKENS_PER_DOCUMENT,
+        "adapters": 3 * len(NOTEBOOKS[paper].levels(parameters)) * adapter_tokens(parameters),  # backward: twice the forward pass
     }
     operations = {name: n * per_token for name, n in tokens.items()}
     speed = throughput or REACHED * DEVICES[device].operations
@@ -201,7 +172,7 @@ def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", 
     stream = parameters["samples"] * length * config.hidden_size * width
     weights = dense.params * width
     return {
-        "cells": work.evaluated,
+        "cells": made,
         "params": dense.params,
         "operations": operations,
         "peak_bytes": 3 * weights + stream + 3 * 8 * inner**2,  # dense, compressed, gradients; one stream; Gram and its factors
@@ -242,3 +213,52 @@ def missing_here(profile: Profile, data_dir: bool) -> list[str]:
     if corpora & set(HUB_CORPORA) and not data_dir:
         lacks.append("the corpora and benchmarks (hub, or --data-dir)")
     return lacks
+
+
+# --- what the commands print ----------------------------------------------------------------------------------------------
+
+
+def overview(profile: Profile, parameters: dict[str, dict], device: str, data_dir: bool) -> Iterator[str]:
+    """Lines on a profile: its model, what it runs, needs and takes. parameters: those of each paper, in full."""
+    about = profile.about
+    yield f"{profile.name}: {about.get('model', '')}; runs {', '.join(profile.papers)}"
+    for paper, reason in about.get("refused", {}).items():
+        yield f"  does not run {paper}: {reason}"
+    if architecture := about.get("architecture"):
+        params = _dense(architecture)[0].params
+        yield f"  {params:,} parameters, {2 * params / 1e9:.2f} GB in 16 bits, {4 * params / 1e9:.2f} GB in 32"
+        for paper in [paper for paper in profile.papers if paper in NOTEBOOKS]:
+            found = plan(paper, parameters[paper], architecture, device)
+            yield (
+                f"  {paper}: disk {found['disk_bytes'] / 1e9:.1f} GB, memory {found['peak_bytes'] / 1e9:.1f} GB, about "
+                f"{found['hours']:.1f} h here ({device}, estimated)"
+            )
+    if "settings" in about:
+        yield f"  settings: {about['settings']}"
+    yield f"  still needs: {', '.join(missing_here(profile, data_dir)) or 'nothing'}"
+
+
+def report(profile: Profile, parameters: dict[str, dict], device: str, throughput: float) -> Iterator[str]:
+    """Lines on what a run of a profile would do, paper by paper. Raises ValueError for a profile without an architecture."""
+    about = profile.about
+    if not (architecture := about.get("architecture")):
+        raise ValueError(
+            f"profile {profile.name} names no architecture of lib/suite/architectures.py: it is small enough to be run instead"
+        )
+    yield f"{profile.name}: {about['model']}, estimated from shapes and the committed runs. {about['settings']}"
+    for paper, chosen in parameters.items():
+        if paper not in NOTEBOOKS:
+            yield f"{paper}: the work of this notebook is not counted"
+            continue
+        work = plan(paper, chosen, architecture, device, throughput)
+        before = work["params"]
+        yield f"{paper}: about {work['cells']} models to evaluate"
+        yield f"  parameters before: {before:,}"
+        for level, after in params_after(paper, chosen, architecture).items():
+            yield f"  at {level:.0%}: {after:,} ({1 - after / before:.1%} of the model removed)"
+        yield "  10^15 operations: " + ", ".join(f"{name} {n / 1e15:,.1f}" for name, n in work["operations"].items())
+        memory = f"{work['peak_bytes'] / 1e9:,.0f} GB ({device}: {DEVICES[device].memory / 1e9:,.0f})"
+        yield f"  peak memory {memory}, disk {work['disk_bytes'] / 1e9:,.1f} GB"
+        speed = f"{work['throughput'] / 1e12:,.1f} x 10^12 operations a second"
+        yield f"  {work['hours']:,.1f} hours on {device} at {speed}, without decompositions"
+    yield "tables: " + ("; ".join(about.get("tables", [])) or "none of the papers' own: its numbers are new")

@@ -129,6 +129,11 @@ class Results:
         self.asked.setdefault(content_key(settings), settings in self.ledger)
         return self.ledger.cell(settings, compute)
 
+    def remembered(self, **settings) -> object:
+        """The result of a cell that the ledger has. Raises KeyError for one that it lacks."""
+        self.asked.setdefault(content_key(settings), settings in self.ledger)
+        return self.ledger.records[content_key(settings)]["result"]
+
     def missing(self, **settings) -> bool:
         """Whether a cell still has to be computed: lets a notebook skip the preparation that only that cell needs."""
         return settings not in self.ledger
