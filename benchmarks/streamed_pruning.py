@@ -98,14 +98,14 @@ def work(method: str, folder: str) -> None:
     else:
         from transformers import AutoModelForCausalLM
 
-        from lib.baselines.llm_pruner import prune
+        from lib.baselines.llm_pruner import sweep
         from lib.primitives.cost import count
 
         imported = peak()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         dense = count(model)
         forget_peak()
-        small = prune(model, ids, RATIO, inplace=True)
+        small = next(sweep(model, ids, [RATIO], inplace=True))[1]
     row = {"baseline": baseline, "imported": imported, "peak": peak(), "seconds": time.time() - start}
     print(json.dumps(row | {"removed": count(small).against(dense)["removed_decoder"]}))
 
