@@ -38,10 +38,10 @@ def compress(
     """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of counted sizes.
 
     ratio: in [0, 1), in the method's own sense (see `lib.methods`). calibration: 128 sequences of wiki-a, as long as the model's
-    positions permit but at most 2,048, unless given. streamed: work from the model's folder block by block,
-    without loading it whole (`lib.models.disk`); an interrupted run continues when it is started again.
-    values: fields of the method's settings; a slicegpt `schedule` may also be the folder of a sliced model, whose widths are
-    taken over. Raises ValueError or FileExistsError, before any long work, for impossible arguments.
+    positions permit but at most 2,048, unless given. streamed: work from the model's folder block by block, without loading it
+    whole (`lib.models.disk`); an interrupted run continues when it is started again. values: fields of the method's settings;
+    a slicegpt `schedule` may also be the folder of a sliced model, whose widths are taken over. Raises ValueError or
+    FileExistsError, before any long work, for impossible arguments.
     """
     values = with_saved_widths(method, values)
     record, settings = (on_disk_method if streamed else method_named)(method), settings_of(method, values)

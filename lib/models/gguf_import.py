@@ -147,6 +147,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             f"{gguf.name} cannot be read as a model ({type(error).__name__}: {error}): the file is damaged or cut short, or "
             "transformers does not support its architecture. Nothing was cached"
         ) from error
+    # Write it as an ordinary float32 model, if there is room.
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(gguf.parent if folder.parent == gguf.parent else folder.parent).free
     if needed > free:

@@ -1,6 +1,6 @@
 """COMP (Xu et al., arXiv 2501.15255): remove whole blocks first, then FFN neurons, and tune multipliers for those that stay.
 
-The sources at hand state the pipeline (blocks by cosine, a ratio for every remaining block, neurons by a matrix condition, mask
+The available sources state the pipeline (blocks by cosine, a ratio for every remaining block, neurons by a matrix condition, mask
 tuning by least squares, a bound on the variance of the mask), but no formula of the metric, no bound and no settings. What
 this file adds is *our COMP reading*; every choice is a field of `Settings`, with its alternatives.
 

@@ -171,6 +171,7 @@ class ResidualStream:
 
             return give
 
+        # Hooks first, then the batches; without `advance` the last hook ends the pass of each.
         inside = module.get_submodule
         handles = [inside(name).register_forward_pre_hook(hook((name, "in"), use)) for name, use in see.items()]
         handles += [inside(name).register_forward_hook(hook((name, "out"), use)) for name, use in results.items()]

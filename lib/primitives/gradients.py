@@ -178,13 +178,14 @@ def each_gradient(
 
         return use
 
+    # 1. Until the end: hooks on the weights, and no gradients for any other parameter.
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only(model, list(weights.values())))
         if passes.checkpointing:
             stack.enter_context(_checkpointed(Anatomy(model).blocks))
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(hook(name)).remove)
-        # Scores share a forward pass by retaining its graph. With checkpoints it would keep all recomputed blocks.
+        # 2. Batches. Scores share a forward pass by retaining its graph. With checkpoints it would keep all recomputed blocks.
         rounds = [(score,) for score in passes.scores] if passes.checkpointing else [passes.scores]
         for start in range(0, len(ids), passes.batch):
             part = ids[start : start + passes.batch].to(model.device)

@@ -357,7 +357,7 @@ def _blocks(columns: int, span: int, block: int) -> Iterator[tuple[int, int]]:
 
 
 def sparsity(ratio: float, pattern: str) -> Sparsity:
-    """What the pruning methods take: the ratio, or the pair of a pattern like "2:4", which must remove that very ratio.
+    """The sparsity for a ratio: the ratio itself, or the pair of a pattern like "2:4", which must remove the same share.
 
     Raises ValueError for a pattern that is not two whole numbers, or one that removes another share than the ratio says.
     """

@@ -57,7 +57,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def rank_for(m: int, n: int, ratio: float) -> int:
     """Largest rank whose two factors hold at most (1 - R) m n parameters: ⌊m n (1 - R) / (m + n)⌋ (SVD-LLM, section 4.2).
 
-    In whole numbers: (1 - 0.8) · 5120 / 2 is 512, which binary arithmetic rounds to 511. R > 0: at R = 0 a layer stays dense,
+    Computed exactly, because binary arithmetic makes 511 of (1 - 0.8) · 5120 / 2. R > 0: at R = 0 a layer stays dense,
     because even the largest rank that saves anything loses half of the spectrum of a square matrix. Raises ValueError where
     no rank is left.
     """
@@ -120,7 +120,7 @@ def allocate_by_type(model: nn.Module, spectra: Mapping[str, torch.Tensor], rati
     """`allocate` with a budget of its own, (1 - R), for the matrices of each type: all q_proj, all k_proj, ... of the model.
 
     SVD-LLM V2 groups by type too. Types differ in what an error does: errors of keys and queries pass through a softmax, errors
-    of values reach the residual stream. One budget for all types would be misled by this.
+    of values reach the residual stream. One budget for all types would take rank from the former for the latter.
     """
     family, sizes = Anatomy(model).family, shapes(model)
     ranks: Ranks = {}

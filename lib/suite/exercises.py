@@ -32,7 +32,7 @@ def check(name: str, function: Callable) -> None:
 
 
 def answer(function: Callable, *args: object, parts: str = "") -> object:
-    """What `function` returns for copies of `args`, which it may overwrite. parts: names of what it returns, if several."""
+    """The result of `function` for copies of `args`, which it may overwrite. parts: names of its results, if several."""
     try:
         found = function(*copy.deepcopy(args))
     except Exception as error:
@@ -235,7 +235,7 @@ def remove_one_neuron(function: Callable) -> None:
     mistakes = {
         "this one costs most; the cheapest goes": (m.square() / q.diagonal()).argmax(),
         "1/Q_ii alone ranks as if all multipliers were 1; the cost is m_i²/Q_ii": q.diagonal().argmax(),
-        "the multiplier alone does not say what the others can make up for; the cost is m_i²/Q_ii": m.abs().argmin(),
+        "the multiplier alone does not show how well the others can compensate; the cost is m_i²/Q_ii": m.abs().argmin(),
     }
     match("i", gone, torch.tensor(float(best)), mistakes)
     masked = m.clone()

@@ -55,7 +55,7 @@ class Run:
         return f"{self.paper} ({self.profile})"
 
 
-# Executes a run into a folder; finished cells go to the ledger, which the engine may read and, if the kernel does not, write.
+# Executes a run into a folder; finished cells go to the ledger, which the engine may read, and writes if the kernel does not.
 Engine = Callable[[Run, Path, Ledger], None]
 
 
