@@ -334,7 +334,7 @@ def _calm(m: torch.Tensor, bound: float) -> bool:
 
 
 def _finish(system: System, gone: list[int], m: torch.Tensor, settings: Settings) -> Pruned:
-    """Accept the multipliers, or fall back to 1 if they are not finite, too large or do not lower the loss."""
+    """Accept the multipliers, or fall back to 1 if they are not finite, too large or raise the loss."""
     stays = torch.ones(len(m), dtype=torch.bool, device=m.device)
     stays[gone] = False
     plain = stays.to(m)
