@@ -35,13 +35,13 @@ def compress(
     streamed: bool = False,
     **values,
 ) -> dict:
-    """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of sizes, really counted.
+    """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of counted sizes.
 
-    ratio: the method's own notion, in [0, 1) (`lib.methods` says of what it is a share). calibration: 128 sequences of wiki-a as
-    long as the model's positions permit, at most 2,048, unless given. streamed: work from the model's folder block by block,
-    without loading it whole (`lib.models.disk`); an interrupted run goes on where it was when it is started again.
-    values: fields of the method's settings; a slicegpt `schedule` may also be the folder of a sliced model, whose widths are
-    taken over. Raises ValueError or FileExistsError before any long work for arguments that cannot work.
+    ratio: in [0, 1), in the method's own sense (see `lib.methods`). calibration: 128 sequences of wiki-a, as long as the model's
+    positions permit but at most 2,048, unless given. streamed: work from the model's folder block by block, without loading it
+    whole (`lib.models.disk`); an interrupted run continues when it is started again. values: fields of the method's settings;
+    a slicegpt `schedule` may also be the folder of a sliced model, whose widths are taken over. Raises ValueError or
+    FileExistsError, before any long work, for impossible arguments.
     """
     values = with_saved_widths(method, values)
     record, settings = (on_disk_method if streamed else method_named)(method), settings_of(method, values)
@@ -50,7 +50,7 @@ def compress(
         raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
     network, tokenizer = _open_on_disk(model, device, dtype) if streamed else load(model, device, dtype)
     draw = calibration or Calibration("wiki-a", 128, min(2048, network.config.max_position_embeddings))
-    check_length(Anatomy(network), draw.length)  # now, not when many long sequences have been drawn
+    check_length(Anatomy(network), draw.length)  # raises now, before many long sequences are drawn
     generator = torch.Generator().manual_seed(draw.seed)
     ids = sample_blocks(load_corpus(draw.corpus, "train"), tokenizer, draw.samples, draw.length, generator, draw.rule)
     dense, progress = count(network), Progress()
@@ -61,7 +61,7 @@ def compress(
         return {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
 
     def facts(small: nn.Module) -> dict:
-        tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # which samples were drawn, beyond the rule and the seed
+        tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # identifies the samples that rule and seed gave
         return {
             "base": {"name": Path(model).name if Path(model).exists() else model, "weights": weights},
             "calibration": draw.record() | {"tokens_sha256": tokens},
@@ -79,13 +79,13 @@ def compress(
     small = make(method, network, ids, ratio, progress, inplace=True, **values)
     if hasattr(small, "edits"):
         save(small, tokenizer, out, **facts(small))
-    else:  # an ordinary architecture: anyone can load it
+    else:  # an ordinary architecture, which plain transformers loads
         export(small, tokenizer, out)
     return sizes(small)
 
 
 def with_saved_widths(method: str, values: dict) -> dict:
-    """Settings values in which a slicegpt `schedule` that names the folder of a sliced model is that model's widths."""
+    """The settings, with the widths of a sliced model in place of a slicegpt `schedule` that names its folder."""
     schedule = values.get("schedule")
     if method != "slicegpt" or not isinstance(schedule, str) or schedule in slicegpt.SCHEDULES:
         return values
@@ -101,10 +101,10 @@ def saved_widths(folder: str | Path) -> list[int]:
 
 
 def _open_on_disk(model: str, device: str, dtype: str) -> tuple[nn.Module, object]:
-    """The model of a local folder without its weights, and its tokenizer. Raises ValueError for what cannot be streamed."""
+    """The model of a local folder without its weights, and its tokenizer. Raises ValueError for other models and settings."""
     if torch.device(device).type != "cpu" or dtype not in DTYPES:
-        raise ValueError(f"streaming works on the CPU, in {', '.join(DTYPES)}, not on {device!r} in {dtype!r}")
+        raise ValueError(f"compressing from disk works on the CPU, in {', '.join(DTYPES)}, not on {device!r} in {dtype!r}")
     folder = locate(model)
     if not Path(folder).is_dir():
-        raise ValueError(f"streaming reads a local folder, and {model!r} is none: download the model first")
+        raise ValueError(f"compressing from disk needs a local folder, which {model!r} is not: download the model first")
     return disk.model_on_disk(folder, DTYPES[dtype]), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,7 +1,7 @@
-"""Methods at equal real size: which ratio of its own must a method be given so that a wanted share of the blocks is gone?
+"""Methods at equal real size: the ratio at which a method really removes a wanted share of the blocks.
 
-A "20 %" is another thing for every method: of directions of the stream, of a matrix's parameters, of neurons, of blocks. What
-is left can be counted on shapes alone, before anything is compressed, so the ratio can be searched.
+"20 %" means something else for every method: of directions of the stream, of a matrix's parameters, of neurons, of blocks. The
+size can be counted on shapes alone, before anything is compressed, so the ratio can be searched.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lib.methods import METHODS, OF_BLOCKS, OF_STREAM, method_named
 from lib.primitives.checks import check_share
 from lib.primitives.cost import count
 
-STEPS = 512  # own ratios are searched in steps of 1/512
+STEPS = 512  # ratios are searched in steps of 1/512
 
 
 def own_ratio(name: str, model: nn.Module, removed: float) -> float:
     """The ratio in [0, 1) of a method that really removes the share `removed` of the blocks' parameters, or nearest to it.
 
-    SliceGPT's shortcuts and norms count; its width and LLM-Pruner's groups change in whole steps, so look at what was reached.
-    Raises ValueError for a method whose size the shapes do not tell, and for a share that it cannot reach within 5 points.
+    SliceGPT's shortcuts and norms count; its width and LLM-Pruner's groups change in whole steps, so check the size that was
+    reached. Raises ValueError for a method without `shape`, and for a share that it cannot reach within 5 points.
     """
     method = method_named(name)
     check_share(removed, "the share of the blocks to remove", "0.2 removes a fifth of their parameters")

@@ -1,4 +1,4 @@
-"""Every method by name: one record each, from which commands, comparison and help take what they say of it.
+"""Every method by name: one record each, from which the commands, the comparison and the help texts are made.
 
 To add a method, write one file with a `sweep` and a `Settings`, and one record here (see `lib/README.md`).
 """
@@ -34,7 +34,7 @@ from lib.primitives.checks import choose_one
 from lib.primitives.structured import shape_without_neurons
 
 # What a ratio is a share of.
-OF_BLOCKS = "the blocks' parameters"  # so it is the size itself: nothing has to be searched for an equal one
+OF_BLOCKS = "the blocks' parameters"  # the ratio is the size itself, so no search is needed for an equal size
 OF_MATRICES = "the matrices' parameters"
 OF_NEURONS = "the FFN neurons"
 OF_UNITS = "the units that compete"
@@ -57,12 +57,12 @@ class NoSettings:
 
 @dataclass(frozen=True)
 class Method:
-    """What the suite knows of a method.
+    """The record of a method.
 
     sweep: (model, ids [samples, length], ratios, settings, progress) -> (ratio, model) one by one; what serves every ratio is
     computed once, and the given model stays intact. consumes: `sweep` also takes `inplace=True` and may then use up the model,
     for one ratio. settings: a frozen dataclass that checks itself; its fields are what `--set` takes. presets: other starting
-    points than its defaults. shape: (model, ratio) -> what is left, on the meta device, with the default settings. on_disk:
+    points than its defaults. shape: (model, ratio) -> compressed model on the meta device, with default settings. on_disk:
     (model, ids, ratio, settings, note) -> a walk over a model whose weights are on disk.
     """
 
@@ -162,7 +162,7 @@ def method_named(name: str) -> Method:
 
 
 def on_disk_method(name: str) -> Method:
-    """The record of a method that runs from disk. Raises ValueError, naming those that do, for any other."""
+    """The record of a method that runs from disk. Raises ValueError, naming these methods, for any other."""
     method = method_named(name)
     if method.on_disk is None:
         known = ", ".join(other.name for other in METHODS.values() if other.on_disk)
@@ -221,10 +221,10 @@ def sweep(
     inplace: bool = False,
     **values,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(ratio, what a method makes of the model) for every ratio; scores and decompositions that serve all are computed once.
+    """(ratio, compressed model) for every ratio; scores and decompositions that serve all are computed once.
 
-    ids: calibration tokens [samples, length]; values: fields of the method's settings. The given model stays intact, and what
-    is made of it may share tensors with it and among itself, so copy a result before you write into it. inplace: the model may
+    ids: calibration tokens [samples, length]; values: fields of the method's settings. The given model stays intact.
+    Results may share tensors with it and with each other, so copy a result before you write into it. inplace: the model may
     be used up, which saves memory; for one ratio. Raises ValueError as `settings_of` and the method do.
     """
     method, settings = method_named(name), settings_of(name, values)
@@ -243,5 +243,5 @@ def make(
     inplace: bool = False,
     **values,
 ) -> nn.Module:
-    """What a method makes of a model at one ratio; arguments and errors are those of `sweep`."""
+    """A model compressed at one ratio; arguments and errors are those of `sweep`."""
     return next(iter(sweep(name, model, ids, [ratio], progress, inplace, **values)))[1]

@@ -221,7 +221,7 @@ def test_bad_files_are_refused_before_any_model_runs(tmp_path, data_dir):
     with pytest.raises(ValueError, match="it is damaged"):
         zero_shot(None, None, ("piqa",))
     path.write_bytes(gzip.compress(b'{"goal": \n'))
-    with pytest.raises(ValueError, match="record 1 is no JSON"):
+    with pytest.raises(ValueError, match="record 1 is not a JSON document"):
         zero_shot(None, None, ("piqa",))
 
 

@@ -223,8 +223,8 @@ def test_the_slurm_script_says_what_the_file_says():
     [
         ("engine: condor\njobs: 1\noptions: {}", "engine .one of slurm, pbs, lsf, sge"),
         ("engine: slurm\njobs: 1", "must have engine"),
-        ("engine: slurm\njobs: 1\noptions: {memory: 1GB, no_such_option: 1}", "slurm refuses these options: .*no_such_option"),
-        ("engine: slurm\njobs: 1\noptions: {cores: 1}", "slurm refuses these options: .*memory"),
+        ("engine: slurm\njobs: 1\noptions: {memory: 1GB, no_such_option: 1}", "slurm rejects these options: .*no_such_option"),
+        ("engine: slurm\njobs: 1\noptions: {cores: 1}", "slurm rejects these options: .*memory"),
     ],
 )
 def test_mistakes_in_a_cluster_file_are_explained(tmp_path, text, message):

@@ -214,7 +214,7 @@ def test_an_incomplete_run_says_how_to_make_it_again(tmp_path):
         find_runs(tmp_path / "results")
     (run / "other.ipynb").replace(run / "slicegpt.ipynb")
     (run / "manifest.json").write_text('{"paper": "slicegpt"}')
-    with pytest.raises(ValueError, match=f"says nothing of code_version, commit, .*: {again}"):
+    with pytest.raises(ValueError, match=f"lacks code_version, commit, .*: {again}"):
         find_runs(tmp_path / "results")
     (run / "manifest.json").unlink()
     with pytest.raises(ValueError, match=f"holds no manifest.json: {again}"):

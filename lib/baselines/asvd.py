@@ -1,7 +1,7 @@
 """ASVD (Yuan et al., arXiv 2312.05821): weigh each input channel by the size of its activations, then truncate.
 
 A matrix W is truncated by the SVD of W S with S = diag(mean_t |X_jt|^α). Ranks are uniform, or chosen by the paper's
-search: truncate one matrix at a time, note the perplexity, and cut where it hurts least.
+search: truncate one matrix at a time, note the perplexity, and cut where it rises least.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def sensitivities(
 ) -> dict[tuple[str, float], float]:
     """Mean loss on the calibration set with one matrix truncated, for every (matrix, removed share).
 
-    The loss orders the trials as its perplexity does. One decomposition of each matrix.
+    The loss orders the trials as the perplexity does. Each matrix is decomposed once.
     """
     layers, found = matrices(model), {}
     for names, root in roots:

@@ -1,4 +1,4 @@
-"""CFSP (Wang et al., arXiv 2409.13199): one forward pass says how wide each MLP stays, and which neurons stay in it.
+"""CFSP (Wang et al., arXiv 2409.13199): one forward pass decides how wide each MLP stays, and which of its neurons stay.
 
 Coarse: a block that turns the residual stream by a larger angle keeps more neurons. Fine: neurons are ranked by activation
 and weights. In the released code every weight fraction is averaged over the axis it was normalised over, so the weights
@@ -18,7 +18,7 @@ from lib.primitives.checks import check_share, choose_one, kept_share
 from lib.primitives.moments import measure, turning_angle
 from lib.primitives.structured import keep_highest, remove_neurons
 
-# The authors divide angles summed over 128 x 1024 tokens by 10,000. Per token that is this, whatever the number of tokens.
+# The authors divide angles summed over 128 x 1024 tokens by 10,000; this is the same for mean angles, for any number of tokens.
 TEMPERATURE = 1e4 / (128 * 1024)
 
 
@@ -39,14 +39,14 @@ class Scores:
 
 
 def code_scores(squares: torch.Tensor) -> torch.Tensor:
-    """Activation norm of each neuron from its mean square [f]: what the released score comes to."""
+    """Activation norm of each neuron from its mean square [f], to which the released score reduces."""
     return squares.sqrt()
 
 
 def equation8_scores(readers: Sequence[torch.Tensor], writer: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     """Scores [f] of equation 8 as transcribed by others. readers: [f, d] each; writer: [d, f]; squares: mean squares [f].
 
-    X_j mean_i [|W_d,ij| X_j / Σ_j' |W_d,ij'| X_j' + Σ_readers |W_ji| / Σ_i' |W_ji'|]. The readers' fractions come to 1/d.
+    X_j mean_i [|W_d,ij| X_j / Σ_j' |W_d,ij'| X_j' + Σ_readers |W_ji| / Σ_i' |W_ji'|]. The readers' terms reduce to 1/d.
     """
     size = squares.double().sqrt()
     share = _fractions(writer.double().abs() * size, dim=1).mean(0)
@@ -60,7 +60,7 @@ def _fractions(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def kept_shares(angles: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Which share of its neurons each block keeps, [L], 1 - ratio on average, from the turning angles [L].
+    """The share of its neurons that each block keeps, [L], 1 - ratio on average, from the turning angles [L].
 
     In proportion to a sigmoid of the angle's distance from the mean. Where a share would pass 1, all of them move towards
     the mean until the largest is just below.

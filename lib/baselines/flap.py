@@ -1,6 +1,6 @@
-"""FLAP (An et al., arXiv 2312.11983): remove what hardly fluctuates, and put its mean into a bias.
+"""FLAP (An et al., arXiv 2312.11983): remove channels that hardly fluctuate, and put their mean into a bias.
 
-A channel that is always near its mean can be replaced by it. The loss of doing so is Var(x_j) ‖W_:j‖² (WIFV). Scores are
+A channel that is always near its mean can be replaced by the mean, at a loss of Var(x_j) ‖W_:j‖² (WIFV). Scores are
 standardised in each block, so that heads and neurons of all blocks compete for one budget of parameters (AL-AM).
 """
 
@@ -22,12 +22,12 @@ from lib.primitives.surgery import shape_shell
 @dataclass(frozen=True)
 class Settings:
     attention: bool = True  # key-value groups compete too; False: neurons only
-    compensate: bool = True  # give the mean of what is removed back as a bias
+    compensate: bool = True  # add the mean of the removed channels as a bias
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of every block: neuron scores [f] and activation means [f]; the same of key-value groups, [g] and [channels]."""
+    """Neuron scores [f] and activation means [f] of every block; the same of key-value groups, [g] and [channels]."""
 
     neurons: list[torch.Tensor]
     means: list[torch.Tensor]
@@ -70,8 +70,8 @@ def scores(model: nn.Module, ids: torch.Tensor, *, attention: bool = True) -> Sc
 def allocate(scores: Sequence[torch.Tensor], costs: Sequence[int], ratio: float) -> list[torch.Tensor]:
     """Which units of each list stay: the highest scores of all lists while the parameters fit, at least one unit a list.
 
-    costs: parameters of one unit of each list. Of all parameters the units kept hold at most 1 - ratio, less than one unit
-    below. Raises ValueError where that leaves nothing for some list.
+    costs: parameters of one unit of each list. The units kept hold at most 1 - ratio of all parameters, and less than one
+    unit below it. Raises ValueError where that leaves no unit for some list.
     """
     sizes = [len(score) for score in scores]
     pooled = torch.cat([score.double().cpu() for score in scores])
@@ -98,7 +98,7 @@ def choose(
 
 
 def compensation(writer: torch.Tensor, means: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """What the removed channels add on average, [d], for a writer [d, n], means [n] and the indices that stay."""
+    """Mean contribution [d] of the removed channels, for a writer [d, n], means [n] and the indices that stay."""
     gone = torch.ones(len(means), dtype=torch.bool, device=means.device)
     gone[keep.to(means.device)] = False
     return writer.double()[:, gone] @ means[gone]
@@ -106,7 +106,7 @@ def compensation(writer: torch.Tensor, means: torch.Tensor, keep: torch.Tensor) 
 
 @torch.no_grad()
 def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True) -> nn.Module:
-    """The model without a share of the parameters of its neurons (and groups, if they are scored), from scores at hand."""
+    """The model without a share of the parameters of its neurons (and groups, if they are scored), from known scores."""
     anatomy = Anatomy(model)
     neurons, groups = choose(model, found.neurons, found.groups, ratio)
 
@@ -153,7 +153,7 @@ def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.M
 
 
 def shape(model: nn.Module, ratio: float) -> nn.Module:
-    """What is left at a ratio, on the meta device: as if both kinds of units had evenly spread scores.
+    """The model after a ratio, on the meta device, as if both kinds of units had evenly spread scores.
 
     Other scores change which units go, not how many parameters, to within one unit and the biases of halves that lose nothing.
     """

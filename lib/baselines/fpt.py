@@ -1,13 +1,13 @@
 """FPT (Kwon et al., arXiv 2204.09656): search a mask by Fisher information, rearrange it, tune it by least squares.
 
 Every FFN neuron and every key-value group has a multiplier, 1 in the dense model. The gradients of the loss by these
-multipliers, one vector per calibration sequence, decide which become 0; the others then make up for them, block after block.
+multipliers, one vector per calibration sequence, decide which become 0; the others are then tuned to compensate, block by block.
 The paper prunes encoders under a budget of multiply-adds; here the units are those of a decoder, and the budget is parameters.
 
 Quirks of the method that are kept: the tuning's teacher is not the dense model but one pruned half-way (to the root of the share
 that stays); its FFN outputs are whole, its attention is masked; attention of the first block is never tuned; and the first
 multipliers outside [-10, 10] end all tuning. Those of the released solver are kept with `literal`. Our changes for decoders:
-floors in every block, and no first token in the least squares, whose huge activations would decide alone.
+floors in every block, and no first token in the least squares, because its huge activations would outweigh all others.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def units_of(model: nn.Module) -> Units:
 
 @contextlib.contextmanager
 def masked(block: nn.Module, halves: tuple[Half, Half], groups: torch.Tensor, neurons: torch.Tensor) -> Iterator[None]:
-    """Multiply the units of a block within the `with`: what its writers read is scaled, in at least float32.
+    """Multiply the units of a block within the `with`: the inputs of its writers are scaled, in at least float32.
 
     groups, neurons: [n], or [sequences, n] with a mask of its own for every sequence of the batch.
     """
@@ -98,7 +98,7 @@ def all_masked(model: nn.Module, masks: Units) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient within the `with`: the backward pass serves the masks alone."""
+    """No weight requires a gradient within the `with`: the backward pass is for the masks alone."""
     asking = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in asking:
@@ -150,14 +150,16 @@ def search(importance: Units, budget: float | Fraction, costs: tuple[int, int]) 
 
     importance: [n] per block; costs: parameters of one group and of one neuron. One group and 16 neurons (or all, of fewer) stay
     in every block. For every number of groups, take the best and fill the budget with the best neurons; keep the best sum.
-    Raises ValueError for a budget that not even the floors fit.
+    Raises ValueError for a budget below the floors.
     """
+    # 1. Units in the order in which they are kept, and their summed importance.
     group_order, group_floor = _ranked(importance.groups, LEAST_GROUPS)
     neuron_order, neuron_floor = _ranked(importance.neurons, LEAST_NEURONS)
     group_sum, neuron_sum = (
         torch.cat([torch.zeros(1, dtype=torch.float64), torch.cat(parts).double().cpu()[order].cumsum(0)])
         for parts, order in ((importance.groups, group_order), (importance.neurons, neuron_order))
     )
+    # 2. The best number of groups, with as many neurons as the rest of the budget holds.
     best, chosen = -1.0, None
     for groups in range(group_floor, len(group_order) + 1):
         neurons = min(len(neuron_order), int((budget - groups * costs[0]) // costs[1]))
@@ -194,7 +196,7 @@ def _mask(like: Sequence[torch.Tensor], chosen: torch.Tensor) -> list[torch.Tens
 
 
 def share_kept(model: nn.Module, ratio: float) -> tuple[Fraction, int]:
-    """(c, P): what share c of the P parameters in groups and neurons stays if `ratio` of all decoder parameters goes."""
+    """(c, P): the share c that stays of the P parameters in groups and neurons if `ratio` of all decoder parameters goes."""
     units = sum(kv_groups(model)) * group_params(model) + sum(ffn_widths(model)) * neuron_params(model)
     c = 1 - (1 - kept_share(ratio)) * Fraction(count(model).decoder, units)
     if c <= 0:
@@ -210,7 +212,7 @@ def share_kept(model: nn.Module, ratio: float) -> tuple[Fraction, int]:
 def rearrange(gradients: torch.Tensor, pruned: int) -> torch.Tensor:
     """A mask [n] with `pruned` zeros P at a small ‖Σ_{i in P} g_i‖², the loss of removing them *together*.
 
-    gradients: [sequences, n]. Greedy, one sweep: start with the smallest F_ii; let every other unit in ascending order join, and
+    gradients: [sequences, n]. Greedy, in one pass: start with the smallest F_ii; add every other unit in ascending order, and
     drop the member without which the sum is smallest. With s = Σ g_i, ‖s - g_j‖² = ‖s‖² - 2 ⟨s, g_j⟩ + ‖g_j‖²: one product.
     Never worse than the start.
     """
@@ -222,7 +224,7 @@ def rearrange(gradients: torch.Tensor, pruned: int) -> torch.Tensor:
     vectors = gradients.T.double()
     sizes = vectors.square().sum(1)
     order = sizes.argsort(stable=True)
-    members = order[: pruned + 1].clone()  # the last place is for whoever comes in
+    members = order[: pruned + 1].clone()  # one extra slot for the candidate
     g, size = vectors[members], sizes[members]
     total = g[:-1].sum(0)
     for candidate in order[pruned:]:
@@ -239,7 +241,7 @@ def rearrange(gradients: torch.Tensor, pruned: int) -> torch.Tensor:
 
 
 class WithOnes(Sums):
-    """The sums of a layer with a column of ones beside its units, which the released code adds for attention."""
+    """The sums of a layer with a column of ones beside its units, as the released code has it for attention."""
 
     def __init__(self, weight: torch.Tensor, units: int):
         super().__init__(weight, units)
@@ -261,12 +263,12 @@ class WithOnes(Sums):
 
 
 def solve(h: torch.Tensor, g: torch.Tensor, literal: bool = False) -> torch.Tensor | None:
-    """Multipliers m [n] near 1 for the normal equations H m = g, or None where they cannot be had.
+    """Multipliers m [n] near 1 for the normal equations H m = g, or None where there is no stable solution.
 
     m = 1 + argmin_x ‖Hx - r‖² + δ²‖x‖² with r = g - H 1, that is x = (H² + δ²I)⁻¹ H r, LSMR with damping δ on the *normal*
     matrix. Literal: δ = 1 on the raw sums, so more data means less damping. Default: δ = 0.01 after H and r are
     divided by tr(H)/n, which does not depend on scale. The loss never rises. One unknown is solved directly. None where the
-    damped system passes the solver's condition limit, 10⁸; limits of iterations do not exist in closed form.
+    damped system passes the solver's condition limit, 10⁸; its limit of iterations does not apply to this closed form.
     """
     n = len(g)
     r = g - h.sum(1)
@@ -293,9 +295,9 @@ def tune(
     literal: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Units:
-    """Multipliers for the kept units of a binary mask, so that each half of a block adds what is missing to the teacher's stream.
+    """Multipliers for the kept units of a binary mask, so that each half of a block brings the stream to that of the teacher.
 
-    B = Y_T + R_T - bias - R_S: outputs and residual streams of teacher and student, so drift from earlier blocks is repaired too.
+    Target: Y_T + R_T - bias - R_S, with outputs and streams of teacher and student, so drift from earlier blocks is repaired too.
     In order, attention (not in block 0) then FFN; the first unacceptable solution is discarded and ends the tuning.
     ids: [samples, tokens]. Raises ValueError for families whose halves run in parallel or are normalised at their end.
     """
@@ -306,20 +308,20 @@ def tune(
     parts = ((attention_half, tuned.groups, anatomy.family.attention), (mlp_half, tuned.neurons, anatomy.family.mlp))
     for i, block in enumerate(anatomy.blocks):
         for run, masks, half in parts:
-            # 1. The teacher moves over this half, and says what the student's stream should reach.
+            # 1. The teacher moves over this half and gives the target for the student's stream.
             reached = _advance_teacher(streams[1], i, run, half, teacher)
-            # 2. The kept units of the student get the multipliers that bring it closest.
+            # 2. The kept units of the student get the multipliers that come closest to the target.
             if masks[i].any() and not (i == 0 and half is anatomy.family.attention):
                 kept = masks[i] != 0
                 sums = _measure(streams[0], i, run, half, reached, kept, literal and half is anatomy.family.attention)
                 m = solve(*sums.normal(), literal)
-                m = None if m is None else m[: sums.units]  # that of the column of ones is thrown away
+                m = None if m is None else m[: sums.units]  # without that of the column of ones
                 if not acceptable(m):
                     if progress:
                         progress(f"tuning ends at block {i} {half.writer}: no acceptable multipliers; later masks stay binary")
                     return tuned
                 masks[i] = torch.zeros_like(masks[i]).masked_scatter(kept, m)
-            # 3. The student moves over this half as it is now.
+            # 3. The student moves over this half with the new multipliers.
             with masked(block, anatomy.halves, tuned.groups[i], tuned.neurons[i]):
                 streams[0].advance(run, i)
         if progress:
@@ -333,16 +335,16 @@ def check_tunable(model: nn.Module) -> None:
     if family.parallel or family.attention.output_norm or family.mlp.output_norm:
         kind = model.config.model_type
         raise ValueError(
-            f"mask tuning needs writers that add to the stream one after the other, {kind} has others: use tuning=False"
+            f"mask tuning needs writers that add to the stream one after the other, unlike those of {kind}: use tuning=False"
         )
 
 
 @torch.no_grad()
 def _advance_teacher(stream: ResidualStream, block: int, run: Callable, half: Half, masks: Units) -> torch.Tensor:
-    """Move the teacher over a half; what the student's half should reach, R_T + Y_T [samples, tokens, d].
+    """Move the teacher over a half; returns the target for the student's stream, R_T + Y_T [samples, tokens, d].
 
-    For attention that is where the masked teacher goes. For the FFN it is the teacher's stream with *all* neurons at work: the
-    released code records activations before its masks act.
+    For attention that is the masked teacher's stream. For the FFN it is the teacher's stream with *all* neurons active: the
+    released code records activations before its masks are applied.
     """
     anatomy = stream.anatomy
     module, mask = anatomy.blocks[block], masks.neurons[block]
@@ -350,12 +352,12 @@ def _advance_teacher(stream: ResidualStream, block: int, run: Callable, half: Ha
         with masked(module, anatomy.halves, masks.groups[block], mask):
             stream.advance(run, block)
         return stream.hidden
-    # One pass for both: the masked stream moves on, and what the mask takes from it is added to the target.
+    # One pass for both: the masked stream moves on, and the contribution of the masked neurons is added to the target.
     less = (mask != 1).nonzero()[:, 0]
     weight = module.get_submodule(half.writer).weight.detach()[:, less].T
     reached = torch.empty_like(stream.hidden)
     for batch in stream.inputs(block):
-        # The hook that notes the writer's inputs is the first, so it sees them before the mask's does.
+        # The hook that notes the writer's inputs was registered first, so it runs before the mask is applied.
         with inputs_of(module.get_submodule(half.writer)) as seen, masked(module, anatomy.halves, masks.groups[block], mask):
             output = run(module, anatomy.family, batch.hidden, batch.kwargs)
         x = seen[0][..., less].view(*output.shape[:2], -1)  # OPT flattens batch and tokens before its FFN
@@ -438,7 +440,7 @@ def sweep(
 
 
 def fold(model: nn.Module, masks: Units, kept: Units) -> nn.Module:
-    """The model with only the kept units, their multipliers in the writers: no mask is left at run time."""
+    """The model with only the kept units and their multipliers in the writers, so that no mask remains."""
     scales = Units(
         *([m[k] for m, k in zip(ms, ks, strict=True)] for ms, ks in ((masks.groups, kept.groups), (masks.neurons, kept.neurons)))
     )

@@ -27,8 +27,8 @@ def fisher(
     """Σ_i mean_s (∂L_s/∂W_ij)², float64 [n inputs], for every matrix; L_s is the mean next-token loss of sequence s.
 
     ids: [samples, tokens]. One backward pass a batch, which needs three times the size of its logits.
-    The gradient of a sequence is the product of what a matrix sent forward and what came back, so nothing the size of the
-    weights is kept.
+    The gradient of a sequence is the product of a matrix's inputs and the gradients of its outputs, so nothing of the size of
+    the weights is kept.
     """
     check_calibration(Anatomy(model), ids)
     layers = matrices(model)
@@ -42,14 +42,14 @@ def fisher(
             for name, layer in layers.items():
                 _watch(watched, layer, totals[name], len(part))
             loss = sequence_losses(model, part).sum()
-            torch.autograd.grad(loss, first)  # of the embeddings alone: what it passes on its way is what we watch
+            torch.autograd.grad(loss, first)  # of the embeddings alone: the hooks see the gradients on the way
         if progress:
             progress(f"gradients of {min(start + batch, len(ids))} of {len(ids)} sequences")
     return {name: total / len(ids) for name, total in totals.items()}
 
 
 def _watch_entry(watched: contextlib.ExitStack, table: nn.Module) -> list[torch.Tensor]:
-    """The output of the embeddings, made a leaf of the graph: gradients must reach it whatever the parameters ask for."""
+    """The output of the embeddings, made a leaf of the graph, so that gradients reach it even if no parameter requires them."""
     first: list[torch.Tensor] = []
 
     def hook(_, inputs, output):
@@ -61,7 +61,7 @@ def _watch_entry(watched: contextlib.ExitStack, table: nn.Module) -> list[torch.
 
 
 def _watch(watched: contextlib.ExitStack, layer: nn.Linear, total: torch.Tensor, samples: int) -> None:
-    """Add the column sums of the squared gradient of each sequence to `total` [n], as the backward pass meets the layer."""
+    """Add the column sums of the squared gradient of each sequence to `total` [n] during the backward pass."""
 
     def hook(_, inputs, output):
         x = inputs[0].detach()

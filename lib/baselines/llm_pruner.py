@@ -34,8 +34,8 @@ from lib.primitives.surgery import shape_shell
 #   first: w g; second: w² F; mix: w g - ½ w² F; each by absolute value before the weights of a unit are added.
 #   vector: w g, and the absolute value after they are added.
 IMPORTANCES = ("first", "second", "mix", "vector")
-# Which query heads belong to key-value group i of g: `neighbours` are those that attention ties to it, [i q, (i + 1) q).
-# `strided`, i, i + g, i + 2 g, ... is what the reference's folding of the longer score vector adds up.
+# Which query heads belong to key-value group i of g: `neighbours`, as in attention, are [i q, (i + 1) q).
+# `strided` are i, i + g, i + 2 g, ..., which the reference adds up when it folds the longer score vector.
 FOLDS = ("neighbours", "strided")
 
 
@@ -44,7 +44,7 @@ class Settings:
     importance: str = "first"  # see IMPORTANCES
     attention: bool = True  # remove key-value groups as well as neurons
     fold: str = "neighbours"  # see FOLDS
-    samples: int | None = 10  # how much of the calibration set is read: 10 x 64 as in the reference script; None for all of it
+    samples: int | None = 10  # used part of the calibration set: 10 x 64 as in the reference script; None for all of it
     length: int | None = 64
     protect: tuple[int, ...] | None = None  # blocks that stay whole; None: the outer ones, see `protected`
 
@@ -119,7 +119,7 @@ def protected(blocks: int) -> list[int]:
 
 
 def choose(scores: Sequence[torch.Tensor], ratio: float, protect: Sequence[int] = (), whole: bool = False) -> Keep:
-    """Which units stay. whole: round the number of removed units down instead of the kept one, as the reference does for heads.
+    """Which units stay. whole: round the number of removed units down, not that of kept ones, as the reference does for heads.
 
     A fifth of 8 groups is then 1, not 2.
     """
@@ -140,9 +140,8 @@ def sweep(
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model whose inner blocks lack that share of their neurons and key-value groups) for every ratio.
 
-    All from one set of scores. The given model stays intact, unless `inplace`, which
-    takes one ratio. Blocks end unequal, so a result is saved by `lib.models.checkpoint`. Raises ValueError before any work for
-    arguments that cannot work.
+    All from one set of scores. The given model stays intact, unless `inplace`, which takes one ratio. Blocks end unequal, so a
+    result is saved by `lib.models.checkpoint`. Raises ValueError, before any work, for impossible arguments.
     """
     check_calibration(Anatomy(model), ids)
     for ratio in ratios:
@@ -165,7 +164,7 @@ def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.M
 
 
 def shape(model: nn.Module, ratio: float) -> nn.Module:
-    """What is left at a ratio, on the meta device: neurons and whole groups of heads, the outer blocks spared."""
+    """The model after a ratio, on the meta device: fewer neurons and groups of heads in all but the outer blocks."""
     spared = protected(len(ffn_widths(model)))
     small = remove_neurons(shape_shell(model), choose(in_order(ffn_widths(model)), ratio, spared), inplace=True)
     return remove_groups(small, choose(in_order(kv_groups(model)), ratio, spared, whole=True), inplace=True)

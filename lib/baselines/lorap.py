@@ -1,8 +1,8 @@
 """LoRAP (Li et al., arXiv 2404.09695): attention matrices become low rank, MLPs lose neurons.
 
-Attention is truncated after its input channels are weighed by their norms (AWSVD), with three times the parameters for
-values and outputs that queries and keys get. Neurons are scored without gradients; the least important 1 % stay, which the
-authors found to matter. Block after block: later ones see what the compressed ones hand them.
+Attention is truncated after its input channels are weighed by their norms (AWSVD); values and outputs get three times the
+parameters of queries and keys. Neurons are scored without gradients; the least important 1 % stay, because the authors found
+them to matter. Block after block: each is measured on the outputs of the compressed ones before it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def neuron_scores(
 
 
 def keep(scores: torch.Tensor, ratio: float, spared: float = SPARED) -> torch.Tensor:
-    """Sorted indices that stay of the scores [f]: the lowest are removed, but for the very lowest share `spared`."""
+    """Sorted indices of the neurons that stay, by scores [f]: the lowest are removed, except the very lowest share `spared`."""
     f = len(scores)
     removed = f - kept_count(f, ratio)
     first = min(int(exact(spared) * f), f - removed)
@@ -57,7 +57,7 @@ def attention_shares(ratio: float) -> tuple[float, float]:
 def attention_ranks(sizes: Sequence[tuple[int, int]], ratio: float) -> list[int | None]:
     """Ranks of q, k, v and o from their sizes (m, n); None stays dense. Each is a share of the matrix's own break-even rank.
 
-    The authors' rule takes all matrices for square: with grouped queries it would let a key matrix grow.
+    The authors' rule assumes square matrices: with grouped queries a key matrix could grow.
     """
     narrow, wide = attention_shares(ratio)
     shares = (narrow, narrow, wide, wide)
@@ -97,11 +97,14 @@ def _compress(model: nn.Module, ids: torch.Tensor, ratio: float, mlp_only: bool)
         for block in anatomy.blocks
     ]
     for i, block in enumerate(anatomy.blocks):
+        # 1. Measure the block as it is, behind the compressed ones.
         inputs = [mlp.readers[0], mlp.writer, *([names[0], names[-1]] if names else [])]
         moments = measure(stream, i, inputs)
+        # 2. Cut neurons.
         weights = [block.get_submodule(name).weight.detach() for name in (*mlp.readers, mlp.writer)]
         found = neuron_scores(weights[:-1], weights[-1], moments[mlp.readers[0]].square, moments[mlp.writer].square)
         cut_neurons(anatomy, block, keep(found, ratio))
+        # 3. Truncate attention, and go on to the next block.
         for name, rank in zip(names, plans[i], strict=True):
             if rank is not None:
                 root = moments[name if name == attention.writer else names[0]].square.sqrt()
@@ -113,7 +116,7 @@ def _compress(model: nn.Module, ids: torch.Tensor, ratio: float, mlp_only: bool)
 
 
 def shape(model: nn.Module, ratio: float) -> nn.Module:
-    """What is left at a ratio, on the meta device: ranks of the four matrices of attention, and the same width of every block."""
+    """The model after a ratio, on the meta device: ranks of the four matrices of attention, and equal widths of all blocks."""
     small, anatomy = shape_without_neurons(model, ratio), Anatomy(model)
     names = [*separate_readers(anatomy), anatomy.family.attention.writer]
     sizes = [tuple(anatomy.blocks[0].get_submodule(name).weight.shape) for name in names]

@@ -72,7 +72,7 @@ def chosen_blocks(model: nn.Module, ids: torch.Tensor, count: int, settings: Set
 
 
 def blocks_for(model: nn.Module, ratio: float) -> int:
-    """The number of blocks whose parameters come closest to a share of all blocks', and at least one block stays."""
+    """The number of blocks whose parameters come closest to a share of all blocks' parameters; at least one block stays."""
     total = len(Anatomy(model).blocks)
     return min(total - 1, round(ratio * total))
 
@@ -104,5 +104,5 @@ def sweep(
 
 
 def shape(model: nn.Module, ratio: float) -> nn.Module:
-    """What is left at a ratio, on the meta device: all blocks are equally large."""
+    """The model after a ratio, on the meta device: all blocks are equally large."""
     return remove_blocks(shape_shell(model), list(range(blocks_for(model, ratio))), inplace=True)

@@ -1,8 +1,8 @@
 """Unstructured gradient scores: SNIP (Lee et al., ICLR 2019), ReFer and AFR (Nitta et al., 2024 and 2025).
 
 Single FFN weights with small |θ ∂/∂θ| of the loss (SNIP), of the features' singular values (ReFer), or of both, standardised
-and added (AFR), become zero under one threshold for the whole model. Nothing gets smaller or faster: this is what
-Structured AFR starts from, and its upper reference.
+and added (AFR), become zero under one threshold for the whole model. Nothing gets smaller or faster; Structured
+AFR starts from these scores, and they are its upper reference.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def prune(
 ) -> nn.Module:
     """Zero a share of the FFN weights by AFR, or by one of its parts alone: scores ("snip",) or ("refer",).
 
-    One threshold can empty a layer, which SNIP is known for. Raises ValueError, before any long work, for a ratio outside
-    [0, 1) and what `lib.primitives.gradients.each_gradient` refuses.
+    One threshold can empty a layer, a known weakness of SNIP. Raises ValueError, before any long work, for a ratio outside
+    [0, 1) and for arguments that `lib.primitives.gradients.each_gradient` rejects.
     """
     check_sparsity(float(ratio), 1)
     found = weight_scores(model, ids, scores, progress=progress, **passes)

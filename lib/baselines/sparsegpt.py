@@ -1,8 +1,8 @@
 """SparseGPT (Frantar & Alistarh, arXiv 2301.00774): prune a matrix so that its outputs on real inputs change least.
 
-Columns are fixed from left to right. A pruned weight is made up for by the weights to its right in the same row, in the
-least-squares sense of the calibration inputs (optimal brain surgeon); all rows share one factorised inverse Gram matrix,
-which is what makes the method affordable (section 3.2).
+Columns are fixed from left to right. A pruned weight is compensated by the weights to its right in the same row, by least squares
+on the calibration inputs (optimal brain surgeon). All rows share one factorised inverse Gram matrix, which makes the method
+affordable (section 3.2).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def sparsegpt_matrix(
 ) -> torch.Tensor:
     """Prune a matrix [out, in] and update what stays, to keep ‖(W - W')X‖ small (the paper's Algorithm 1).
 
-    gram: XXᵀ [in, in], up to a factor. Removed are the lowest w²/U_ii², read off when the walk arrives, from weights that
-    already make up for those before: per row for (n, m), and for a fraction over all rows of `block` columns together.
-    Inputs that are always zero lose their weights first. Raises ValueError for a sparsity or Gram that cannot work.
+    gram: XXᵀ [in, in], up to a factor. The lowest w²/U_ii² are removed, computed when their column is reached, from weights
+    that already compensate those before: per row for (n, m), and for a fraction over all rows of `block` columns together.
+    Inputs that are always zero lose their weights first. Raises ValueError for an impossible sparsity or Gram matrix.
     """
     check_sparsity(sparsity, weight.shape[1])
     factor = inverse_factor(gram, damping)
@@ -56,9 +56,9 @@ def prune(
     """Prune every linear layer of the blocks with SparseGPT, block after block; biases, norms, embeddings and head stay.
 
     ids: calibration tokens [samples, length]. sparsity: (n, m) keeps n of m consecutive weights of a row (the paper's 2:4 and
-    4:8), a fraction removes that share of each matrix. The result is a stock model with zeros, which `lib.models.checkpoint`
-    exports for anyone to load. Stored dense, as it is here, it saves no memory and no time: that takes a sparse format and
-    kernels for it. The given model stays intact, unless `inplace`. Raises ValueError, before any work, for a sparsity that
+    4:8), a fraction removes that share of each matrix. The result is a stock model with zeros, which plain transformers
+    loads once it is exported. Stored dense, as here, it saves no memory and no time: that takes a sparse format and kernels
+    for it. The given model stays intact, unless `inplace`. Raises ValueError, before any work, for a sparsity that
     does not fit, for ids that cannot be used and for models that are not dense.
     """
     check_prunable(model, sparsity)

@@ -20,8 +20,8 @@ from lib.primitives.surgery import linear
 def wanda_matrix(weight: torch.Tensor, squared_norms: torch.Tensor, sparsity: Sparsity = (2, 4)) -> torch.Tensor:
     """Set the lowest-scoring weights of every row of a matrix [out, in] to zero; scores S_ij = |W_ij| ‖X_j‖ (equation 1).
 
-    squared_norms: ‖X_j‖² [in], up to a common factor. Weights compete only inside their row, of every m or, for a fraction,
-    of the whole row: the comparison group that the paper found to matter (section 3).
+    squared_norms: ‖X_j‖² [in], up to a common factor. Weights compete only with those of their row, every m or, for a
+    fraction, all of it: the comparison group that the paper found to matter (section 3).
     """
     check_sparsity(sparsity, weight.shape[1])
     scores = weight.double().abs() * squared_norms.double().sqrt()

@@ -1,8 +1,8 @@
 """The papers' zero-shot benchmarks from a folder of files, through lm-eval's own task definitions.
 
-lm-eval's YAML keeps saying how a document becomes a prompt, what the choices and metrics are; only where the documents come
-from is replaced. One setting names the folder, the same as for corpora: the environment variable PARED_DATA_DIR, or the
-flag --data-dir. Without it the hub's own data sets are used.
+Prompts, choices and metrics are those of lm-eval's YAML files; only the source of the documents is replaced. One setting
+names the folder, the same as for corpora: the environment variable PARED_DATA_DIR, or the flag --data-dir. Without it the
+hub's own data sets are used.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lib.evaluation.text import DATA_DIR_VARIABLE
 
 @dataclass(frozen=True)
 class LocalTask:
-    """Where a task's documents are in a data directory and what a good one has.
+    """Where a task's documents are in a data directory, and how to check one.
 
-    files: {lm-eval's split: file names, the first that exists is taken}; the first split is the scored one, others may lack.
-    columns: what lm-eval's definition reads. choices(document) -> number of choices; answer(document) -> index of the right one.
+    files: {lm-eval's split: file names, the first that exists is taken}; the first split is scored, the others may be missing.
+    columns: read by lm-eval's definition. choices(document) -> number of choices; answer(document) -> index of the right one.
     """
 
     files: dict[str, tuple[str, ...]]
@@ -54,7 +54,7 @@ LOCAL_TASKS = {
         lambda d: len(d["choices"]["text"]), _labelled,
     ),
     "hellaswag": LocalTask(
-        # An even sample of 1,000 rows with the original text goes first: the whole set is only to be had slightly cleaned.
+        # An even sample of 1,000 rows with the original text goes first: the whole set is only available slightly cleaned.
         {"validation": ("hellaswag/validation_raw_random1000.jsonl.gz", *_as_listed("hellaswag", "validation")["validation"])},
         ("activity_label", "ctx_a", "ctx_b", "endings", "label"), lambda d: len(d["endings"]), lambda d: int(d["label"]),
     ),
@@ -100,7 +100,7 @@ def data_folder() -> Path | None:
 
 
 def local_files(task: str, folder: Path) -> dict[str, Path]:
-    """{split: file} of a task in a data directory. Raises FileNotFoundError, naming the file, if the scored split lacks."""
+    """{split: file} of a task in a data directory. Raises FileNotFoundError, naming the file, without the scored split."""
     found = {}
     for split, names in LOCAL_TASKS[task].files.items():
         existing = [folder / name for name in names if (folder / name).is_file()]
@@ -129,7 +129,7 @@ def _checked_documents(task: str, path: Path, modified: int) -> tuple[dict, ...]
         try:
             document = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, record {number} is no JSON document ({error})") from error
+            raise ValueError(f"{path}, record {number} is not a JSON document ({error})") from error
         missing = [column for column in spec.columns if column not in document]
         if missing:
             raise ValueError(
@@ -159,8 +159,8 @@ def local_documents(task: str, folder: Path) -> dict[str, tuple[dict, ...]]:
 def local_task(name: str, folder: Path, manager):
     """lm-eval's task `name` with the documents of a data directory: a Task, or for `mmlu` a Group of 57 Tasks.
 
-    manager: lm-eval's TaskManager, which knows where its definitions are. Splits without a file are taken out of the
-    definition, so few-shot examples that the hub's task draws from a train split are not to be had unless it is there.
+    manager: lm-eval's TaskManager, which finds the definitions. Splits without a file are taken out of the definition, so
+    few-shot examples from a train split need a file for that split.
     """
     documents = local_documents(name, folder)
     if name != "mmlu":
@@ -198,7 +198,7 @@ def _with_documents(name: str, documents: dict[str, Sequence[dict]], manager):
 def hub_task(name: str, manager):
     """lm-eval's task `name` from the hub: a Task or a Group.
 
-    Raises ValueError for a name that lm-eval does not know, FileNotFoundError where its documents cannot be reached.
+    Raises ValueError for an unknown name, FileNotFoundError if the documents cannot be reached.
     """
     import datasets
 

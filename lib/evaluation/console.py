@@ -1,4 +1,4 @@
-"""What long work prints, and what it keeps libraries from printing."""
+"""Lines of progress for long work, and silence for the libraries that it calls."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lib.evaluation.process import resident_memory
 
 @contextlib.contextmanager
 def quiet(*names: str):
-    """No line below an error from the loggers `names`, and no progress bars, which go to the error stream.
+    """Only errors from the loggers `names`, and no progress bars, which are printed to stderr.
 
-    lm-eval reports its plan and draws bars for every call; a notebook with forty calls has better uses for the space.
+    lm-eval reports its plan and draws bars for every call, which would fill a notebook with forty calls.
     """
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -30,7 +30,7 @@ def quiet(*names: str):
 
 @contextlib.contextmanager
 def no_progress_bars():
-    """transformers draws a bar for every file it reads; a notebook with ten models has better uses for the space."""
+    """No bars from transformers, which draws one for every file it reads and would fill a notebook with ten models."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -43,7 +43,7 @@ def no_progress_bars():
 
 
 class Progress:
-    """Says where long work is, with time and memory, but not more often than every `interval` seconds."""
+    """Prints the progress of long work, with time and memory, at most once every `interval` seconds."""
 
     def __init__(self, interval: float = 10.0):
         self.interval = interval

@@ -47,7 +47,7 @@ def continuation_task() -> dict:
     """The task as an lm-eval configuration, zero-shot, scored by mutual information.
 
     A choice's score is its log-likelihood after the context minus its log-likelihood alone. Four passages of real text
-    differ more in how likely they are anyway than in how well they follow: scored plainly, these models are near chance.
+    differ more in their own likelihood than in how well they follow: by plain likelihood these models are near chance.
     """
     import datasets
 

@@ -53,7 +53,7 @@ FLOATS_AT_ONCE = 2**23  # of these, in float32 at a time: 32 MB, so that the sof
 
 
 def head_inputs(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
-    """The model's output for `inputs`, with logits of the last position alone, and what its head would read, [batch, tokens, d].
+    """The model's output for `inputs`, with logits of the last position alone, and the inputs of its head, [batch, tokens, d].
 
     None, and all logits, for a model without a head, `model.get_output_embeddings()`; None for one that calls it several times.
     """
@@ -79,9 +79,9 @@ def before_head(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor |
     output, hidden = head_inputs(model, **inputs)
     if hidden is None:
         return output, None
-    # A model spread over devices returns its logits on the first of them, and has them on the last.
+    # A model spread over devices computes its logits on the last of them, and returns them on the first.
     alone = model.get_output_embeddings()(hidden[:, -1:]).to(output.logits.device)
-    same = torch.allclose(output.logits, alone, rtol=0, atol=0, equal_nan=True)  # a broken model is no other model
+    same = torch.allclose(output.logits, alone, rtol=0, atol=0, equal_nan=True)  # NaN logits still compare as equal
     return output, hidden if same else None
 
 

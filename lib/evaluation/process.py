@@ -1,4 +1,4 @@
-"""What this process is and holds: package versions, memory now and at a peak. No torch, unless a GPU is asked for."""
+"""Package versions of this process, and its memory, now and at a peak. Imports torch only to measure a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def package_versions() -> dict[str, str]:
 def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
     """Bytes that `run` needs at its peak beyond what was in use before: resident memory on Linux, or that of a GPU.
 
-    Memory that the allocator keeps after earlier work is given back first, or a second run would seem to need nothing.
+    Memory that the allocator keeps after earlier work is returned first, or a second run would seem to need nothing.
     None where the system offers no such counter.
     """
     if str(device).startswith("cuda"):

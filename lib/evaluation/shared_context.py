@@ -34,18 +34,20 @@ class SharedContextLM(HFLM):
 
     @torch.no_grad()
     def _scores(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        """The same in two forward passes: of what all contexts have before the end of the shortest, and of the rest for each.
+        """The same in two forward passes: the first reads contexts up to the length of the shortest, the second all the rest.
 
-        So the first pass has rows of one length, and no key in the cache is padding; that of the second pass, on the right, is
-        seen by nothing. The last id of a context belongs to the second pass, because it predicts the first of the continuation.
-        The head reads only the positions that predict a continuation.
+        So the first pass has rows of one length, and no key in the cache is padding; no token attends to the padding of the
+        second pass, which is on the right. The last id of a context belongs to the second pass, because it predicts the first
+        of the continuation. The head reads only the positions that predict a continuation.
         """
+        # 1. Every distinct beginning once; each request gets its keys and values.
         first = min(len(context) for _, context, _ in requests) - 1
         begins = [tuple(context[:first]) for _, context, _ in requests]
         distinct = list(dict.fromkeys(begins))
         output, hidden = before_head(self.model, input_ids=torch.tensor(distinct, device=self.device), use_cache=True)
         cache = output.past_key_values
         cache.batch_select_indices(torch.tensor([distinct.index(begin) for begin in begins]))  # may lie on several devices
+        # 2. The rest of each request, and the logits that predict its continuation.
         rows = [torch.tensor((context + continuation)[first:-1]) for _, context, continuation in requests]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
         rest = dict(input_ids=padded, past_key_values=cache, use_cache=True)
@@ -58,6 +60,7 @@ class SharedContextLM(HFLM):
             _, hidden = head_inputs(self.model, **rest)
             joined = torch.cat([row[own] for row, own in zip(hidden, predicting, strict=True)])
             scored = self.model.get_output_embeddings()(joined).split(lengths)
+        # 3. Likelihoods.
         answers = []
         for own, (_, _, continuation) in zip(scored, requests, strict=True):
             scores = F.log_softmax(own, dim=-1, dtype=self.softmax_dtype)
@@ -70,8 +73,8 @@ class SharedContextLM(HFLM):
 def shared_batches(requests: list[Request], longest: int, batch: int) -> list[list[int]]:
     """Places of the requests that gain by sharing: whole questions in batches of at most `batch`, sorted by the context's length.
 
-    Left to lm-eval's model, which reads no row twice, are contexts of one token (a choice scored alone), those with one
-    continuation or with none of more than one token, and requests that do not fit into `longest` positions.
+    The rest is left to lm-eval's model: contexts of one token (a choice scored alone), with a single continuation or only
+    continuations of one token, which it reads once itself, and requests longer than `longest` positions.
     """
     questions: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for place, (_, context, continuation) in enumerate(requests):

@@ -33,9 +33,9 @@ def speeds(
     repeats: int = 5,
     caches: Mapping[str, Callable[[], Cache]] | None = None,
 ) -> dict[str, dict]:
-    """`speed` of several models by name. They take turns, so that whatever else the machine does slows all of them alike.
+    """`speed` of several models by name. They take turns, so that other load on the machine slows all of them alike.
 
-    caches: makes the empty KV cache that the model of a name decodes with, where that is not the usual one.
+    caches: {name of a model: function that makes its empty KV cache}, where that is not the usual one.
     """
     caches = caches or {}
     for model in models.values():

@@ -28,7 +28,7 @@ SEPARATOR = "\n\n"  # how the papers of the suite join rows before tokenising
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows of text with the facts that a results row must carry to be checked later."""
+    """Rows of text, with the facts by which results are traced to them."""
 
     name: str
     split: str
@@ -41,7 +41,7 @@ class Corpus:
         return SEPARATOR.join(self.rows)
 
     def record(self) -> dict:
-        """The corpus as it is written into manifests and ledger keys."""
+        """The corpus as written into manifests and ledger keys."""
         return {"corpus": self.name, "split": self.split, "source": self.source, "sha256": self.sha256}
 
 
@@ -83,7 +83,7 @@ _LISTS_FROM_HERE = {
     "references", "notes", "external links", "see also", "further reading", "bibliography", "footnotes", "sources",
     "citations",
 }  # fmt: skip
-_SHORTEST_PARAGRAPH, _SHORTEST_ARTICLE = 60, 1000  # characters; below these sit table cells and disambiguation stubs
+_SHORTEST_PARAGRAPH, _SHORTEST_ARTICLE = 60, 1000  # characters; shorter ones are table cells and disambiguation stubs
 
 
 @functools.cache
@@ -226,7 +226,7 @@ def _hub_rows(name: str, split: str) -> tuple[list[str], str]:
             whole = datasets.load_dataset(spec.hub_id, split="train").train_test_split(test_size=0.2, seed=42)
             rest = whole["test"].train_test_split(test_size=0.5, seed=42)
             table = {"train": whole["train"], "validation": rest["test"], "test": rest["train"]}[split]
-        elif name == "ptb":  # published as a loading script, which is never run here: the hub's own conversion is
+        elif name == "ptb":  # published as a loading script, which is not run here: the hub's own conversion is used
             table = datasets.load_dataset(spec.hub_id, spec.config, split=split, revision="refs/convert/parquet")
         else:
             table = datasets.load_dataset(spec.hub_id, spec.config, split=split)
@@ -251,7 +251,7 @@ def _text_file_rows(path: Path, split: str) -> list[str]:
     if len(rows) < 10:
         raise ValueError(
             f"{path.name} has {len(rows)} paragraphs: at least 10, separated by blank lines, are needed to split it into train, "
-            "validation and test (empty or very short texts say nothing)"
+            "validation and test"
         )
     first, second = len(rows) * 8 // 10, len(rows) * 9 // 10
     return {"train": rows[:first], "validation": rows[first:second], "test": rows[second:]}[split]
@@ -261,7 +261,7 @@ def _text_file_rows(path: Path, split: str) -> list[str]:
 
 
 def tokens_of(corpus: Corpus, tokenizer) -> torch.Tensor:
-    """All rows joined with a blank line and tokenised once, as the perplexity protocol asks. Returns ids [n_tokens]."""
+    """All rows joined with a blank line and tokenised once, as in the perplexity protocol. Returns ids [n_tokens]."""
     ids = tokenizer(corpus.text, return_tensors="pt", verbose=False).input_ids[0]
     return ids.to(torch.long)
 
@@ -305,7 +305,7 @@ def sample_blocks(
             raise _too_short(corpus, samples, length, len(blocks))
         start = int(torch.randint(len(rows), (1,), generator=generator))
         ids, stop = _fill(rows, start, tokenizer, length)
-        if ids is None:  # ran off the end of the corpus: the rows from here on are too short for a block
+        if ids is None:  # the rows from here to the end of the corpus are too short for a block
             del rows[start:]
             continue
         if rule == "rows-retokenised":
@@ -334,14 +334,14 @@ def _fill(rows: list[str], start: int, tokenizer, length: int) -> tuple[list[int
 
 def _too_short(corpus: Corpus, samples: int, length: int, found: int = 0) -> ValueError:
     return ValueError(
-        f"corpus {corpus.name!r} ({corpus.split}) gives only {found} of the {samples} blocks of {length} tokens asked "
-        "for: ask for fewer or shorter samples, or use a larger corpus"
+        f"corpus {corpus.name!r} ({corpus.split}) gives only {found} of the {samples} blocks of {length} tokens: "
+        "use fewer or shorter samples, or a larger corpus"
     )
 
 
 @functools.lru_cache(maxsize=2)
 def train_text(name: str) -> Corpus:
-    """The train split of a corpus, kept: calibration text is asked for once per draw, and a hub corpus is large."""
+    """The train split of a corpus, cached: every draw of calibration text needs it, and a hub corpus is large."""
     return load_corpus(name, "train")
 
 

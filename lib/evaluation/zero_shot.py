@@ -1,4 +1,4 @@
-"""What a compressed model is worth: token perplexity, zero-shot accuracy and speed, each with its definition."""
+"""Zero-shot accuracy of a model by lm-eval."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ BATCH = 32  # choices in one forward pass
 def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None) -> list[dict]:
     """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, documents, limit, ...`.
 
-    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks, on the files of the folder
-    named by PARED_DATA_DIR where lib/evaluation/benchmark_tasks.py knows them, and from the hub otherwise. `metric` says which
-    of lm-eval's metrics `acc` is, `stderr` belongs to it, `limit` was asked for per task (for MMLU: per subject), `documents`
-    were scored. Raises what `local_task` and `hub_task` raise, before any model runs.
+    `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks, from the folder named by
+    PARED_DATA_DIR if lib/evaluation/benchmark_tasks.py lists them, and from the hub otherwise. `metric` is the one of lm-eval's
+    metrics that `acc` and its `stderr` report; `limit` is the given limit per task (for MMLU: per subject), `documents` the
+    number scored. Raises what `local_task` and `hub_task` raise, before any model runs.
     """
     with quiet("lm_eval", "lm-eval", "transformers", "datasets"):
         import lm_eval
 
         from lib.evaluation.shared_context import SharedContextLM
 
+        # 1. The tasks, and the model as lm-eval needs it.
         folder, manager = data_folder(), task_manager(not set(tasks) <= {TASK, *LOCAL_TASKS})
         built = {name: _build_task(name, manager, folder) for name in tasks}
         positions = model.config.max_position_embeddings
@@ -34,8 +35,9 @@ def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), lim
         loaded = manager.load(list(built.values()))
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
-        # Not `simple_evaluate`: it asks pip for all packages after every call, longer than these models take for 25 documents.
+        # 2. Not `simple_evaluate`: it lists all packages with pip in every call, which takes longer than 25 documents.
         found = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+    # 3. One row per task.
     rows = []
     for name in tasks:
         scores = found["results"][name]

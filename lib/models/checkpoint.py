@@ -41,18 +41,18 @@ class CheckpointError(ValueError):
 def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
     """Write a compressed model to `folder`, which must not exist yet. Returns the folder.
 
-    provenance: what the record should say of where the model comes from (base model, calibration, settings); JSON values.
+    provenance: where the model comes from (base model, calibration, settings), in JSON values, for the record.
     Raises ValueError for a model without edits, FileExistsError for an existing folder, OSError if the disk is full; in
     every case no folder is left behind.
     """
     folder = Path(folder).expanduser()
     edits = getattr(model, "edits", None)
     if not edits:
-        raise ValueError("this model carries no record of edits: save a dense model with its own save_pretrained")
+        raise ValueError("this model has no record of edits: save a dense model with its own save_pretrained")
     tensors = {name: value.contiguous() for name, value in stored_tensors(model).items()}
     shards = _shards(tensors)
     record = record_of(model, tensors, shards, provenance)
-    text = json.dumps(record, indent=1)  # before anything is written: provenance may hold what JSON cannot
+    text = json.dumps(record, indent=1)  # raises before anything is written if provenance is not JSON
     with _written_whole(folder) as partial:
         for file, names in shards.items():
             save_file({name: tensors[name] for name in names}, partial / file, metadata={"format": "pt"})
@@ -64,7 +64,7 @@ def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
 
 
 def record_of(model: nn.Module, tensors: dict[str, torch.Tensor], shards: dict[str, list[str]], provenance: dict) -> dict:
-    """The record of a model's edits and of the tensors in each file; meta tensors do. `shards`: file name -> tensor names."""
+    """The record of a model's edits and of the tensors in each file; meta tensors suffice. shards: file name -> tensor names."""
     return {
         "schema": SCHEMA,
         "edits": model.edits,
@@ -101,7 +101,7 @@ def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the name `folder` at the end and vanishes if anything fails."""
+    """A new folder to write into; it is renamed to `folder` at the end, or removed if anything fails."""
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another output folder, or remove this one first")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -109,10 +109,10 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(folder)
-    except SafetensorError as error:  # which is no OSError, also when the disk is full
+    except SafetensorError as error:  # also when the disk is full, and not a subclass of OSError
         raise OSError(f"{folder} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone by its new name if all went well
+        shutil.rmtree(partial, ignore_errors=True)  # does nothing if it was renamed
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -154,7 +154,7 @@ def load_checkpoint(folder: str | Path, device: str = "cpu", dtype: torch.dtype 
         tensors |= _read_shard(folder, file, names, expected)
     shared = set(model.state_dict()) - set(tensors)
     model.load_state_dict(tensors, strict=not shared, assign=True)
-    model.tie_weights()  # what was saved once is used twice again; does nothing where the head has a matrix of its own
+    model.tie_weights()  # tie the head to the embedding again, if the config says they are tied
     return (cast(model, dtype) if dtype else model).to(device).eval()
 
 
@@ -199,7 +199,7 @@ def _empty_model(folder: Path, record: dict) -> nn.Module:
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, record["dtype"]))
     except Exception as error:  # any inconsistent number in a config fails somewhere inside the library
         raise CheckpointError(f"{folder}/{CONFIG} does not describe a model: {error}") from error
-    model.tie_weights()  # parameters without memory were made one by one, tied ones too
+    model.tie_weights()  # parameters on the meta device were made one by one, tied ones too
     for edit in record["edits"]:
         settings = {name: value for name, value in edit.items() if name != "edit"}
         if not isinstance(edit.get("edit"), str) or edit["edit"] not in REPLAY:
@@ -240,7 +240,7 @@ def _same_names(where: str, found: set[str], wanted: set[str]) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all tensors: a changed weight is a changed model, whatever its name."""
+    """SHA-256 over names, dtypes and bytes of all tensors, to recognise a model by its weights and not by its name."""
     return digest(model.state_dict().items())
 
 

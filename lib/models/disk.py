@@ -1,9 +1,9 @@
 """Compress a model from disk, block by block, for models larger than memory.
 
-The network is built without weights. A block's tensors are read when a method asks for them (`lib.primitives.calibration`), the
+The network is built without weights. A block's tensors are read when a method needs them (`lib.primitives.calibration`), the
 method edits the block, its tensors go to a file of their own in the output folder, and the block is empty again. In memory are
-one block, what the method keeps of it, and the hidden states; nothing grows with depth. The methods are the very functions that
-run in memory: for a module it makes no difference where its weights come from.
+one block, what the method keeps of it, and the hidden states; nothing grows with depth. The methods are the same functions as in
+memory: a module does not depend on where its weights come from.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ JOB, STATE = "job.json", "state.json"
 
 # --- weights on disk -----------------------------------------------------------------------------------------------------
 
-# Parameters in memory by file and name, as long as anyone holds them: teacher and student share the tensors of a block.
+# Parameters in memory by file and name, as long as they are in use: teacher and student share the tensors of a block.
 _LOADED: WeakValueDictionary = WeakValueDictionary()
 
 
 @dataclass
 class Stored:
-    """Where the tensors of a module are: its parameters' names -> (file, name in the file). dtype: what they are read as."""
+    """Where the tensors of a module are: its parameters' names -> (file, name in the file). dtype: into which they are read."""
 
     places: dict[str, tuple[str, str]]
     dtype: torch.dtype
@@ -62,7 +62,7 @@ class Stored:
             module.get_submodule(parent)._parameters[leaf] = value
 
     def read(self, wanted: dict[str, torch.Tensor]) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters one by one, of the shapes of `wanted`. Files are mapped, so only what is asked for is read."""
+        """Parameters one by one, of the shapes of `wanted`. Files are mapped, so nothing else is read."""
         for name, like in wanted.items():
             place = (*self.places[name], self.dtype)
             value = _LOADED.get(place)
@@ -85,7 +85,7 @@ def _read(file: str, name: str) -> torch.Tensor:
 
 
 def finite(value: torch.Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity, looked at in pieces: the test makes copies, and embeddings are large."""
+    """Whether a tensor holds no NaN and no infinity; tested in pieces, because the test makes copies and embeddings are large."""
     return all(torch.isfinite(part).all() for part in value.detach().flatten().split(2**20))
 
 
@@ -100,15 +100,15 @@ def empty(module: nn.Module) -> None:
 def model_on_disk(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The dense model of a Hugging Face folder with safetensors, sharded or not: every parameter a meta tensor, in eval mode.
 
-    Blocks and embeddings carry `stored`, so they have weights where they are `resident`. The whole model's places are
-    `model.stored`. Raises ValueError for a folder that is compressed already or lacks tensors.
+    Blocks and embeddings have an attribute `stored`, so their weights are in memory while they are `resident`. `model.stored`
+    is that of the whole model. Raises ValueError for a folder that is compressed already or lacks tensors.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder).expanduser()
     if is_checkpoint(folder):
-        raise ValueError(f"{folder} holds a compressed model: stream the dense one")
+        raise ValueError(f"{folder} holds a compressed model: compress the dense one")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     dtype = dtype or config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
@@ -147,7 +147,7 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def fingerprint_on_disk(model: nn.Module) -> str:
-    """What `lib.models.checkpoint.fingerprint` finds for the same model in memory, with one tensor in memory at a time."""
+    """The same as `lib.models.checkpoint.fingerprint` of the model in memory, with one tensor in memory at a time."""
     shapes = dict(model.named_parameters(remove_duplicate=False))
     aliases = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
 
@@ -160,14 +160,14 @@ def fingerprint_on_disk(model: nn.Module) -> str:
     return digest(tensors())
 
 
-# The names by which safetensors files know dtypes.
+# The names of dtypes in safetensors files.
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_tensors(file: Path, shapes: dict[str, torch.Tensor], values: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """A safetensors file, written tensor by tensor. shapes: what the file will hold, meta tensors do; values: in that order.
+    """Write a safetensors file tensor by tensor. shapes: of its tensors, meta tensors suffice; values: in the same order.
 
-    safetensors' own writer wants all tensors, and copies them, before the first byte is written.
+    safetensors' own writer needs all tensors, and copies them, before the first byte is written.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, like in shapes.items():
@@ -206,20 +206,22 @@ def compress_on_disk(
 ) -> nn.Module:
     """Compress the model in the folder `source` into the new folder `out`; returns its shapes, a model of meta tensors.
 
-    ids: calibration tokens [samples, length]. dtype: of the work and the result (default: the model's own). facts: what a record
-    should say of the result. resume: what identifies this run, such as method, ratio and settings, in JSON values. With it the
-    hidden states behind every block are saved, and an interrupted run goes on behind the last finished one when it is started
-    again as the same run. `out` appears when it is complete: as a stock folder where the result is stock, else as a checkpoint
-    of this suite. Raises ValueError or FileExistsError before any long work.
+    ids: calibration tokens [samples, length]. dtype: of the work and the result (default: the model's own). facts: of the result,
+    for its record. resume: the identity of this run, such as method, ratio and settings, in JSON values. With it the hidden
+    states behind every block are saved, and an interrupted run continues after the last finished block when the same run is
+    started again. `out` appears when it is complete: as a stock folder where the result is stock, else as a checkpoint of this
+    suite. Raises ValueError or FileExistsError before any long work.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
+    # 1. A model without weights, and a partial folder: a new one or that of an interrupted run.
     _return_freed_memory()
     model = model_on_disk(source, dtype)
     partial_folder = out.with_name(f".{out.name}.partial")
     state = _open(partial_folder, _job(source, ids, model.dtype, resume or {}), resume is not None)
     try:
+        # 2. Walk over the blocks, from the last finished one on, as often as the method needs it.
         walk = walk_of(model, ids, state.get("note", {}))
         done = _go_back(walk, partial_folder, state)
         while True:
@@ -230,6 +232,7 @@ def compress_on_disk(
             if walk.finish():
                 break
             done = 0
+        # 3. Write everything outside of the blocks; only then does the folder get its name.
         if (source / GENERATION).is_file():
             shutil.copy(source / GENERATION, partial_folder)
         _close(walk, model, partial_folder, tokenizer, facts(walk.model))
@@ -242,17 +245,17 @@ def compress_on_disk(
 
 
 def _return_freed_memory() -> None:
-    """Let matrices that are dropped go back to the system at once, for the rest of the process.
+    """Return the memory of freed matrices to the system at once, for the rest of the process.
 
-    glibc keeps freed pieces of up to 32 MB, the size of a matrix, to itself, where the next matrix may not fit: with a model of a
-    billion parameters 1.6 GB after twenty blocks, and 20 MB of them in use. Other systems have other allocators.
+    glibc keeps freed pieces of up to 32 MB, the size of a matrix, into which the next matrix may not fit: with a model of a
+    billion parameters it held 1.6 GB after twenty blocks, of which 20 MB were in use. Other systems have other allocators.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: larger pieces are mapped one by one
 
 
 def _job(source: Path, ids: torch.Tensor, dtype: torch.dtype, run: dict) -> dict:
-    """What a partial folder must have been made for, so that a run may go on in it."""
+    """Identity of a run; an interrupted run may continue in a partial folder of the same identity only."""
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.iterdir() if p.is_file())
     tokens = hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
     job = {"model": str(source.resolve()), "files": files, "tokens": tokens, "samples": list(ids.shape), "dtype": str(dtype)}
@@ -262,7 +265,7 @@ def _job(source: Path, ids: torch.Tensor, dtype: torch.dtype, run: dict) -> dict
 def _open(folder: Path, job: dict, resume: bool) -> dict:
     """Make the partial folder, or come back to it; returns the saved state, empty for a new one."""
     if folder.exists() and not (resume and (folder / JOB).is_file()):
-        shutil.rmtree(folder)  # left over by a run that could not tidy up
+        shutil.rmtree(folder)  # left over by a run that was killed
     if folder.exists():
         earlier = json.loads((folder / JOB).read_text())
         other = [name for name in job if earlier.get(name) != job[name]]
@@ -278,7 +281,7 @@ def _open(folder: Path, job: dict, resume: bool) -> dict:
 
 
 def _go_back(walk: Walk, folder: Path, state: dict) -> int:
-    """Bring a walk to where the saved state is; returns the number of finished blocks."""
+    """Restore a walk from the saved state; returns the number of finished blocks."""
     done = state.get("done", 0)
     if not done:
         return 0
@@ -291,7 +294,7 @@ def _go_back(walk: Walk, folder: Path, state: dict) -> int:
 
 
 def _work(walk: Walk, folder: Path, i: int, resume: bool) -> None:
-    """One block: read, edit, write, drop; then what is needed to go on behind it."""
+    """Read, edit, write and drop one block; then save the state that a restart needs."""
     block = Anatomy(walk.model).blocks[i]
     walk.approach(i)
     with resident(block):
@@ -315,7 +318,7 @@ def _settle(walk: Walk, folder: Path, i: int) -> None:
 
 
 def _save_state(walk: Walk, folder: Path, done: int) -> None:
-    """Hidden states first, then the state that names them, then the older ones go: whole at every moment."""
+    """Write the hidden states, then the state file that names them, then remove older ones: a kill at any moment does no harm."""
     hidden = {str(j): stream.hidden for j, stream in enumerate(walk.streams)}
     note = walk.note()
     file = f"hidden-{note.get('round', 0)}-{done}.safetensors"
@@ -332,7 +335,7 @@ def _shard(number: int, walk: Walk) -> str:
 
 
 def _close(walk: Walk, dense: nn.Module, folder: Path, tokenizer, provenance: dict) -> None:
-    """Copy what no method touched (embeddings, final norm, head), and write index or record, config and tokenizer."""
+    """Copy the tensors outside of the blocks (embeddings, final norm, head), and write index or record, config and tokenizer."""
     model, prefix = walk.model, f"{Anatomy(walk.model).family.blocks}."
     model.tie_weights()
     tensors = stored_tensors(model)

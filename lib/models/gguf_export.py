@@ -1,8 +1,8 @@
 """Write an exported stock model as one GGUF file, for llama.cpp and the programs built on it.
 
 GGUF is a header of typed keys followed by tensors. Every key that a reader could otherwise guess from the width is
-written, because a sliced model breaks the guess: its heads keep their size while the width shrinks. Weights go through
-memory one tensor at a time.
+written, because the guess would be wrong for a sliced model, whose heads keep their size while the width shrinks. One tensor
+is in memory at a time.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ DTYPES = {  # ours -> torch's, and GGUF's names for a tensor and for a file of i
 }
 ROPE_TYPES = ("default", "linear", "llama3")  # those that do no more than divide each frequency by a constant
 
-# A byte-level tokenizer first splits text into words by an expression, of which GGUF stores the name alone.
+# A byte-level tokenizer first splits text into words by a regular expression; GGUF stores only a name for it.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
-BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # what SentencePiece writes for characters it does not know
+BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # SentencePiece's tokens for the bytes of unknown characters
 
 
 def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path:
     """Convert a stock model folder, such as method slicegpt-stock writes, to the new GGUF file `out`. Returns `out`.
 
     dtype: float16, bfloat16 or float32, of the matrices; norms and biases are always float32. A sliding window that is
-    shorter than the model's positions becomes the context length: up to there it changes nothing, and readers ignore it.
+    shorter than the model's positions becomes the context length, because readers ignore windows: up to that length they agree.
 
     Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, ModuleNotFoundError without
     the package gguf, and ValueError, with the reason, for a model or tokenizer that readers of GGUF would run differently:
-    all before anything is written. A weight too large for `dtype` is a ValueError when its turn comes; the file is complete
+    all before anything is written. A weight too large for `dtype` raises ValueError when it is written; the file is complete
     or absent. Format: docs/gguf.md in the repository of ggml.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
@@ -87,7 +87,7 @@ def _library():
 
 @contextlib.contextmanager
 def _written_whole(out: Path) -> Iterator[Path]:
-    """A new file to write into, which takes the name `out` at the end and vanishes if anything fails."""
+    """A new file to write into; it is renamed to `out` at the end, or removed if anything fails."""
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -118,7 +118,7 @@ def _empty_model(folder: Path) -> nn.Module:
 
 
 def _stored_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, tuple]]:
-    """File and shape of every tensor by name, in the model's order. Raises ValueError where they are not config.json's."""
+    """File and shape of every tensor by name, in the model's order. Raises ValueError if they do not fit config.json."""
     found = {}
     for path in sorted(folder.glob("model*.safetensors")):
         try:
@@ -131,21 +131,21 @@ def _stored_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, tup
                 raise ValueError(f"tensor {name} in {path} is quantised to {part.get_dtype()}: convert the model before that")
             found[name] = path, tuple(part.get_shape())
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:  # where no head is stored, readers take the embedding
+    if model.config.tie_word_embeddings:  # readers use the embedding if no head is stored
         for names in (found, expected):
             names.pop("lm_head.weight", None)
     shapes = {name: shape for name, (_, shape) in found.items()}
     if wrong := sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name)):
         name = wrong[0]
         raise ValueError(
-            f"the weights in {folder} are not those of its {CONFIG}: {name} has shape {shapes.get(name)} and should have "
+            f"the weights in {folder} do not fit its {CONFIG}: {name} has shape {shapes.get(name)} and should have "
             f"{expected.get(name)} ({len(wrong)} tensors differ). Export or download the model again"
         )
     return {name: found[name] for name in expected}
 
 
 def _rope_factors(model: nn.Module) -> torch.Tensor:
-    """By what the model divides each rotary frequency, [head size / 2] in float32: ones, unless its context was stretched."""
+    """The divisor of each rotary frequency, [head size / 2] in float32: ones, unless the model's context was extended."""
     used, size = model.model.rotary_emb.inv_freq.double(), head_size(model.config)
     plain = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     if used.shape != plain.shape:
@@ -158,10 +158,10 @@ def _rope_factors(model: nn.Module) -> torch.Tensor:
 
 
 def _architecture(config, factors: torch.Tensor) -> str:
-    """GGUF's name for the network: a Mistral is a `llama`, and so is a Qwen 2 that readers would otherwise refuse.
+    """GGUF's name for the network: `llama` for a Mistral, and for a Qwen 2 that readers would otherwise not load.
 
     llama.cpp loads a `qwen2` only if its heads together are as wide as the stream, and without rotary factors. Its `llama`
-    has neither limit and takes biases on q, k and v, which are all that sets a Qwen 2 apart.
+    has neither limit and takes biases on q, k and v, the only difference of a Qwen 2.
     """
     square = config.num_attention_heads * head_size(config) == config.hidden_size
     return "qwen2" if config.model_type == "qwen2" and square and factors.eq(1).all() else "llama"
@@ -184,9 +184,9 @@ def _add_shape(writer, config) -> None:
 def _add_tokenizer(writer, folder: Path, config) -> None:
     """Describe the folder's tokenizer as transformers would use it.
 
-    Byte-level BPE is described by its merges, SentencePiece BPE by scores. Two differences remain at the edges. Readers do
-    not normalise text, while a Qwen 2 composes accents first (NFC): this shows on text that is not composed already. Readers
-    put a space before every text of a SentencePiece model, while some tokenizer files spare a text that starts with one.
+    Byte-level BPE is described by its merges, SentencePiece BPE by scores. Two differences remain. Readers do not
+    normalise text, while a Qwen 2 composes accents first (NFC), so text with decomposed accents differs. Readers put a space
+    before every text of a SentencePiece model, while some tokenizer files do not if it starts with one.
     """
     from transformers import AutoTokenizer
 
@@ -235,13 +235,13 @@ def _add_special_tokens(writer, tokenizer, config) -> None:
 def _check_bpe(spec: dict) -> None:
     model = spec["model"]
     if model["type"] != "BPE":
-        raise ValueError(f"a tokenizer of type {model['type']} is not written here: GGUF export knows BPE")
+        raise ValueError(f"a tokenizer of type {model['type']} cannot be exported: GGUF export supports BPE")
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[setting]:
             raise ValueError(f"the tokenizer's {setting} {model[setting]!r} has no place in GGUF")
     for token in spec["added_tokens"]:
         if token["single_word"] or token["lstrip"] or token["rstrip"]:
-            raise ValueError(f"the tokenizer's token {token['content']!r} takes its surroundings along, which GGUF cannot say")
+            raise ValueError(f"the tokenizer's token {token['content']!r} absorbs its surroundings, which GGUF cannot express")
 
 
 def _token_table(spec: dict, rows: int) -> tuple[list[str], list[int]]:
@@ -255,16 +255,16 @@ def _token_table(spec: dict, rows: int) -> tuple[list[str], list[int]]:
     for token in spec["added_tokens"]:
         table[token["id"]] = token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     unknown = spec["model"]["unk_token"]
-    if falls_back and unknown is not None:  # to a byte-level tokenizer nothing is unknown
+    if falls_back and unknown is not None:  # a byte-level tokenizer has no unknown text
         table[spec["model"]["vocab"][unknown]] = unknown, TokenType.UNKNOWN
     if len(table) > rows:
-        raise ValueError(f"the tokenizer has a token of id {max(table)}, but the model only {rows} embeddings: wrong tokenizer?")
+        raise ValueError(f"the tokenizer's id {max(table)} exceeds the model's {rows} embeddings: wrong tokenizer?")
     tokens, types = zip(*(table[i] for i in range(rows)), strict=True)
     return list(tokens), [int(kind) for kind in types]
 
 
 def _split_name(spec: dict) -> str:
-    """GGUF's name of the expression by which a byte-level tokenizer splits text into words."""
+    """GGUF's name for the regular expression that splits text into words in a byte-level tokenizer."""
     steps = _steps(spec["pre_tokenizer"], "pretokenizers")
     name = None
     match steps:
@@ -277,7 +277,7 @@ def _split_name(spec: dict) -> str:
             name = SPLITS.get(words)
     if name is None or any(step["type"] != "NFC" for step in _steps(spec["normalizer"], "normalizers")):
         raise ValueError(
-            "the tokenizer splits or normalises text in a way that has no name here (known are those of GPT-2, Llama 3 and "
+            "the tokenizer splits or normalises text in a way that cannot be exported (supported are those of GPT-2, Llama 3 and "
             f"Qwen 2): {json.dumps([spec['normalizer'], spec['pre_tokenizer']])}"
         )
     if spec["model"]["ignore_merges"] != (name == "llama-bpe"):
@@ -286,7 +286,7 @@ def _split_name(spec: dict) -> str:
 
 
 def _check_sentencepiece(spec: dict) -> None:
-    """Raise ValueError for merges that scores cannot replace: readers join any neighbours whose union is a token."""
+    """Raise ValueError for merges that scores cannot replace: readers join any neighbours that together are a token."""
     plain = spec["model"]["vocab"].keys() - {token["content"] for token in spec["added_tokens"]}
     if absent := BYTE_TOKENS - plain:
         raise ValueError(f"the tokenizer falls back on bytes, but has no token {min(absent)}: it is damaged")
@@ -296,7 +296,7 @@ def _check_sentencepiece(spec: dict) -> None:
             if plain.issuperset(pair) and pair not in merges:
                 raise ValueError(
                     f"the tokenizer never joins {pair[0]!r} and {pair[1]!r} to its token {token!r}, as SentencePiece would: GGUF "
-                    "has no form for a byte fallback with merges of another kind"
+                    "cannot express a byte fallback with other merges"
                 )
 
 
@@ -311,11 +311,11 @@ def _starts_with_space(spec: dict) -> bool:
         case [replace], [] if replace == metaspace:
             return False
     found = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
-    raise ValueError(f"this SentencePiece tokenizer does more to a text than replace its spaces, which GGUF cannot say: {found}")
+    raise ValueError(f"this SentencePiece tokenizer does more than replace spaces, which GGUF cannot express: {found}")
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """SentencePiece's score of each token: readers join the neighbours whose union scores highest, so minus the merge's rank."""
+    """SentencePiece's score of each token, minus the rank of its merge: readers join the pair of the highest score first."""
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(merges):
         rank.setdefault(left + right, i)
@@ -323,7 +323,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 
 def _steps(stage: dict | None, name: str) -> list[dict]:
-    """The steps of a tokenizer's stage, which is nothing, one step or a sequence."""
+    """The steps of a tokenizer's stage, which may be absent, one step or a sequence."""
     return [] if stage is None else stage[name] if stage["type"] == "Sequence" else [stage]
 
 
@@ -333,15 +333,16 @@ def _steps(stage: dict | None, name: str) -> list[dict]:
 def _interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows of q or k, [heads · size, ...], from transformers' rotary layout to that of a GGUF `llama`.
 
-    transformers rotates coordinate i of a head together with i + size/2, a `llama` neighbours 2i and 2i + 1.
+    transformers rotates coordinates i and i + size/2 of a head together, a `llama` rotates 2i and 2i + 1.
     """
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _write(writer, path: Path, tensors: dict[str, tuple], config, factors: torch.Tensor, dtype: str) -> None:
-    """The whole file: keys, the list of tensors, then each tensor, read from its safetensors file when its turn comes."""
+    """The whole file: keys, the list of tensors, then each tensor, read from its safetensors file just before it is written."""
     import gguf
 
+    # 1. Names, shapes and types of all tensors, and the keys.
     kind, matrix = DTYPES[dtype][:2]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], config.num_hidden_layers)
     if stretched := not factors.eq(1).all():
@@ -353,6 +354,7 @@ def _write(writer, path: Path, tensors: dict[str, tuple], config, factors: torch
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    # 2. The tensors in the same order.
     if stretched:
         writer.write_tensor_data(factors.numpy())
     for name, (file, shape) in tensors.items():

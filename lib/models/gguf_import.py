@@ -1,7 +1,7 @@
-"""Read a GGUF file as a plain float32 model: dequantised once into a cache of the user, loaded from there ever after.
+"""Read a GGUF file as a plain float32 model: dequantised once into a cache of the user, and loaded from there later.
 
-transformers can dequantise GGUF, but takes a minute for it. The cache holds ordinary safetensors folders under the SHA-256
-of the GGUF file that they were made from, so another file can never be taken for this one.
+transformers can dequantise GGUF, but takes a minute for it. The cache holds ordinary safetensors folders, named by the SHA-256
+of the GGUF file that they were made from, so that files of the same name are not confused.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def gemma_folder() -> Path:
 
 
 def gguf_folder(path: str | Path) -> Path:
-    """Folder of the model in any other GGUF file. Raises FileNotFoundError, or ValueError for what is no readable GGUF."""
+    """Folder of the model in any other GGUF file. Raises FileNotFoundError, or ValueError if it cannot be read."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no GGUF file {path}: give the path of an existing .gguf file")
@@ -85,7 +85,7 @@ def _converted(name: str, digest: str, source: Callable[[Path], Path], licence: 
         record = {"gguf_sha256": digest, "conversion": CONVERSION, "licence": licence, "files": files}
         (folder / "conversion.json").write_text(json.dumps(record, indent=1) + "\n")
         shutil.rmtree(target, ignore_errors=True)
-        os.rename(folder, target)  # the only moment at which the cache changes
+        os.rename(folder, target)  # the cache changes in this one step
     size = sum(path.stat().st_size for path in target.iterdir())
     place = str(target).replace(str(Path.home()), "~")  # an executed notebook keeps this line
     print(f"{name}: {size / 1e6:,.0f} MB of float32 weights and tokenizer in {place}", flush=True)
@@ -93,7 +93,7 @@ def _converted(name: str, digest: str, source: Callable[[Path], Path], licence: 
 
 
 def _problem(folder: Path, digest: str) -> str | None:
-    """Why a cached folder may not be used, or None: every file must have the SHA-256 that was written down for it."""
+    """Why a cached folder cannot be used, or None: every file must have its recorded SHA-256."""
     try:
         record = json.loads((folder / "conversion.json").read_text())
         if (record["gguf_sha256"], record["conversion"]) != (digest, CONVERSION):
@@ -106,7 +106,7 @@ def _problem(folder: Path, digest: str) -> str | None:
 
 @contextlib.contextmanager
 def _partial_folder(target: Path) -> Iterator[Path]:
-    """A folder of this process beside `target`, removed at the end; those that killed processes left behind go too."""
+    """A folder of this process beside `target`, removed at the end, as are those left over by killed processes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob("*.partial-*"):
         if not _alive(int(left.name.rsplit("-", 1)[1])):
@@ -125,13 +125,13 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it runs, and belongs to someone else
+    except PermissionError:  # it runs under another user
         return True
     return True
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise `gguf` into a plain Hugging Face folder with tokenizer, and read it back to see that it is the same."""
+    """Dequantise `gguf` into a plain Hugging Face folder with tokenizer, and read it back to check that it is the same."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -142,16 +142,17 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise ModuleNotFoundError(
             f"reading GGUF files needs the extra `gguf`: pip install 'pared-down[gguf]' ({error})"
         ) from error
-    except Exception as error:  # the readers fail in as many ways as a file can be damaged
+    except Exception as error:  # damaged files raise errors of many types
         raise ValueError(
             f"{gguf.name} cannot be read as a model ({type(error).__name__}: {error}): the file is damaged or cut short, or "
-            "transformers does not know its architecture. Nothing was cached"
+            "transformers does not support its architecture. Nothing was cached"
         ) from error
+    # Write it as an ordinary float32 model, if there is room.
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(gguf.parent if folder.parent == gguf.parent else folder.parent).free
     if needed > free:
         raise OSError(f"{gguf.name} needs {needed / 1e6:,.0f} MB in {cache_folder()}, but {free / 1e6:,.0f} MB are free")
-    # save_pretrained refuses a model that still remembers to be quantised.
+    # save_pretrained raises for a model that is still marked as quantised.
     model.hf_quantizer = None
     for forgotten in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, forgotten):

@@ -1,4 +1,4 @@
-"""Load models by one name: embedded, Gemma's package, a folder, a GGUF file, or a hub id. Nothing else knows of weights."""
+"""Load models by one name: embedded, Gemma's package, a folder, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
     A local folder is in the Hugging Face format, or a compressed model that `lib.models.checkpoint.save` wrote. GGUF weights are
     dequantised once into a cache (lib/models/gguf_import.py).
 
-    Never runs remote code. Raises ValueError for an unknown dtype, FileNotFoundError where no such model can be reached.
+    Never runs remote code. Raises ValueError for an unknown dtype, FileNotFoundError if the model cannot be found.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +32,7 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
         choose_one("dtype", dtype, DTYPES)
         dtype = DTYPES[dtype]
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no GPU: use device cpu")
+        raise ValueError(f"device {device!r} is not available, because torch sees no GPU: use device cpu")
     source = locate(name)
     compressed = is_checkpoint(source)
     try:
@@ -56,10 +56,10 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float3
 
 
 def spread(model: nn.Module, max_memory: dict | None = None, offload_folder: str | Path | None = None) -> nn.Module:
-    """The model with its blocks over all GPUs, then main memory, then `offload_folder`: to evaluate what one GPU cannot hold.
+    """The model with its blocks over all GPUs, then main memory, then `offload_folder`, to evaluate models larger than one GPU.
 
-    max_memory: bytes for GPU numbers and "cpu"; None for what is free, the model's own place in main memory included.
-    Weights are moved where they run, by accelerate. The result can be run, not compressed: `invoke compress --streamed` is for
+    max_memory: bytes for GPU numbers and "cpu"; None for all free memory, including the model's own place in main memory.
+    accelerate moves weights to where they run. The result can be run, not compressed: `invoke compress --streamed` is for
     models of that size.
     """
     import accelerate

@@ -43,7 +43,7 @@ class Settings:
     z: str = "model"  # over what, or how, the two scores are standardised; see STANDARDS
     stage: str = "neuron"  # or "weight_signed", "weight_abs": standardise and add the scores of weights, then aggregate
     snip_power: int = 1
-    batch: int = 1  # sequences per backward pass; what `per_sample` takes for a sample
+    batch: int = 1  # sequences per backward pass; these together are the sample of `per_sample`
     checkpointing: bool = False
     allocation: str = "uniform"  # or "global", one threshold over all blocks: the paper's future work, not its method
     protect: tuple[int, ...] = ()  # blocks that stay whole; ours
@@ -59,7 +59,7 @@ class Settings:
         if self.stage != "neuron" and (self.accumulation == "per_sample" or self.snip_power != 1 or self.z != "model"):
             raise ValueError(f"stage {self.stage} standardises summed weight scores: use sum_grad, z 'model' and SNIP power 1")
         if self.protect and self.allocation != "uniform":
-            raise ValueError("one threshold over all blocks does not know protected ones: use allocation 'uniform'")
+            raise ValueError("one threshold over all blocks cannot spare protected ones: use allocation 'uniform'")
 
     def passes(self) -> Passes:
         """The settings of the backward passes."""
@@ -68,7 +68,7 @@ class Settings:
 
 # --- from weights to neurons: x [units, m] -> [units] ---------------------------------------------------------------------
 #
-# `clip` gives the vectors clipped by their mixtures, computed when first asked for and shared by the two that need it.
+# `clip()` returns the vectors clipped by their mixtures, computed once and shared by the two that need it.
 
 AGGREGATIONS: dict[str, Callable] = {
     "simple mean": lambda x, clip: x.abs().mean(1),  # equation (2)
@@ -163,9 +163,9 @@ def neuron_scores(
     vectors: dict[str, Blocks] | None = None,
     progress: Callable | None = None,
 ) -> dict[str, dict[str, Blocks]]:
-    """{aggregation: {score: [units] of every block}}, all of them from one run over the calibration set.
+    """{aggregation: {score: [units] of every block}}, all from one run over the calibration set.
 
-    ids: [samples, tokens]. vectors: those of `summed_vectors` under the same settings, where they are at hand already.
+    ids: [samples, tokens]. vectors: those of `summed_vectors` under the same settings, if already computed.
     Raises ValueError for unknown aggregations, and what `lib.primitives.gradients.each_gradient` raises.
     """
     settings = settings or Settings()
@@ -249,7 +249,7 @@ PRESETS = {
     "paper": Settings(),
     # What the authors released in October 2025: one sequence, every module a feature, no clipping.
     "code_2025_10": Settings("absolute only", accumulation="one_sample", loss="last_unshifted", features="all"),
-    # And in February 2026: all sequences, 2 % of the scores left out at each end, SNIP squared.
+    # What they released in February 2026: all sequences, 2 % of the scores left out at each end, SNIP squared.
     "code_2026_02": Settings("absolute + trim", accumulation="per_sample", loss="last_unshifted", snip_power=2),
 }
 
@@ -281,13 +281,15 @@ def scores(
 def scores_under(model: nn.Module, ids: torch.Tensor, wanted: Mapping[str, Settings]) -> dict[str, Blocks]:
     """The AFR score of every neuron under several settings, {name: [f] of every block}.
 
-    What `scores` would give for each alone; settings that differ only in what follows the backward passes share these.
+    Equal to `scores` for each alone; settings that differ only in what follows the backward passes share these passes.
     """
+    # 1. Settings with the same backward passes go together.
     together: dict[Settings, dict[str, Settings]] = defaultdict(dict)
     for name, s in wanted.items():
         common = replace(s, aggregation=PAPER[0], scores=SCORES, z="model", stage="neuron", snip_power=1)
         together[common][name] = s
     found = {}
+    # 2. One run of the passes for each such group, with the scores that any of its members needs.
     for common, members in together.items():
         needed = replace(common, scores=tuple(dict.fromkeys(score for s in members.values() for score in s.scores)))
         if common.accumulation == "per_sample":

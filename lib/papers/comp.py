@@ -1,11 +1,11 @@
 """COMP (Xu et al., arXiv 2501.15255): remove whole blocks first, then FFN neurons, and tune multipliers for those that stay.
 
-The sources at hand state the pipeline (blocks by cosine, a ratio for every remaining block, neurons by a matrix condition, mask
-tuning by least squares, a bound on the variance of the mask), but no formula of the metric, no bound and no settings. What is
-filled in here is *our COMP reading*; every choice is a field of `Settings`, with its alternatives.
+The available sources state the pipeline (blocks by cosine, a ratio for every remaining block, neurons by a matrix condition, mask
+tuning by least squares, a bound on the variance of the mask), but no formula of the metric, no bound and no settings. What
+this file adds is *our COMP reading*; every choice is a field of `Settings`, with its alternatives.
 
-`make_plan` decides blocks and quotas from a handful of numbers. After that everything happens block by block: `prune_block` sees
-one block and its calibration batches, and hands back which neurons stay and their multipliers. Nothing grows with depth.
+`make_plan` decides blocks and quotas from a handful of numbers. After that everything happens block by block: `prune_block` takes
+one block and its calibration batches, and returns which neurons stay and their multipliers. Nothing grows with depth.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the budget needs to know of a model: parameters and neurons of every block, parameters of one neuron of each."""
+    """Sizes of a model for the budget: parameters and neurons of every block, and parameters of one neuron of each."""
 
     params: list[int]
     widths: list[int]
@@ -92,7 +92,7 @@ class Shape:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """The `Shape` of a model; meta tensors do."""
+    """The `Shape` of a model; meta tensors suffice."""
     anatomy = Anatomy(model)
     params = [sum(p.numel() for p in block.parameters()) for block in anatomy.blocks]
     return Shape(params, ffn_widths(model), [unit_params(block, anatomy.family.mlp) for block in anatomy.blocks])
@@ -115,7 +115,7 @@ def blocks_to_drop(ratio: float, blocks: int, rho: float) -> int:
 def neurons_to_cut(shape: Shape, drop: Sequence[int], ratio: float, settings: Settings) -> int:
     """Neurons that the remaining blocks must lose together, so that `ratio` of all blocks' parameters is gone.
 
-    0 where whole blocks alone are asked for. Raises ValueError for a ratio that neurons cannot pay.
+    0 if only whole blocks are to go. Raises ValueError for a ratio that the neurons cannot make up.
     """
     if settings.rho == 1:
         return 0
@@ -132,7 +132,7 @@ def neurons_to_cut(shape: Shape, drop: Sequence[int], ratio: float, settings: Se
 
 
 def most(width: int, settings: Settings) -> int:
-    """Neurons that a block may lose: its largest cut, a whole number of steps, and never its last neuron."""
+    """Neurons that a block may lose: its largest cut, rounded down to whole steps, and never all of its neurons."""
     room = min(math.floor(settings.largest_cut * width), width - 1)
     return room - room % settings.multiple
 
@@ -140,7 +140,7 @@ def most(width: int, settings: Settings) -> int:
 def layer_ratios(scores: Sequence[float], mean: float, alpha: float = 0.2, largest: float = 0.8) -> list[float]:
     """r_l = min(c exp(-alpha z_l), largest) with the given mean, z the standardised logarithm of the blocks' importance.
 
-    c is found by bisection, so what the limit cuts off goes to the others. Raises ValueError if the mean is beyond the limit.
+    c is found by bisection, so the other blocks make up for those at the limit. Raises ValueError if the mean is beyond it.
     """
     if not 0 <= mean <= largest:
         raise ValueError(f"blocks cannot lose {mean:.0%} of their neurons on average where {largest:.0%} is the most")
@@ -196,7 +196,7 @@ def choose_blocks(model: nn.Module, ids: torch.Tensor, scores: list[float], rati
     count = blocks_to_drop(ratio, len(scores), settings.rho)
     if settings.selection == "one-shot" or count < 2:
         return lowest(scores, count, ends)
-    lowest(scores, count, ends)  # raises where so many cannot go
+    lowest(scores, count, ends)  # raises now if so many cannot go
     left, current = list(range(len(scores))), shell(model)
     for _ in range(count):
         now = layer_scores(current, ids, settings.layer_score)
@@ -207,7 +207,7 @@ def choose_blocks(model: nn.Module, ids: torch.Tensor, scores: list[float], rati
 
 
 def shape(model: nn.Module, ratio: float) -> nn.Module:
-    """What is left at a ratio with the default settings, on the meta device: blocks first, neurons of the others for the rest."""
+    """The model after a ratio with the default settings, on the meta device: blocks go first, then neurons of the others."""
     settings, found = Settings(), shape_of(model)
     drop = list(range(blocks_to_drop(ratio, len(found.params), settings.rho)))
     owed = neurons_to_cut(found, drop, ratio, settings)
@@ -221,10 +221,10 @@ def shape(model: nn.Module, ratio: float) -> nn.Module:
 
 
 class Pair(NamedTuple):
-    """A batch in front of a block of the pruned model, and what the dense model makes of its own batch there.
+    """A batch in front of a block of the pruned model, with the outputs of the dense model there.
 
-    output: [b, t, d], the dense block's output on the dense model's stream; ffn: [b, t, d], that of its FFN alone. None where
-    no teacher runs.
+    output: [b, t, d], the dense block's output on the dense model's stream; ffn: [b, t, d], that of its FFN alone. None
+    without a teacher.
     """
 
     batch: Batch
@@ -236,7 +236,7 @@ class Pair(NamedTuple):
 def block_system(block: nn.Module, family: Family, pairs: Iterable[Pair], settings: Settings) -> System:
     """The least-squares system of one block's neurons, from its calibration.
 
-    The wanted output is Y_T + R_T - R_S (`residual`), Y_T (`teacher`), or what the block itself puts out (`same input`): T is
+    The wanted output is Y_T + R_T - R_S (`residual`), Y_T (`teacher`), or the block's own output (`same input`): T is
     the dense model on its own stream, S the pruned one, Y the FFN's output, R the residual that it is added to.
     """
     sums = Sums(block.get_submodule(family.mlp.writer).weight.T, precision=getattr(torch, settings.precision))
@@ -254,7 +254,7 @@ def block_system(block: nn.Module, family: Family, pairs: Iterable[Pair], settin
 
 @dataclass
 class Pruned:
-    """What became of one block: `keep` and `scale` go to `lib.primitives.structured.cut_neurons`, the rest to the log."""
+    """The result for one block: `keep` and `scale` go to `lib.primitives.structured.cut_neurons`, the rest to the log."""
 
     keep: torch.Tensor  # sorted indices of the neurons that stay
     scale: torch.Tensor | None  # their multipliers [kept]; None: all are 1
@@ -266,9 +266,9 @@ class Pruned:
 
 
 def prune_system(system: System, quota: int, settings: Settings, epsilon: float, bound: float) -> Pruned:
-    """Remove up to `quota` neurons of a block; the most at which the variance of the multipliers is within `bound` count.
+    """Remove up to `quota` neurons of a block: as many as leave the variance of the multipliers within `bound`.
 
-    A block whose neurons put out nothing loses them by index, with a warning and without tuning.
+    A block whose FFN has no output loses neurons by index, with a warning and without tuning.
     """
     if not system.h.trace() > 0:
         warnings.warn("an FFN puts out nothing on the calibration tokens: its neurons go in order, untuned", stacklevel=2)
@@ -287,7 +287,7 @@ def prune_system(system: System, quota: int, settings: Settings, epsilon: float,
 def _prune_tuned(
     system: System, quota: int, order: Sequence[int] | None, settings: Settings, epsilon: float, bound: float
 ) -> Pruned:
-    """Remove neurons one by one, the others tuned after each, and go back to the last check that passed.
+    """Remove neurons one by one, tuning the others after each, and go back to the last check that passed.
 
     The variance and the largest multiplier are checked `settings.checks` times on the way. If a check fails, removal continues:
     a weak neuron can receive a large multiplier that raises the variance, and the variance falls again when that neuron is
@@ -315,26 +315,26 @@ def _removals(system: System, epsilon: float, order: Sequence[int] | None) -> tu
 def _start(system: System, epsilon: float, order: Sequence[int] | None, bound: float) -> tuple[Iterator, torch.Tensor]:
     """The removals under the first of ε, 10ε, 100ε, ... at which the multipliers are within bounds before anything is removed.
 
-    Where the reference differs from what the block puts out, repairing the difference alone moves the multipliers, deep in a
-    model far beyond the bound. Fewer removals would not mend that; a larger ridge does, and lets the check see the cut alone.
+    Where the reference differs from the block's own output, repairing that difference already moves the multipliers, deep in a
+    model far beyond the bound. Fewer removals would not help; a larger ridge does, so that the check judges the cut alone.
     """
     steps, m = _removals(system, epsilon, order)
     for _ in range(8):
         if _calm(m, bound):
             break
         epsilon *= 10
-        del steps  # and its matrix, before there is another one
+        del steps  # frees its matrix before the next one is made
         steps, m = _removals(system, epsilon, order)
     return steps, m
 
 
 def _calm(m: torch.Tensor, bound: float) -> bool:
-    """Whether the multipliers of kept neurons are finite, at most `LARGEST` in size and of a variance within the bound."""
+    """Whether the multipliers of kept neurons are finite and at most `LARGEST` in size, with a variance within the bound."""
     return acceptable(m) and float(m.var(correction=0)) <= bound
 
 
 def _finish(system: System, gone: list[int], m: torch.Tensor, settings: Settings) -> Pruned:
-    """Accept the multipliers, or fall back to 1 where they are not finite, too large or no better than none."""
+    """Accept the multipliers, or fall back to 1 if they are not finite, too large or raise the loss."""
     stays = torch.ones(len(m), dtype=torch.bool, device=m.device)
     stays[gone] = False
     plain = stays.to(m)
@@ -359,7 +359,7 @@ def _finish(system: System, gone: list[int], m: torch.Tensor, settings: Settings
 
 @dataclass(frozen=True)
 class Demand:
-    """What one round asks of one block."""
+    """The task of one block in one round: neurons to remove, ridge, and bound on the variance."""
 
     quota: int
     epsilon: float
@@ -379,9 +379,9 @@ def prune_block(block: nn.Module, family: Family, pairs: Iterable[Pair], demand:
 
 @dataclass
 class Round:
-    """One pass over the blocks: what each is asked for, and what those before could not pay.
+    """One pass over the blocks: the demand on each, and the shortfall of those before it.
 
-    `ask(i)` before a block and `paid(result)` after it, in order. A shortfall is spread evenly over the blocks to come.
+    Call `ask(i)` before block i and `paid(result)` after it, in order. A shortfall is spread evenly over the later blocks.
     """
 
     demands: list[Demand]
@@ -399,24 +399,24 @@ class Round:
 
     @property
     def short(self) -> int:
-        """Neurons that the blocks so far were to lose and have not."""
+        """Neurons that the blocks so far should have lost and have not."""
         done = len(self.results)
         return sum(d.quota for d in self.demands[:done]) - sum(r.removed for r in self.results)
 
 
 def first_round(plan: Plan, widths: Sequence[int], settings: Settings) -> Round:
-    """Quotas as planned. The variance is not checked where widths must stay equal, nor in a round that is also the last."""
+    """Quotas as planned. The variance is not checked if widths must stay equal or if there is only one round."""
     bound = math.inf if settings.equal_widths or settings.rounds == 1 else settings.variance_bound
     demands = [Demand(quota, settings.epsilon, bound) for quota in plan.quotas]
     return Round(demands, [most(n, settings) for n in widths], settings.multiple)
 
 
 def next_round(last: Round, number: int, settings: Settings) -> Round | None:
-    """The round after one that came short, or None where it did not.
+    """The round after one with a shortfall, or None if there is none.
 
-    1. What is missing is spread over the blocks that took the last round calmly (`redistributed`).
-    2. Blocks that are asked for more get ten times the ridge and twice the bound on the variance; in the last round all do,
-       and there is no bound.
+    1. The shortfall is spread over the blocks of low variance in the last round (`redistributed`).
+    2. Blocks with a higher quota get ten times the ridge and twice the bound on the variance; in the last round all blocks
+       get ten times the ridge and no bound.
     """
     if last.short <= 0:
         return None
@@ -431,8 +431,8 @@ def next_round(last: Round, number: int, settings: Settings) -> Round | None:
 def redistributed(last: Round) -> list[int]:
     """Quotas that make up for a shortfall.
 
-    The calmer half of the blocks, by the variance reached, loses one step more each, again and again until it is paid; the
-    other blocks are asked only when these have no room.
+    The half of the blocks with the lower variance loses one step more each, again and again until the shortfall is gone; the
+    others follow only when these have no room.
     """
     quotas, short = [result.removed for result in last.results], last.short
     calm = sorted(range(len(quotas)), key=lambda i: last.results[i].variance)
@@ -446,7 +446,7 @@ def redistributed(last: Round) -> list[int]:
 
 @dataclass
 class Report:
-    """What was decided and what came of it: importance of every block, blocks removed, one result per block that stays."""
+    """Plan and outcome: importance of every block, blocks removed, one result per block that stays."""
 
     scores: list[float]
     plan: Plan
@@ -468,9 +468,9 @@ class Report:
 
 
 def check(model: nn.Module, ratio: float, settings: Settings) -> None:
-    """Raise ValueError for a ratio that cannot be met, or a model whose wanted output is not known."""
+    """Raise ValueError for a ratio that cannot be met, or a family for which the reference is not defined."""
     if Anatomy(model).family.mlp.output_norm and settings.reference != "same input":
-        raise ValueError("this family normalises what its FFN puts out before adding it: use reference='same input'")
+        raise ValueError("this family normalises the FFN's output before adding it: use reference='same input'")
     check_share(ratio)
     shape = shape_of(model)
     count = blocks_to_drop(ratio, len(shape.params), settings.rho)
@@ -509,7 +509,7 @@ def sweep(
     settings: Settings = Settings(),
     progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(ratio, what `prune` makes of the model) for every ratio; the importance of the blocks is measured once.
+    """(ratio, model pruned by `prune`) for every ratio; the importance of the blocks is measured once.
 
     Arguments are those of `prune`, and so are the errors: all ratios are checked before any long work.
     """
@@ -539,7 +539,7 @@ def _prune(
 class CompWalk(Walk):
     """COMP's rounds over the blocks that stay: a copy of the dense model that is pruned in place, and two streams.
 
-    The student's is that of the copy, the teacher's that of the dense model. One block of each is needed in memory at a time.
+    The student's stream is that of the copy, the teacher's that of the dense model. One block of each is in memory at a time.
     """
 
     def __init__(self, model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Settings, batch: int = 8):
@@ -569,7 +569,7 @@ class CompWalk(Walk):
         with resident(block, *([self.teacher.anatomy.blocks[dense]] if self.teacher else [])):
             pairs = _pairs(self.student, i, self.teacher, dense)
             result = prune_block(block, anatomy.family, pairs, self.round.ask(i), self.settings)
-            for _ in pairs:  # the teacher moves on even where nothing was asked
+            for _ in pairs:  # moves the teacher on if prune_block did not read the pairs
                 pass
         self.round.paid(result)
         cut_result(anatomy, block, result)
@@ -594,14 +594,14 @@ class CompWalk(Walk):
         self.number, self.round.demands = note["round"], [Demand(**d) for d in note["demands"]]
         for block, facts in zip(self.student.anatomy.blocks, note["results"][:done], strict=False):
             keep = torch.tensor(facts["keep"])
-            scale = torch.ones(len(keep)) if facts["scale"] else None  # the multipliers are in the weights by now
+            scale = torch.ones(len(keep)) if facts["scale"] else None  # the saved weights contain the multipliers
             result = Pruned(**facts | {"keep": keep, "scale": scale})
             cut_result(self.student.anatomy, block, result)
             self.round.paid(result)
 
 
 def on_disk(model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, note: dict) -> CompWalk:
-    """The walk over a model on disk: a first pass decides what each block loses, unless the note of an earlier start does."""
+    """The walk over a model on disk: a first pass decides what each block loses, unless an earlier start has noted it."""
     if note:
         return CompWalk(model, ids, Plan(**note["plan"]), settings)
     check(model, ratio, settings)
@@ -610,7 +610,7 @@ def on_disk(model: nn.Module, ids: torch.Tensor, ratio: float, settings: Setting
 
 
 def cut_result(anatomy: Anatomy, block: nn.Module, result: Pruned) -> None:
-    """Make a block what was decided for it."""
+    """Apply its result to a block."""
     if result.removed or result.scale is not None:
         cut_neurons(anatomy, block, result.keep, result.scale)
 

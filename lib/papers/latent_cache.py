@@ -1,8 +1,8 @@
 """The latent KV cache of SVD-LLM: keep the k numbers between the two factors instead of a key or a value of m numbers.
 
 Where `k_proj` and `v_proj` are products u v, a key is u(c) with the latent c = v(x), and so is a value. The cache stores c;
-whenever attention asks for the past, keys and values are expanded again. Nothing is approximated: the logits are those of
-the compressed model with an ordinary cache, up to the rounding of the arithmetic (SVD-LLM, section 4.2).
+whenever attention reads the past, keys and values are expanded again. Nothing is approximated: the logits are those of the
+compressed model with an ordinary cache, up to rounding (SVD-LLM, section 4.2).
 
 Keys are stored before their rotation, so the position of every token is stored too: 4 bytes, once for all layers. The
 rotation, the norm of keys and the window of sliding layers are the model's own modules and transformers' own cache layers.
@@ -15,8 +15,8 @@ factors of rank m or more, made elsewhere, would make the cache larger.
 What it costs: c k m multiply-adds per factor, layer and forward pass of each row for c tokens in the cache, against k (n + m)
 for each new token, so decoding is slower, and more so in long contexts: one CPU thread, six layers of width 512 in float32,
 R = 0.4 and batch 4 took 1.9, 3.4 and 6.0 times as long per token at 64, 256 and 1,024 tokens as with the ordinary cache. A
-prompt that is read at once costs nothing extra. While a layer runs, its keys and values exist in full, so peak memory falls by
-what the other layers save.
+prompt that is read at once costs nothing extra. While a layer runs, its keys and values exist in full, so peak memory falls
+only by the savings of the other layers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ POSITION_BYTES = 4  # int32
 def latent_cache(model: nn.Module) -> LatentCache:
     """An empty latent cache for a model with factored keys or values: pass it as `past_key_values` to the model or `generate`.
 
-    A projection that is dense, which unequal ranks allow, is stored as its m outputs. The attention modules get a hook that
+    A dense projection, as unequal ranks may leave it, is stored as its m outputs. The attention modules get a hook that
     does nothing while another cache is in use. Raises ValueError for models without factored keys or values, with queries,
     keys and values in one matrix (GPT-NeoX), or whose rotation depends on the length of the text (dynamic or long RoPE).
     """
@@ -52,7 +52,7 @@ def latent_cache(model: nn.Module) -> LatentCache:
 def latent_bytes(model: nn.Module, batch: int, tokens: int) -> int:
     """Size of a latent cache by formula: r_k + r_v numbers per layer and token of each row, and one int32 position.
 
-    Sliding layers hold window - 1 tokens at most. Counted on shapes, so a meta model will do. Raises ValueError as
+    Sliding layers hold window - 1 tokens at most. Counted on shapes, so a meta model suffices. Raises ValueError as
     `latent_cache` does.
     """
     anatomy = Anatomy(model)
@@ -80,7 +80,7 @@ def _bytes(model: nn.Module, numbers: list[int], batch: int, tokens: int) -> int
 
 
 class _Arrival(NamedTuple):
-    """What an attention module tells the cache before it runs; its projections fill in the latents [batch, tokens, k]."""
+    """What the cache receives before an attention module runs; the projections fill in the latents [batch, tokens, k]."""
 
     attention: nn.Module
     positions: torch.Tensor | None  # [batch or 1, tokens]
@@ -91,8 +91,8 @@ class _Arrival(NamedTuple):
 class LatentCache(DynamicCache):
     """transformers' growing cache with latents [batch, 1, tokens, k] in the place of keys and values.
 
-    Growing, windows, cropping and beam search are inherited. Positions ride along as one more layer behind the model's own,
-    so that all of these reach them too. It holds no weights: a copy of a cache is a copy of its tensors.
+    Growing, windows, cropping and beam search are inherited. Positions are one more layer behind the model's own, so that all of
+    these apply to them too. The cache holds no weights, so copying it copies only its tensors.
     """
 
     def __init__(self, config, rotary: nn.Module | None):
@@ -111,16 +111,18 @@ class LatentCache(DynamicCache):
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the latents of the new tokens; return keys and values [batch, heads, tokens, head size] of all tokens.
 
-        Those of the new tokens are handed in, rotated already, and handed back as they are. Raises ValueError where the model
-        that runs is not one that the cache was made for.
+        Those of the new tokens are the arguments, already rotated, and are returned unchanged. Raises ValueError if the cache was
+        made for another model.
         """
         arrival, self.arrival = self.arrival, None
         if arrival is None:
             raise ValueError("no latents arrived: make the cache with latent_cache(model) for the very model that uses it")
+        # 1. Store the latents, and once for all layers the positions.
         attention, new = arrival.attention, key_states.shape[-2]
         latents = super().update(arrival.key_latents.pop()[:, None], arrival.value_latents.pop()[:, None], layer_idx)
         if self.rotary is not None and layer_idx == 0:
             self._store_positions(arrival.positions.expand(len(key_states), -1))
+        # 2. Expand those of the past to keys and values.
         past_keys, past_values = (stored[:, 0, :-new] for stored in latents)
         keys = self._rotated(attention, _keys(attention, past_keys), new)
         values = _heads(attention, attention.v_proj, past_values).transpose(1, 2)
@@ -144,9 +146,9 @@ class LatentCache(DynamicCache):
 
 
 def _introduce(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Hook before attention: tell a latent cache who runs, at which positions, and have the projections send it their latents.
+    """Hook before attention: give a latent cache the module that runs and its positions, and collect the projections' latents.
 
-    The latents are caught by hooks that work once, so nothing is kept from a run with another cache.
+    The latents are caught by hooks that work once, so nothing is left over from a run with another cache.
     """
     # Found by its kind: the argument is called past_key_values up to transformers 5.23, and cache from 5.24 on.
     cache = next((value for value in kwargs.values() if isinstance(value, LatentCache)), None)
@@ -225,6 +227,6 @@ def _rotary(anatomy: Anatomy) -> nn.Module | None:
             if kind == "longrope" or "dynamic" in kind:
                 raise ValueError(
                     f"rotations of type {kind!r} change with the length of the text: the ordinary cache keeps old keys as they "
-                    "were rotated once, while a latent cache would rotate them anew. Use the ordinary cache"
+                    "were rotated, while a latent cache would rotate them anew. Use the ordinary cache"
                 )
     return rotary

@@ -1,9 +1,9 @@
-"""Multipliers for neurons: which of them a linear layer can lose, and by how much the others must grow to make up for it.
+"""Multipliers for neurons: which neurons a linear layer can lose, and how much the others must grow to compensate.
 
-A layer y = Σ_i x_i w_iᵀ with a multiplier m_i per input neuron is linear in m. What pruning needs to know of it is a small
-quadratic, `System`; its size is the layer's width, whatever the number of tokens. Here it is scored, solved and downdated. The
-functions are pure and know nothing of models. The sources of COMP (arXiv 2501.15255) state that a least-squares problem and a
-matrix condition decide; the formulas are our reading of them.
+A layer y = Σ_i x_i w_iᵀ with a multiplier m_i per input neuron is linear in m. Its loss is a quadratic form in m, `System`,
+of the size of the layer's width, whatever the number of tokens. This file scores it, solves it and updates it after removals.
+The functions are pure and independent of models. The sources of COMP (arXiv 2501.15255) state that a least-squares problem and
+a matrix condition decide; the formulas are our reading of them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lib.primitives.linalg import add_gram, at_least_float32
 DEAD = 1e-12  # a neuron whose H_ii is at most this share of the mean contributes nothing
 FLOOR = 0.01  # the ridge's scale of a neuron is at least this share of the mean H_ii
 PANEL = 1024  # columns of a system's matrix that are made at once
-LARGEST = 10.0  # multipliers beyond it are a sign of a system that should not have been solved
+LARGEST = 10.0  # larger multipliers are a sign of a badly conditioned system
 
 
 @dataclass
 class System:
     """The loss of all multipliers, ℓ(m) = (m-1)ᵀH(m-1) - 2 rᵀ(m-1) + γ: mean squared error per token against a wanted output.
 
-    h: H = XᵀX/N ∘ WWᵀ [n, n]; drift: r = g - H1 [n], what the wanted output asks beyond the layer's own (zero if it asks for
-    the same); gap: γ, the loss at m = 1; weight: W [n, d], one row per neuron; energy: mean x_i² [n]; gram: XᵀX/N [n, n],
+    h: H = XᵀX/N ∘ WWᵀ [n, n]; drift: r = g - H1 [n], from the difference between the wanted output and the layer's own (zero if
+    they are equal); gap: γ, the loss at m = 1; weight: W [n, d], one row per neuron; energy: mean x_i² [n]; gram: XᵀX/N [n, n],
     kept only where a metric reads it.
     """
 
@@ -54,13 +54,13 @@ class System:
 
     @property
     def dead(self) -> torch.Tensor:
-        """Which neurons [n] put out nothing: no activation, or no weight."""
+        """Which neurons [n] have no output: no activation, or no weight."""
         diagonal = self.h.diagonal()
         return diagonal <= DEAD * diagonal.mean()
 
 
 class Sums:
-    """What least squares needs to know of a layer's multipliers, summed over batches of activations in any order and any cut.
+    """The sums of a layer's least-squares problem over batches of activations, in any order and of any size.
 
     weight: W [features, d], one row per input channel. units: a multiplier for every channel, or for this many groups of
     neighbouring channels, equally large. precision: the dtype of the matrix of the sums, [features, features].
@@ -74,9 +74,9 @@ class Sums:
         self.gap, self.tokens = 0.0, 0
 
     def add(self, x: torch.Tensor, target: torch.Tensor | None = None) -> None:
-        """x: activations [t, features]; target: [t, d], what the weighted channels should add up to (None: 0).
+        """x: activations [t, features]; target: [t, d], the wanted sum of the weighted channels (None: 0).
 
-        Where it is given as what the wanted output is *more* than xW, the sums are those of the change of the multipliers.
+        If the target is the wanted output minus xW, the sums are those for the change of the multipliers.
         """
         if x.dtype == self.gram.dtype:
             self.gram.addmm_(x.T, x)
@@ -100,7 +100,7 @@ class Sums:
         return h.view(self.units, each, self.units, each).sum((1, 3)), self.cross.view(self.units, each).sum(1)
 
     def system(self, keep_gram: bool = False) -> System:
-        """The system of a layer with a multiplier per channel, whose targets were what is wanted *beyond* its own output."""
+        """The system of a layer with a multiplier per channel, from targets that were the wanted output *minus* its own."""
         if not self.tokens:
             raise ValueError("no token to calibrate on: give longer sequences")
         if not torch.isfinite(self.gram.diagonal()).all() or not math.isfinite(self.gap):
@@ -117,9 +117,9 @@ class Sums:
 def ridge_scale(h: torch.Tensor) -> torch.Tensor:
     """D [n], what the ridge of a neuron is relative to: H_ii, but at least `FLOOR` of the mean. 0 marks a dead neuron.
 
-    A ridge relative to H_ii alone does not depend on a neuron's strength, so it cannot hold one that is nearly dead: whatever
-    drift the wanted output holds for it makes a multiplier of 10^4, harmless in the output, but beyond every bound. Measured
-    on trained weights: neurons of 10^-11 of the mean, multipliers up to 90,000, and not one removal accepted.
+    A ridge relative to H_ii alone cannot hold back a neuron that is nearly dead: a little drift gives it a multiplier of 10^4,
+    which hardly changes the output, but is beyond every bound. Measured on trained weights: neurons of 10^-11 of the mean,
+    multipliers up to 90,000, and no removal accepted.
     """
     diagonal, mean = h.diagonal(), h.diagonal().mean()
     return torch.where(diagonal <= DEAD * mean, torch.zeros_like(diagonal), diagonal.clamp(min=FLOOR * mean))
@@ -140,7 +140,7 @@ def ridged_inverse(h: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     failed = torch.empty((), dtype=torch.int32, device=h.device)
     torch.linalg.cholesky_ex(ridged, out=(ridged, failed))
     if failed:
-        raise ValueError("the neurons' system is singular under so small a ridge: use a larger epsilon, 0.01 by default")
+        raise ValueError("the neurons' system is singular with so small a ridge: use a larger epsilon, 0.01 by default")
     return torch.cholesky_inverse(ridged, out=ridged).T
 
 
@@ -152,8 +152,8 @@ def acceptable(m: torch.Tensor | None) -> bool:
 def tuned(system: System, keep: torch.Tensor, epsilon: float = 0.01) -> torch.Tensor:
     """The multipliers [kept] that bring the kept neurons closest to the wanted output, shrunk towards 1.
 
-    Solves (H_SS + ε D_S)(m_S - 1) = g_S - H_SS 1 by Cholesky; keep: sorted indices S. Nothing pruned and nothing else
-    wanted gives exactly 1.
+    Solves (H_SS + ε D_S)(m_S - 1) = g_S - H_SS 1 by Cholesky; keep: sorted indices S. Without removals and
+    drift the result is exactly 1.
     """
     gone = torch.ones(len(system.h), dtype=torch.bool, device=system.h.device)
     gone[keep] = False
@@ -168,9 +168,9 @@ def removals(
 ) -> Iterator[tuple[int | None, torch.Tensor]]:
     """Remove neurons one after the other; yields (None, m) before the first and (neuron, m [n]) after each. m is one buffer.
 
-    The one that goes has the least m_i²/Q_ii, with Q = (H + εD)⁻¹ of those still there (D: `ridge_scale`): exactly what the
-    ridged loss grows by after all others are re-tuned. m stays its exact minimiser: m -= m_i Q_:i / Q_ii, Q -= Q_:i Q_i: / Q_ii.
-    With `order` the neurons go in that order instead, tuned all the same. Dead neurons cost nothing and go first.
+    The next one has the least m_i²/Q_ii, with Q = (H + εD)⁻¹ of those still there (D: `ridge_scale`): exactly the growth of
+    the ridged loss after all others are re-tuned. m stays its exact minimiser: m -= m_i Q_:i / Q_ii, Q -= Q_:i Q_i: / Q_ii.
+    With `order` the neurons go in that order instead, with the same tuning. Dead neurons cost nothing and go first.
 
     The downdates of `panel` removals are kept as columns and applied in one matrix product: only one row and the diagonal
     of Q need to be up to date at each step.
@@ -183,11 +183,13 @@ def removals(
     gone = torch.zeros_like(dead)
     columns, used = q.new_zeros(panel, n), 0
     for step in range(n):
+        # 1. Choose a neuron.
         if order is None:
             cost = (m.square() / diagonal).masked_fill_(dead, 0).masked_fill_(gone, math.inf)
             i = int(cost.argmin())
         else:
             i = int(order[step])
+        # 2. Its column of Q, up to date and scaled, gives the change of the multipliers and of the diagonal.
         column = q[i] - columns[:used, i] @ columns[:used]
         column /= column[i].clone().clamp_(min=torch.finfo(q.dtype).tiny).sqrt()
         columns[used] = column
@@ -196,6 +198,7 @@ def removals(
         gone[i] = True
         m[gone] = 0
         diagonal -= column.square()
+        # 3. Bring all of Q up to date once in a while.
         if used == panel:
             q.addmm_(columns.T, columns, alpha=-1)
             used = 0
@@ -208,14 +211,14 @@ def removals(
 
 
 def sensitivity(system: System, **_) -> torch.Tensor:
-    """C0 [n]: the norm ‖x_i‖‖w_i‖ of what a neuron adds, which is what deleting it without repair costs."""
+    """C0 [n]: the norm ‖x_i‖‖w_i‖ of a neuron's contribution, the cost of deleting it without repair."""
     return system.h.diagonal().clamp(min=0).sqrt()
 
 
 def collinearity(system: System, epsilon: float = 0.01, **_) -> torch.Tensor:
-    """C1 ranked once [n]: (H⁻¹)_ii^-½, what deleting a neuron costs once the others are re-tuned. 0 for a dead one.
+    """C1 ranked once [n]: (H⁻¹)_ii^-½, the cost of deleting a neuron when the others are re-tuned. 0 for a dead one.
 
-    It is C0 divided by Stewart's collinearity index √(H_ii (H⁻¹)_ii) of the column. Blind to twins: both look replaceable.
+    It is C0 divided by Stewart's collinearity index √(H_ii (H⁻¹)_ii) of the column. Of two equal neurons both look replaceable.
     """
     return ridged_inverse(system.h, epsilon * ridge_scale(system.h)).diagonal().rsqrt().masked_fill(system.dead, 0)
 
@@ -265,7 +268,7 @@ def weight_norm(system: System, **_) -> torch.Tensor:
 
 
 def random_scores(system: System, seed: int = 0, **_) -> torch.Tensor:
-    """Scores [n] that say nothing: the control."""
+    """Random scores [n]: the control."""
     return torch.rand(len(system.h), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(system.h.device)
 
 

@@ -6,7 +6,7 @@ both ends of the sorted row by the score where the run ends. A model has hundred
 each EM step together, on at most 512 weighted cells a row.
 
 Every row is brought to *robust units* first, z = (x - median) / (IQR / 1.349): thresholds and floors then mean the same for
-scores of any size. A row whose IQR is 0 is all zeros in these units, and nothing of it is ever clipped.
+scores of any size. A row whose IQR is 0 is all zeros in these units and is never clipped.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from lib.primitives.linalg import at_least_float32
 
 COMPONENTS = (1, 2, 3, 4, 5)
-# Least variance of a component, in robust units. Lower, and one extreme score gets a component of its own, looks dense, and
-# is not clipped: just where clipping is needed.
+# Least variance of a component, in robust units. With a lower floor a single extreme score would get a component of its own,
+# look dense, and not be clipped.
 FLOOR = 1e-2
 TOLERANCE, ITERATIONS = 1e-4, 100  # a row is done when its mean log-likelihood changes by less
 WIDEST, NARROWEST = 0.5, 0.005  # shares of the first and the last shell of the scale start, before they are normalised
 SINGLES, BINS = 64, 256  # values at each end that stay alone, equal bins between them
-WORK = {"cpu": 2**19, "cuda": 2**26}  # numbers in one temporary: on a CPU they should stay in the cache
+WORK = {"cpu": 2**19, "cuda": 2**26}  # numbers in one temporary; on a CPU they should fit into the cache
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Mixtures:
 
 @dataclass(frozen=True)
 class Cells:
-    """Sorted values in cells: how many in each, [c], the same for all rows; their mean and variance, [f, c]."""
+    """Sorted values in cells: their number, [c], the same for all rows; their mean and variance, [f, c]."""
 
     counts: torch.Tensor
     means: torch.Tensor
@@ -93,7 +93,7 @@ def low_density_tails(x: torch.Tensor, mixtures: Mixtures, share: float = 0.02) 
 
 
 def clipped(x: torch.Tensor, share: float = 0.02, *, binned: bool = True) -> torch.Tensor:
-    """x [f, m] with the outlying scores of each row replaced by the innermost outlying one, everything in its place.
+    """x [f, m] with the outlying scores of each row replaced by the innermost outlying one, in place of the same entries.
 
     So `clipped(x).mean(1).abs()` is the paper's score (equation 4), and `clipped(x).abs().mean(1)` its variant without signs.
     One mixture for a whole layer is `clipped(x.reshape(1, -1)).view_as(x)`. Arguments and errors as for `fit`.
@@ -194,19 +194,21 @@ def expectation_maximisation(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Improve a start until each row's mean log-likelihood stands still: weights, means, variances [f, k], likelihood [f].
 
-    A row leaves as soon as it is done, so its result does not depend on its neighbours. For a bin the log-density is averaged
-    over its values, which keeps each step an ascent: it takes the variance inside the bin on top of the squared distance.
+    A row leaves as soon as it is done, so its result does not depend on the other rows. For a bin the log-density is averaged
+    over its values, by adding the variance inside the bin to the squared distance: so each step remains an ascent.
     """
     z, inside, counts = data.means, data.variances, data.counts
     m, results = counts.sum(), [torch.empty_like(t) for t in (weights, means, variances, z[:, 0])]
     rows, last = torch.arange(len(z), device=z.device), torch.full_like(z[:, 0], -torch.inf)
     squares = _squares(z, means, inside)
     for step in range(ITERATIONS + 1):
+        # 1. Expectation: how much of each cell belongs to each component.
         joint = _joint(squares, weights, variances)
         peak = joint.amax(dim=1, keepdim=True)
         members = joint.sub_(peak).clamp_(min=_least_exponent(z.dtype)).exp_()
         total = members.sum(dim=1, keepdim=True)
         likelihood = (total.log() + peak)[:, 0] @ counts / m
+        # 2. Rows that are done leave.
         done = (likelihood - last).abs() < TOLERANCE
         if step == ITERATIONS:
             done[:] = True
@@ -217,6 +219,7 @@ def expectation_maximisation(
                 break
             rows, z, members, total, likelihood = (t[~done] for t in (rows, z, members, total, likelihood))
             inside = None if inside is None else inside[~done]
+        # 3. Maximisation for the others.
         last = likelihood
         members *= counts / total
         weights, means = _weights_and_means(members, z)
@@ -226,7 +229,7 @@ def expectation_maximisation(
 
 
 def _least_exponent(dtype: torch.dtype) -> float:
-    """Where exp is cut off: what is smaller would be denormal, and denormal numbers are many times slower on a CPU."""
+    """Lower limit of the exponents: smaller results would be denormal numbers, which are many times slower on a CPU."""
     return 0.9 * math.log(torch.finfo(dtype).tiny)
 
 
@@ -259,7 +262,7 @@ def _widened(t: torch.Tensor, k: int, value: float) -> torch.Tensor:
 
 
 def _better(a: Mixtures, b: Mixtures) -> Mixtures:
-    """Row by row the one of lower BIC, `a` where they are equal; b has one candidate, a all those before it."""
+    """Row by row the mixture of lower BIC, `a` where they are equal; b is one candidate, a the best of all before it."""
     lower = b.bic[:, 0] < a.bic.amin(dim=1)
 
     def pick(name: str) -> torch.Tensor:
@@ -306,7 +309,7 @@ def _boundary(ordered: torch.Tensor, run: torch.Tensor, otherwise: float) -> tor
 
 
 def _checked(x: torch.Tensor, components: Sequence[int], start: str, floor: float) -> list[int]:
-    """The candidates in ascending order. Raises ValueError for what cannot be fitted."""
+    """The candidates in ascending order. Raises ValueError for arguments that cannot be fitted."""
     if x.ndim != 2 or len(x) < 1 or x.shape[1] < 4:
         raise ValueError(f"scores must be [rows, values] with at least 4 values a row, not {tuple(x.shape)}")
     if not torch.isfinite(x).all():
@@ -321,7 +324,7 @@ def _checked(x: torch.Tensor, components: Sequence[int], start: str, floor: floa
 
 
 def _chunks(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Rows in at least float32, so many at a time that the temporaries of EM stay small."""
+    """Rows in at least float32, few enough at a time that the temporaries of EM stay small."""
     cells = min(x.shape[1], 2 * SINGLES + 2 * BINS) * max(COMPONENTS)
     work = WORK["cpu" if x.device.type == "cpu" else "cuda"]
     for rows in x.detach().split(max(1, work // cells)):

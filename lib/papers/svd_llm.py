@@ -52,7 +52,7 @@ LORA = LoRA(
 
 
 class Grams(NamedTuple):
-    """Gram matrices of a block in float64; whoever uses one takes it out, so that its memory is free again."""
+    """Gram matrices of a block in float64; each is taken out when it is used, so that its memory can be freed."""
 
     inputs: dict[tuple[str, ...], torch.Tensor]  # names of the matrices that share an input -> XXᵀ [n, n]
     outputs: dict[str, torch.Tensor]  # name of a matrix that is judged by its outputs -> WXXᵀWᵀ [m, m]
@@ -64,8 +64,8 @@ class Grams(NamedTuple):
 def block_grams(stream: ResidualStream, block: int, advance: bool = False, outputs: bool = False) -> Grams:
     """The Gram matrix of every distinct input in a block, from the stream where it stands.
 
-    q, k and v share one, and so do gate and up. outputs: for matrices judged `by_outputs` take that of Wx, [m, m], instead: all
-    that truncation has to know, and in a down_proj a fraction of the work and memory. Raises ValueError, naming the module,
+    q, k and v share one, and so do gate and up. outputs: for matrices judged `by_outputs` take that of Wx, [m, m], instead: it
+    is enough for truncation, and in a down_proj a fraction of the work and memory. Raises ValueError, naming the module,
     for activations that are not finite.
     """
     family, module = stream.anatomy.family, stream.anatomy.blocks[block]
@@ -90,17 +90,17 @@ def block_grams(stream: ResidualStream, block: int, advance: bool = False, outpu
 
 
 def by_outputs(layers: Sequence[nn.Linear]) -> bool:
-    """Whether the outputs say all that truncation must know: an input of one matrix alone, which does not widen it."""
+    """Whether the outputs are enough for truncation: the input is read by one matrix alone, which does not widen it."""
     return len(layers) == 1 and layers[0].out_features <= layers[0].in_features
 
 
 def add_output_gram(total: torch.Tensor, layer: nn.Linear, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Add Wx(Wx)ᵀ of all tokens to `total` [m, m], without the bias. x: [tokens, n], y: [tokens, m], as they go in and out.
+    """Add Wx(Wx)ᵀ of all tokens to `total` [m, m], without the bias. x: inputs [tokens, n], y: outputs [tokens, m].
 
     The products are float64. Large models have a few tokens with one channel a thousand times and more above the others
     (massive activations). In XXᵀ that stays in its row and column; W spreads it over all of y.
     """
-    if y.dtype in (torch.float16, torch.bfloat16):  # rounded more coarsely than the small singular values bear
+    if y.dtype in (torch.float16, torch.bfloat16):  # rounding to 16 bits would hide the small singular values
         y = nn.functional.linear(x.float(), layer.weight.float())
     elif layer.bias is not None:
         y = y - layer.bias
@@ -110,7 +110,7 @@ def add_output_gram(total: torch.Tensor, layer: nn.Linear, x: torch.Tensor, y: t
 def roots(
     grams: dict[tuple[str, ...], torch.Tensor], report: Callable[[str], None] | None = None
 ) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """A root of each Gram matrix, which is given up for it; says where a ridge was needed."""
+    """A root of each Gram matrix, which is dropped from `grams`; reports where a ridge was needed."""
     for names in list(grams):
         root, ridge = root_of(grams.pop(names))
         if ridge and report:
@@ -135,7 +135,7 @@ def original_roots(
 
 
 def spectra(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Singular values [min(m, n)] of W X for every matrix of the dense model: what truncation to any rank would lose."""
+    """Singular values [min(m, n)] of W X for every matrix of the dense model: the losses of truncation to any rank."""
     dense, found = matrices(model), {}
     for grams in original_grams(lambda network: ResidualStream(network, ids), model, outputs=True):
         found |= {name: eigenvalue_roots(grams.outputs.pop(name)) for name in list(grams.outputs)}
@@ -172,7 +172,7 @@ def sweep(
     settings: Settings = Settings(),
     progress: Callable | None = None,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """Compress a model at several ratios; yields (ratio, model), each the same function as a run of its own.
+    """Compress a model at several ratios; yields (ratio, model), each the same as from a run of its own.
 
     ids: calibration tokens [samples, length]. ratios: share R of the matrices' parameters to remove, 0 leaves them dense. The
     dense model is read only, and so are the results, which share tensors with it. Original order: one pass and one
@@ -183,6 +183,7 @@ def sweep(
         check_share(ratio)
     check_calibration(Anatomy(model), ids)
     dense = matrices(model)
+    # 1. Ranks.
     if settings.allocation == "loss":
         found = spectra(model, ids)
         plans = [allocate_by_type(model, found, ratio) for ratio in ratios]
@@ -192,6 +193,7 @@ def sweep(
     def stream_of(network: nn.Module) -> ResidualStream:
         return ResidualStream(network, ids)
 
+    # 2. Factors: fitted behind the compressed blocks, or to the dense model and then refitted if the variant says so.
     if settings.order == "compressed":
         fit = partial(truncated_block, dense, progress)
         return _through_compressed(model, stream_of, fit, ratios, plans, progress, outputs=True)
@@ -220,7 +222,7 @@ def _through_compressed(
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) for every plan, block after block: measure the dense block's inputs behind compressed ones, fit, replace.
 
-    `fit` makes the two-factor layers of a block from its Gram matrices, which `block_grams` takes of `outputs` or not.
+    `fit` makes the two-factor layers of a block from its Gram matrices; `outputs` as in `block_grams`.
     """
     for ratio, ranks in zip(ratios, plans, strict=True):
         small, layers = shell(model), {}
@@ -238,7 +240,7 @@ def _through_compressed(
 
 
 def truncated_block(dense: dict[str, nn.Linear], report: Callable | None, grams: Grams, ranks: Ranks) -> dict[str, LowRankLinear]:
-    """Layers of a block truncated for what was measured; the Gram matrices are given up for them, those of outputs first."""
+    """Layers of a block truncated by its Gram matrices, each of which is dropped when used, those of outputs first."""
     found = {}
     for name in [name for name in grams.outputs if name in ranks]:
         basis, determined = decompose_outputs(dense[name].weight.detach(), grams.outputs.pop(name), ranks[name])
@@ -294,7 +296,7 @@ class LowRankWalk(Walk):
             stream.advance_block(i)
 
     def _forget(self, i: int) -> list[str]:
-        """Let go of the dense layers of a block, which would keep their weights; returns their names."""
+        """Drop the dense layers of a block, so that their weights can be freed; returns their names."""
         own = [name for name in self.dense if name.startswith(block_name(Anatomy(self.model).family, i, ""))]
         for name in own:
             del self.dense[name]
@@ -317,7 +319,7 @@ def on_disk(model: nn.Module, ids: torch.Tensor, ratio: float, settings: Setting
     """The walk over a model on disk. Raises ValueError for settings that need the whole model before they cut."""
     if (settings.variant, settings.allocation) != ("W", "uniform"):
         raise ValueError(
-            "svd-llm runs from disk with variant W and uniform allocation: others need the whole model before they cut"
+            "svd-llm runs from disk with variant W and uniform allocation: the others need the whole model before they cut"
         )
     return LowRankWalk(model, ids, ratio, settings.order)
 
@@ -343,7 +345,7 @@ def recover_factors(
     ValueError before any work for rounds that name no factor and for models without factors. Source: SVD-LLM, section 3.2.
     """
     if not order or any(not part or set(part) - {"u", "v"} for part in order):
-        raise ValueError(f'{order!r} are no rounds over factors: use ("u", "v"), ("v", "u"), or ("uv",) for both at once')
+        raise ValueError(f'{order!r} does not name rounds over factors: use ("u", "v"), ("v", "u"), or ("uv",) for both at once')
     rounds = []
     for part in order:
         rounds.append(recover(rounds[-1].model if rounds else model, ids, settings, tuple(part), validation, progress))

@@ -43,7 +43,7 @@ class Family:
 
     def __post_init__(self):
         if self.attention.norm == self.mlp.norm and not self.parallel:
-            raise ValueError(f"both halves name the norm {self.mlp.norm!r}: only those of a parallel block can share one")
+            raise ValueError(f"both halves name the norm {self.mlp.norm!r}: only the halves of a parallel block can share one")
 
 
 _LLAMA = Family(
@@ -58,7 +58,7 @@ FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,  # q, k, v carry biases
-    "qwen3": _LLAMA,  # q and k are normalised per head, behind the readers: nothing to do with the residual stream
+    "qwen3": _LLAMA,  # q and k are normalised per head, behind the readers; the residual stream is not affected
     "opt": Family(
         blocks="model.decoder.layers",
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
@@ -120,7 +120,7 @@ def family_of(model: nn.Module) -> Family:
             "so its residual stream is not that of a pre-norm model: use a pre-norm OPT, such as 125M or 1.3B"
         )
     if kind == "phi" and model.config.qk_layernorm:
-        raise ValueError("this Phi model normalises queries and keys, which its family record does not know: use Phi-1, 1.5 or 2")
+        raise ValueError("this Phi model normalises queries and keys, which its family record lacks: use Phi-1, 1.5 or 2")
     if kind == "gpt_neox" and not model.config.use_parallel_residual:
         raise ValueError("this GPT-NeoX model adds attention before its MLP, but its family record is that of parallel blocks")
     return FAMILIES[kind]
@@ -140,7 +140,7 @@ def shared_inputs(family: Family) -> tuple[tuple[str, ...], ...]:
 
 
 def head_size(config) -> int:
-    """Channels of one attention head; a config that does not say has hidden_size / num_attention_heads of them."""
+    """Channels of one attention head: `head_dim` of the config, or hidden_size / num_attention_heads where it has none."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -184,7 +184,7 @@ class Anatomy:
 
     @property
     def steps(self) -> tuple[tuple[Callable, tuple[Half, ...]], ...]:
-        """A block from junction to junction: what runs each step, and the halves that it adds to the stream."""
+        """A block from junction to junction: the function that runs each step, and the halves that it adds to the stream."""
         attention, mlp = self.halves
         if self.family.parallel:
             return ((whole_block, (attention, mlp)),)

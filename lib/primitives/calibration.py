@@ -19,10 +19,10 @@ from lib.primitives.linalg import add_gram, remove_mean
 
 @contextlib.contextmanager
 def resident(*modules: nn.Module) -> Iterator[None]:
-    """Modules with their weights in memory within the `with`.
+    """Keep the weights of modules in memory within the `with`.
 
-    Those of a model in memory are. A module whose weights are on disk says so by an attribute `stored` (`lib.models.disk`):
-    they are loaded, unless someone holds them already, and dropped at the end.
+    A module whose weights are on disk has an attribute `stored` (`lib.models.disk`): they are loaded, unless they are in
+    memory already, and dropped at the end. Other modules are left alone.
     """
     with contextlib.ExitStack() as held:
         for module in modules:
@@ -32,13 +32,13 @@ def resident(*modules: nn.Module) -> Iterator[None]:
 
 
 class _Enough(Exception):
-    """Ends a forward pass that has shown what was asked of it."""
+    """Ends a forward pass once everything wanted has been seen."""
 
 
 class _Recorder(nn.Module):
-    """Stands for a block and notes what it is called with; the last of them ends the forward pass.
+    """Takes the place of a block and notes what it is called with; the last recorder ends the forward pass.
 
-    A class of the module: one made within `enter` would be a cycle that holds the stream until Python collects garbage.
+    Defined outside `enter`: a class made there would be a cycle that holds the stream until Python collects garbage.
     """
 
     def __init__(self, block: nn.Module, first: list[torch.Tensor], seen: list[dict], blocks: int):
@@ -47,7 +47,7 @@ class _Recorder(nn.Module):
         self.first, self.seen, self.blocks = first, seen, blocks
 
     def __getattr__(self, name: str):
-        # Some versions of transformers ask a block for its kind of attention before they call it.
+        # Some versions of transformers read a block's kind of attention before they call it.
         return getattr(self.__dict__["_stands_for"][0], name)
 
     def forward(self, hidden_states, **kwargs):
@@ -61,7 +61,7 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def enter(anatomy: Anatomy, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
-    """What the model hands to its blocks: the first residual stream [batch, tokens, d] and each block's keyword arguments.
+    """What the model passes to its blocks: the first residual stream [batch, tokens, d] and each block's keyword arguments.
 
     The model's own forward runs with every block replaced by a recorder, so positions, rotary angles and masks are
     the library's, whatever the version; the last recorder stops the run before norm and head.
@@ -90,7 +90,7 @@ class Batch(NamedTuple):
 
     rows: slice  # which sequences
     hidden: torch.Tensor  # [b, tokens, d], a view of the stream's buffer
-    kwargs: dict  # what the block is called with beside them: positions, rotary angles, masks
+    kwargs: dict  # the block's other arguments: positions, rotary angles, masks
 
 
 class ResidualStream:
@@ -119,7 +119,7 @@ class ResidualStream:
                 self._kwargs.setdefault(rows.stop - rows.start, kwargs)
 
     def rows(self) -> Iterator[slice]:
-        """Which sequences each batch holds, in the order of all that goes through the batches."""
+        """Which sequences each batch holds; every loop over batches keeps this order."""
         for start in range(0, len(self.ids), self.batch):
             yield slice(start, min(start + self.batch, len(self.ids)))
 
@@ -130,7 +130,7 @@ class ResidualStream:
 
     @torch.no_grad()
     def advance(self, run: Callable, block: int, before: Callable | None = None, after: torch.Tensor | None = None) -> None:
-        """Replace the stream by the one after a step (`run`, from `Anatomy.steps`) of a block.
+        """Move the stream behind a step (`run`, from `Anatomy.steps`) of a block.
 
         `before` maps each batch [b, tokens, d] as it leaves the buffer; `after` [d] is added as it comes back.
         """
@@ -141,7 +141,7 @@ class ResidualStream:
                 self.hidden[rows] = out if after is None else out + after.to(out)
 
     def advance_block(self, block: int) -> None:
-        """Replace the stream by the one after a whole block."""
+        """Move the stream behind a whole block."""
         self.advance(whole_block, block)
 
     @torch.no_grad()
@@ -154,13 +154,13 @@ class ResidualStream:
     ) -> None:
         """Run a block on the stream to look inside. The stream stays where it is, or moves behind the block with `advance`.
 
-        see: for names of modules inside the block, what to do with the inputs [n, features] that each of them gets, batch by
-        batch. Modules that share an input (q, k, v) need only one of them to be named. results: the same for inputs and
-        outputs [n, features] together. Without `advance` the pass ends at the last of all these.
+        see: {name of a module inside the block: function of its inputs [n, features]}, called for every batch. Of modules that
+        share an input (q, k, v), one is enough. results: the same with functions of inputs and outputs [n, features].
+        Without `advance` the pass ends as soon as all of these modules have run.
         """
         module, results = self.anatomy.blocks[block], results or {}
         places = [*((name, "in") for name in see), *((name, "out") for name in results)]
-        unseen: set[tuple[str, str]] = set()  # where the present batch has not come to
+        unseen: set[tuple[str, str]] = set()  # places that the present batch has not reached
 
         def hook(place: tuple[str, str], use: Callable) -> Callable:
             def give(_, inputs, *output):
@@ -171,6 +171,7 @@ class ResidualStream:
 
             return give
 
+        # Hooks first, then the batches; without `advance` the last hook ends the pass of each.
         inside = module.get_submodule
         handles = [inside(name).register_forward_pre_hook(hook((name, "in"), use)) for name, use in see.items()]
         handles += [inside(name).register_forward_hook(hook((name, "out"), use)) for name, use in results.items()]
@@ -189,7 +190,7 @@ class ResidualStream:
     def tokens(self) -> Iterator[torch.Tensor]:
         """The stream's tokens [n, d], batch by batch.
 
-        For a family whose norm subtracts the mean, the mean is taken out: that is the stream the rotated network has.
+        For a family whose norm subtracts the mean, the mean is taken out, as in the stream of the rotated network.
         """
         for rows in self.rows():
             x = self.hidden[rows].flatten(0, 1)
@@ -207,7 +208,7 @@ class ResidualStream:
 
 @contextlib.contextmanager
 def inputs_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
-    """What a module is given within the `with`, call by call; nothing without a module."""
+    """The first argument of every call of a module within the `with`; an empty list if there is no module."""
     seen: list[torch.Tensor] = []
     hook = contextlib.nullcontext()
     if module is not None:
@@ -220,7 +221,7 @@ def inputs_of(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
 def run_seeing(
     run: Callable, block: nn.Module, family: Family, batch: Batch, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output [b, t, d] of a step of a block, what its module `name` read on the way [b, t, n] and what that put out [b, t, m]."""
+    """Output [b, t, d] of a step of a block, with the input [b, t, n] and the output [b, t, m] of its module `name`."""
     seen = []
     with block.get_submodule(name).register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))):
         output = run(block, family, batch.hidden, batch.kwargs)
@@ -248,8 +249,8 @@ def check_calibration(anatomy: Anatomy, ids: torch.Tensor) -> None:
         found = f"token ids from {int(ids.min())} to {int(ids.max())}"
         raise ValueError(f"{found} are outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
     for name, parameter in anatomy.model.named_parameters():
-        if parameter.is_meta or not parameter.numel():  # what is on disk is looked at when it is loaded
+        if parameter.is_meta or not parameter.numel():  # weights on disk are checked when they are loaded
             continue
-        # The extremes carry NaN and infinity on, and no mask as large as the weight is made: twenty times as fast.
+        # NaN and infinity show in the extremes; no mask as large as the weight is made, which is twenty times as fast.
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(parameter.detach())):
             raise ValueError(f"weight {name} holds NaN or infinity: load or train the model again")

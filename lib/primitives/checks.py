@@ -1,4 +1,4 @@
-"""What functions ask of their arguments, said once: one of a few names, a share in [0, 1), the fraction behind a float."""
+"""Checks of arguments: one of a few names, a share in [0, 1); and the exact fraction behind a float."""
 
 from __future__ import annotations
 

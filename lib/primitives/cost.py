@@ -19,7 +19,7 @@ class Count:
     macs_per_token: int
 
     def against(self, dense: Count) -> dict:
-        """The columns that every results row carries: what was *really* removed, over the decoder and the whole model.
+        """Columns of every results row: the shares that were *really* removed, of the decoder and of the whole model.
 
         Negative numbers mean that the model grew.
         """
@@ -43,7 +43,7 @@ def count(model: nn.Module) -> Count:
 
 
 def prefill_macs(model: nn.Module, prompt: int) -> int:
-    """Multiply-adds of reading a prompt of `prompt` tokens and predicting the next one: what its time is ideally made of.
+    """Multiply-adds of reading a prompt of `prompt` tokens and predicting the next one: what its ideal time depends on.
 
     All matrices for every token, but the head for the last one only, and causal attention: n (n + 1) / 2 pairs of tokens.
     """
@@ -54,6 +54,6 @@ def prefill_macs(model: nn.Module, prompt: int) -> int:
 
 
 def _macs(module: nn.Module) -> int:
-    if hasattr(module, "macs_per_token"):  # modules that do more than one product say so themselves
+    if hasattr(module, "macs_per_token"):  # modules with more than one product count their own
         return module.macs_per_token
     return module.weight.numel() if isinstance(module, nn.Linear) else 0

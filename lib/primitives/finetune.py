@@ -1,7 +1,7 @@
-"""Recovery fine-tuning: train low-rank adapters (LoRA) on a compressed model, merge them, return a model as it was given.
+"""Recovery fine-tuning: train low-rank adapters (LoRA) on a compressed model and merge them into its weights.
 
 A linear layer y = W x becomes y = W x + (α/r) B A x with W frozen, A [r, in] random and B [out, r] zero, so training
-starts at the compressed model. Afterwards W + (α/r) B A is one matrix of the old shape: the model costs nothing more.
+starts at the compressed model. Afterwards W + (α/r) B A is one matrix of the old shape: the model is no larger than before.
 SliceGPT trains all linear layers of the blocks at once; SVD-LLM its left factors, then its right ones.
 """
 
@@ -100,7 +100,7 @@ def recover(
     without a new lowest. The model given is left alone, or gets the merged weights with `inplace`; tensors shared with other
     models are never written to. The result depends on the seed alone, and the caller's random state is not touched.
 
-    Raises ValueError before any work for ids, targets or settings that do not fit the model, and when the loss is no number.
+    Raises ValueError before any work for ids, targets or settings that do not fit the model; later if the loss is not finite.
     Source: SliceGPT, recovery fine-tuning, and its released script.
     """
     names = linear_layers(model, targets)
@@ -155,7 +155,7 @@ def with_adapters(model: nn.Module, names: Sequence[str], settings: LoRA) -> nn.
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
     from peft.functional import cast_adapter_dtype
 
-    # Views, not the model's own parameters: those must not learn that they are frozen here.
+    # New parameters over the same memory: those of the given model must stay trainable.
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     adapted = copy.deepcopy(model, frozen | {id(buffer): buffer for buffer in model.buffers()})
     config = LoraConfig(
@@ -164,7 +164,7 @@ def with_adapters(model: nn.Module, names: Sequence[str], settings: LoRA) -> nn.
     adapted = inject_adapter_in_model(config, adapted)
     cast_adapter_dtype(adapted, "default")  # half precision to float32
     if settings.gradient_checkpointing:
-        # Not reentrant: a sliced block hands its residual from norm to writer on the side, and this form sees it.
+        # Not reentrant, because a sliced block passes its residual from norm to writer outside of the arguments.
         for block in Anatomy(adapted).blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return adapted
@@ -184,10 +184,10 @@ def merge(adapted: nn.Module, names: Sequence[str], into: nn.Module) -> None:
 
 
 def rate(step: int, warmup: int, steps: int) -> float:
-    """Factor of the learning rate at `step` of `steps`: up in a line over `warmup` steps, then down to zero after the last.
+    """Factor of the learning rate at `step` of `steps`: linearly up over `warmup` steps, then down to zero after the last.
 
-    The released code plans for the whole training split and a gradient accumulation that never happens, so its decay is not
-    that of the steps it runs.
+    The released code computes its decay for the whole training split and a gradient accumulation that never happens, not for
+    the steps that it runs.
     """
     return min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
 
@@ -208,6 +208,7 @@ def _train(
     history, losses = [], []
     best_loss, best_step, best, stale = math.inf, steps, [], 0
     for step in range(steps + 1):
+        # 1. Every few steps: note the losses, keep the best adapters, stop without progress.
         due = step % settings.evaluate_every == 0 or step == steps
         if due and (losses or validation is not None):
             row = {"step": step, "train_loss": sum(losses) / len(losses) if losses else None, "validation_loss": None}
@@ -223,6 +224,7 @@ def _train(
                 progress(f"recovery step {step} of {steps}: {_in_words(row)}")
             if step == steps or stale == settings.patience:
                 break
+        # 2. One step of training.
         adapted.train()
         loss = mean_loss(adapted, next(batches).to(adapters[0].device))
         losses.append(_checked(loss.item(), "loss", step, settings))
@@ -231,6 +233,7 @@ def _train(
         _checked(nn.utils.clip_grad_norm_(adapters, MAX_NORM).item(), "gradient's norm", step, settings)
         optimizer.step()
         schedule.step()
+    # 3. Back to the best adapters.
     if best:
         with torch.no_grad():
             for adapter, value in zip(adapters, best, strict=True):

@@ -1,8 +1,8 @@
-"""Gradient scores of weights, streamed: every gradient is used and freed the moment the backward pass has made it.
+"""Gradient scores of weights; every gradient is used and freed as soon as the backward pass has computed it.
 
 Two scalars are differentiated: the loss (SNIP) and the summed mean singular values of the features that layers put out
-(ReFer). A hook on each requested matrix W takes its gradient g, hands both on and drops g, so the gradients of one matrix
-are in memory at a time, never those of the model.
+(ReFer). A hook on each requested matrix W passes W and its gradient g on and frees g, so the gradient of one matrix is in
+memory at a time, never those of the whole model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lib.primitives.calibration import check_calibration
 from lib.primitives.checks import choose_one
 from lib.primitives.losses import LOSSES, at_least_float32
 
-# What a score is the gradient of: SNIP of the loss, ReFer of the features.
+# SNIP differentiates the loss, ReFer the features.
 SCORES = ("refer", "snip")
 
 
@@ -57,14 +57,14 @@ class _MeanSingularValue(torch.autograd.Function):
 def mean_singular_value(y: torch.Tensor) -> torch.Tensor:
     """Mean of the min(r, c) singular values of a matrix [r, c], as a differentiable float64 scalar.
 
-    Repeated singular values are no problem, and directions of no energy get no gradient: values below √1e-13 of the
-    largest are lifted to it. ReFer, as equation (1) of Structured AFR writes it.
+    Singular values may repeat, and directions without energy get no gradient: values below √1e-13 of the largest are raised
+    to it. ReFer, as equation (1) of Structured AFR writes it.
     """
     return _MeanSingularValue.apply(y)
 
 
-# How the output [b, t, c] of a layer becomes matrices. The released code calls with one sequence and lays everything in one
-# row, which makes the "mean singular value" the norm ‖Y‖; the words of the paper suggest tokens x channels.
+# How the output [b, t, c] of a layer becomes matrices. The released code takes one sequence and puts it into one row, so that
+# the "mean singular value" is the norm ‖Y‖; the paper's text suggests tokens x channels.
 VIEWS = {
     "flat": lambda y: sum(mean_singular_value(one.reshape(1, -1)) for one in y),
     "token": lambda y: sum(mean_singular_value(one) for one in y),
@@ -94,9 +94,9 @@ def feature_modules(model: nn.Module, features: str) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def _collecting(modules: Sequence[nn.Module], view: Callable, shape: torch.Size) -> Iterator[Callable[[], torch.Tensor]]:
-    """Within the `with`, modules add up the scalars of their outputs until the function that is yielded takes the sum.
+    """Within the `with`, modules collect the scalars of their outputs until the yielded function is called, which sums them.
 
-    Later forward passes compute their scalars too, since checkpoints must repeat what they did, but nothing holds them.
+    Later forward passes compute the scalars too, because checkpoints must repeat the same operations, but do not keep them.
     """
     found: list[torch.Tensor] | None = []
 
@@ -126,7 +126,7 @@ def _collecting(modules: Sequence[nn.Module], view: Callable, shape: torch.Size)
 
 @dataclass(frozen=True)
 class Passes:
-    """How the backward passes are made. Raises ValueError for what does not exist."""
+    """How the backward passes are made. Raises ValueError for unknown names."""
 
     scores: tuple[str, ...] = ("snip",)  # refer, snip or both, which then share the forward pass
     loss: str = "lm_shift"
@@ -158,8 +158,8 @@ def each_gradient(
     """Call `take(score, name, W, g)` for every batch of sequences, every score and every named matrix, and free g afterwards.
 
     ids: [samples, tokens]; names: of linear layers in the model, whose weights W [out, in] get the gradients g [out, in] of
-    the batch, in the model's dtype; their biases are left out. Which parameters ask for gradients, and what gradients they
-    hold, is afterwards as it was before. Raises ValueError, before any work, for ids that cannot be used; and as soon as a
+    the batch, in the model's dtype; their biases are left out. `requires_grad` and `grad` of all parameters are
+    afterwards as they were before. Raises ValueError, before any work, for ids that cannot be used; and as soon as a
     loss or a gradient overflows.
     """
     check_calibration(Anatomy(model), ids)
@@ -178,13 +178,14 @@ def each_gradient(
 
         return use
 
+    # 1. Until the end: hooks on the weights, and no gradients for any other parameter.
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only(model, list(weights.values())))
         if passes.checkpointing:
             stack.enter_context(_checkpointed(Anatomy(model).blocks))
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(hook(name)).remove)
-        # Scores share a forward pass by retaining its graph. Checkpoints would then hold what they run again: one pass each.
+        # 2. Batches. Scores share a forward pass by retaining its graph. With checkpoints it would keep all recomputed blocks.
         rounds = [(score,) for score in passes.scores] if passes.checkpointing else [passes.scores]
         for start in range(0, len(ids), passes.batch):
             part = ids[start : start + passes.batch].to(model.device)
@@ -216,7 +217,7 @@ def _scalars(
 
 @contextlib.contextmanager
 def _only(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the `with`, exactly the wanted parameters ask for gradients, and none holds one."""
+    """Within the `with`, only the wanted parameters require gradients, and no parameter holds one."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     chosen = {id(p) for p in wanted}
     try:
@@ -243,7 +244,7 @@ def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward  # the class's own is behind it
+            del block.forward  # the class's own is used again
 
 
 # --- sums over sequences -------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def summed(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """{score: {name: Σ over batches}} of `signed` W g, `absolute` |W g| or `squared` g², at least float32 [out, in].
 
-    The totals have the size of the named matrices: to reduce them on the way, use `each_gradient`. passes: fields of `Passes`.
+    The totals are as large as the named matrices; `each_gradient` lets a caller reduce them. passes: fields of `Passes`.
     """
     choose_one("product", product, PRODUCTS)
     how = Passes(**passes)

@@ -14,7 +14,7 @@ from lib.primitives.checks import choose_one
 
 @dataclass
 class Change:
-    """Sums over tokens of what a block did, from which every score is read. Add batches in any cut."""
+    """Sums over tokens from which every score of a block is computed. Batches of any size can be added."""
 
     cosines: float = 0.0
     tokens: int = 0
@@ -41,7 +41,7 @@ def mean_cosine(change: Change) -> float:
 
 
 def pooled_cosine(change: Change) -> float:
-    """1 - |Σ⟨x, y⟩| / ‖X‖‖Y‖: the other reading of COMP's formula. The tokens of huge norm decide."""
+    """1 - |Σ⟨x, y⟩| / ‖X‖‖Y‖: the other reading of COMP's formula. Tokens of huge norm dominate it."""
     size = (change.before * change.after) ** 0.5
     return 1 - abs(change.inner) / size if size else 1.0
 
@@ -73,7 +73,7 @@ def layer_scores(
     """The score of every block on calibration tokens ids [samples, length].
 
     One pass with the stream of one depth in memory. after_norm: compare the last block's input with its output *after* the
-    final norm, as code does that reads a library's tuple of hidden states; by default the block's own output is taken.
+    final norm, as code that reads transformers' tuple of hidden states does; by default the block's own output is taken.
     """
     check_score(score)
     stream = ResidualStream(model, ids)
@@ -93,7 +93,7 @@ def layer_scores(
 def lowest(scores: list[float], count: int, protect: tuple[int, ...] = ()) -> list[int]:
     """Sorted indices of the `count` blocks of the lowest scores outside `protect`; of equal ones the lower index goes.
 
-    Raises ValueError where so many are not to be had, or a score is NaN.
+    Raises ValueError if there are not so many, or if a score is NaN.
     """
     free = [i for i in range(len(scores)) if i not in protect]
     if any(score != score for score in scores):

@@ -1,8 +1,8 @@
-"""Walk over a model block by block: measure the inputs of a block's layers, replace the layers, go on behind it.
+"""Walk over a model block by block: measure the inputs of a block's layers, replace the layers, go on to the next block.
 
-A `Walk` edits a model in memory (`go`) as well as one whose weights are on disk, a block at a time (`lib.models.disk`).
+A `Walk` edits a model in memory (`go`), or one whose weights are on disk, a block at a time (`lib.models.disk`).
 SparseGPT, Wanda and GPTQ share one, `LayerWalk`: all layers of a block are measured in one pass, before any of them is
-replaced; the next block then sees what the rebuilt ones hand it. One block's statistics are in memory at a time.
+replaced, and the next block is measured on the outputs of the rebuilt ones. One block's statistics are in memory at a time.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def replace_layers(model: nn.Module, remake: Callable[[nn.Module], nn.Module], i
 class Walk:
     """One pass over the blocks of `model`, each of which is edited while the `streams` stand in front of it.
 
-    `note()` is what a new walk must be told to go on behind the first `done` blocks, in JSON values; `recall(note, done)` tells
-    it, on shapes.
+    `note()` returns, in JSON values, what a new walk needs to continue after the first `done` blocks; `recall(note, done)`
+    restores it, on shapes.
     """
 
     model: nn.Module
@@ -146,7 +146,7 @@ def rebuild(
 class Pattern:
     """Settings of the methods that set weights to zero."""
 
-    pattern: str = ""  # like 2:4, which keeps 2 of 4 consecutive weights; empty: the share that the ratio says
+    pattern: str = ""  # like 2:4, which keeps 2 of 4 consecutive weights; empty: the share given by the ratio
 
 
 def pruning(statistic: Statistic, prune: Callable, remake: Callable) -> tuple[Callable, Callable]:

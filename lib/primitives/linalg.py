@@ -21,11 +21,11 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor, products: torch.dtype = torch.float32) -> torch.Tensor:
-    """Add XᵀX to `total` in place, streaming. total: float64 [d, d]; x: [n, d] of any float dtype.
+    """Add XᵀX to `total` in place. total: float64 [d, d]; x: [n, d] of any float dtype.
 
     Chunks of at most 4,096 rows are multiplied in float32 (float64 input stays float64) and summed in float64: the
-    speed of float32 with an error that does not grow with the number of rows. products: float64 for columns that a few rows
-    of enormous size mix, where rounding relative to those rows would cover what the others say.
+    speed of float32 with an error that does not grow with the number of rows. products: float64 where a few rows are so
+    large that rounding relative to them would hide the others.
     """
     for chunk in x.split(GRAM_CHUNK):
         _add_symmetric(total, chunk.to(torch.promote_types(chunk.dtype, products)))
@@ -56,8 +56,8 @@ def add_squares(total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def principal_axes(gram: torch.Tensor, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues [d], largest first and never negative, and eigenvectors [d, d] in columns, of a Gram matrix.
 
-    This is uncentred PCA (SliceGPT, section 3.4). dtype: precision of the decomposition, as SliceGPT's setting `precision` asks
-    for it; float32 is less accurate (the paper's Table 4). The result is float64 in either case. Raises ValueError for a Gram
+    This is uncentred PCA (SliceGPT, section 3.4). dtype: precision of the decomposition, SliceGPT's setting `precision`;
+    float32 is less accurate (the paper's Table 4). The result is float64 in either case. Raises ValueError for a Gram
     matrix that is not finite.
     """
     check_finite(gram)
@@ -66,7 +66,7 @@ def principal_axes(gram: torch.Tensor, dtype: torch.dtype = torch.float64) -> tu
 
 
 def check_finite(gram: torch.Tensor) -> None:
-    """Raise ValueError for a Gram matrix with NaN or infinity, which the sum of its entries carries on."""
+    """Raise ValueError for a Gram matrix with NaN or infinity, which would show in the sum of its entries."""
     if gram.device.type != "meta" and not torch.isfinite(gram.sum()):
         raise ValueError("the Gram matrix holds NaN or infinity: the model's weights or activations are broken")
 
@@ -93,7 +93,7 @@ def symmetric_shortcut(a: torch.Tensor, axes: torch.Tensor, k: int) -> tuple[tor
     when the angles are small. The squared length of a column of C is 1 - cos of its angle; columns come longest first.
     """
     j, kept, dropped = a.shape[1], axes[:, :k], axes[:, k:]
-    if a.is_meta:  # shapes alone, a hundred times in a search; torch decomposes them slowly
+    if a.is_meta:  # a search counts shapes a hundred times, and torch is slow in decomposing meta tensors
         return kept, a.new_empty(j, min(dropped.shape[1], j))
     left, _, right = torch.linalg.svd(a.T @ kept)  # [j, j], [k, k]: the last k - j rows of `right` are new directions
     u, sine, _ = torch.linalg.svd(a.T @ dropped, full_matrices=False)
@@ -123,7 +123,7 @@ def remove_mean(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
 ORTHONORMAL = 1e-3  # Bv/σ is orthonormal to ε(σ₁/σ)², so to 2e-10, for singular values down to this share of the largest
 COLUMNS = 256  # of a root that are multiplied at once
 PRECISION = 1e-13  # of an eigenvalue relative to the largest, in float64
-CLEAR = 10  # times the rounding noise: an eigenvalue that the data, and not noise, has made
+CLEAR = 10  # times the rounding noise: larger eigenvalues come from the data
 RIDGES = (0.0, *(10.0**e for e in range(-10, 1)))  # tried in turn, relative to the mean of the diagonal
 
 
@@ -171,9 +171,9 @@ def decompose_outputs(w: torch.Tensor, gram: torch.Tensor, k: int) -> tuple[torc
     """The first k left singular vectors [m, k] of WX from the Gram matrix of the outputs WX, and how many the data determines.
 
     w: [m, n], m <= n; gram: WXXᵀWᵀ [m, m], float64, whose eigenvectors they are: neither a root nor XXᵀ is needed. Where the data
-    leaves directions open (fewer tokens than k, dead channels), plain SVD of W ranks the open ones, which is what a ridge on
-    XXᵀ tends to as it vanishes. Rounding leaves eigenvalues of noise in the place of zeros, about as far below zero as above
-    it, so the most negative one says how large the noise is.
+    leaves directions open (fewer tokens than k, dead channels), plain SVD of W ranks the open ones; a vanishing ridge on XXᵀ has
+    the same limit. Rounding turns zero eigenvalues into noise, about as far below zero as above it, so the most negative one
+    measures the noise.
     """
     check_finite(gram)
     values, axes = torch.linalg.eigh(gram)  # smallest first
@@ -194,7 +194,7 @@ def smaller_gram(b: torch.Tensor) -> torch.Tensor:
 
 
 def scale_inputs(w: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
-    """WS for a root as `decompose` takes it."""
+    """WS for a root S as in `decompose`."""
     if root is None:
         return w
     return w * root if root.ndim == 1 else _times_triangular(w, root)
@@ -217,15 +217,15 @@ def singular_values(w: torch.Tensor, root: torch.Tensor | None = None) -> torch.
 
 
 def eigenvalue_roots(gram: torch.Tensor) -> torch.Tensor:
-    """The roots of a Gram matrix's eigenvalues [d], largest first: the singular values of what it was made of."""
+    """The roots of a Gram matrix's eigenvalues [d], largest first: the singular values of the matrix behind it."""
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
 
 
 def truncate(w: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors u [m, k] and v [k, n] of UUᵀW for orthonormal columns U [m, k], in float64.
 
-    Column i of u and row i of v have the same norm, whatever the data's scale, so half precision and adapters treat both
-    alike. Factors of a smaller k are slices: u[:, :k], v[:k].
+    Column i of u and row i of v have the same norm, whatever the data's scale, so both suit half precision and adapters
+    equally well. Factors of a smaller k are slices: u[:, :k], v[:k].
     """
     v = basis.T @ w.double()
     size = v.norm(dim=1).sqrt()
@@ -294,8 +294,8 @@ def _keep_largest(scores: torch.Tensor, n: int) -> torch.Tensor:
 def inverse_factor(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     """Upper triangular U [d, d] in float64 with UᵀU = (H + λI)⁻¹ for a Gram matrix H; λ = damping x its mean diagonal.
 
-    Row i of U, divided by U_ii, says how columns i, i+1, ... make up for a change of column i once those before it are
-    fixed (SparseGPT, section 3.3; GPTQ, step 3). The inverse is never formed: with the order of the channels reversed,
+    Row i of U, divided by U_ii, holds the changes of columns i, i+1, ... that compensate a change of column i once those before
+    it are fixed (SparseGPT, section 3.3; GPTQ, step 3). The inverse is never formed: with the order of the channels reversed,
     Cholesky gives H = RRᵀ with R upper triangular, and U = R⁻¹. An input that is always zero (H_jj = 0) gets H_jj = 1, so
     it takes no part. The damping makes any other rank deficit harmless; without it, one raises ValueError, as does NaN.
     """
@@ -317,12 +317,12 @@ def fix_columns(
     span: int,
     block: int = 128,
 ) -> torch.Tensor:
-    """Change a matrix from left to right and let the columns still to come make up for it, in the least-squares sense.
+    """Change a matrix column by column, from left to right, and compensate in the later columns by least squares.
 
     weight: [out, in]; factor: U of `inverse_factor`, [in, in]. Every `span` columns, `decide(columns [out, span], start)`
     sees the weights as they now stand and returns the rule (column [out, 1], its place in the span) -> its final value.
     Changing w_i into q adds -(w_i - q) U_i,later / U_ii to the later columns, the optimal brain surgeon's step. Inside a
-    block that happens at once, beyond it in one product per block: the same result at any `block`, only faster.
+    block this is done at once, beyond it in one product per block: `block` changes the speed, not the result.
     Result: float64 [out, in].
     """
     w = weight.double().clone()
@@ -344,7 +344,7 @@ def fix_columns(
 def _blocks(columns: int, span: int, block: int) -> Iterator[tuple[int, int]]:
     """Cut `columns` into blocks (start, end) of at most `block`; a span that begins in the middle of one also ends in it.
 
-    What is decided at the start of a span needs all its columns up to date, and in mid-block those beyond it are not.
+    A decision at the start of a span needs all columns of the span up to date; those beyond the current block are not.
     """
     start = 0
     while start < columns:
@@ -357,7 +357,7 @@ def _blocks(columns: int, span: int, block: int) -> Iterator[tuple[int, int]]:
 
 
 def sparsity(ratio: float, pattern: str) -> Sparsity:
-    """What the pruning methods take: the ratio, or the pair of a pattern like "2:4", which must remove that very ratio.
+    """The sparsity for a ratio: the ratio itself, or the pair of a pattern like "2:4", which must remove the same share.
 
     Raises ValueError for a pattern that is not two whole numbers, or one that removes another share than the ratio says.
     """

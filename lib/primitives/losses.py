@@ -36,7 +36,7 @@ def summed_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def last_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """How badly the last token is predicted *from itself*, summed over the sequences: what AFR's released code uses.
 
-    Its loader masks all labels but the last, and the loss does not shift: no language-model loss, kept for comparison.
+    Its loader masks all labels but the last, and its loss does not shift them; kept only for comparison.
     """
     return F.cross_entropy(at_least_float32(logits[:, -1]), ids[:, -1], reduction="sum")
 

@@ -1,8 +1,8 @@
 """Two factors in place of a matrix: ranks for a ratio, factors for a whole sweep, replacement by name, merging.
 
-What SVD-LLM and its rivals share. They truncate the same matrices to the same ranks by the same decomposition, and
-differ only in the root S of what they take for the inputs' second moment (`lib.primitives.linalg.decompose`): the identity (plain
-SVD), a diagonal (FWSVD, ASVD), or the true Gram matrix (SVD-LLM).
+SVD-LLM and its rivals share this file. They truncate the same matrices to the same ranks by the same decomposition, and
+differ only in the root S of the inputs' assumed second moment (`lib.primitives.linalg.decompose`): the identity (plain SVD), a
+diagonal (FWSVD, ASVD), or a root of the true Gram matrix (SVD-LLM).
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def rank_for(m: int, n: int, ratio: float) -> int:
     """Largest rank whose two factors hold at most (1 - R) m n parameters: ⌊m n (1 - R) / (m + n)⌋ (SVD-LLM, section 4.2).
 
-    In whole numbers: (1 - 0.8) · 5120 / 2 is 512, which binary arithmetic rounds to 511. R > 0: at R = 0 a layer stays dense,
-    for the largest rank that saves anything would already lose half of the spectrum of a square matrix. Raises ValueError
-    where no rank is left.
+    Computed exactly, because binary arithmetic makes 511 of (1 - 0.8) · 5120 / 2. R > 0: at R = 0 a layer stays dense,
+    because even the largest rank that saves anything loses half of the spectrum of a square matrix. Raises ValueError where
+    no rank is left.
     """
     kept = kept_share(ratio)
     if kept == 1:
@@ -82,9 +82,8 @@ def allocate(spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int
 
     Keep singular directions in the order of σ_i² / Σ_{j>1} σ_j² per parameter, m + n of them each, until the budget is spent;
     a matrix that would pass its break-even rank stays dense. Every matrix keeps rank 1, so the first direction is left out of
-    the sum: inputs are not centred, their mean can hold most of the energy, and a share of that energy says nothing about the
-    directions there is a choice about. Losses are comparable between matrices of one type, hardly between types: see
-    `allocate_by_type`.
+    the sum: inputs are not centred, and their mean, which always stays, can hold most of the energy. Losses are comparable
+    between matrices of one type, hardly between types: see `allocate_by_type`.
 
     This is *our* reading of the idea of SVD-LLM V2 (arXiv 2503.12340): give more rank to matrices that would lose more. Its
     printed rule, shares of 1 / log(loss), changes with the unit of the activations.
@@ -93,6 +92,7 @@ def allocate(spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int
         return {}
     names = list(shapes)
     gains, costs, owners, first = [], [], [], []
+    # 1. Gain and cost of every rank of every matrix; ranks beyond break-even cost nothing more and are left out.
     for i, name in enumerate(names):
         m, n = shapes[name]
         energy = spectra[name].double().square()
@@ -105,20 +105,22 @@ def allocate(spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int
         owners.append(torch.full((int(useful.sum()),), i))
         first.append(torch.arange(int(useful.sum())) == 0)
     gain, cost, owner, first = (torch.cat(parts) for parts in (gains, costs, owners, first))
+    # 2. Buy ranks in the order of their gain, every matrix's first rank before all others, until the budget is spent.
     order = torch.argsort(gain + first * (gain.max() + 1), descending=True, stable=True)
     budget = int(kept_share(ratio) * sum(m * n for m, n in shapes.values()))
     taken = order[cost[order].cumsum(0) <= budget]
     ranks = torch.bincount(owner[taken], minlength=len(names)).tolist()
     if min(ranks) < 1:
         raise ValueError(f"removing {ratio:.0%} leaves no rank for some matrices: use a lower ratio")
+    # 3. A matrix whose factors would not be smaller than itself stays dense.
     return {name: k for name, k in zip(names, ranks, strict=True) if k * sum(shapes[name]) < shapes[name][0] * shapes[name][1]}
 
 
 def allocate_by_type(model: nn.Module, spectra: Mapping[str, torch.Tensor], ratio: float) -> Ranks:
     """`allocate` with a budget of its own, (1 - R), for the matrices of each type: all q_proj, all k_proj, ... of the model.
 
-    SVD-LLM V2 groups by type too. What a type does with an error differs: lost keys and queries pass through a softmax, lost
-    values reach the residual stream. One budget for all types takes from the former and gives to the latter.
+    SVD-LLM V2 groups by type too. Types differ in what an error does: errors of keys and queries pass through a softmax, errors
+    of values reach the residual stream. One budget for all types would take rank from the former for the latter.
     """
     family, sizes = Anatomy(model).family, shapes(model)
     ranks: Ranks = {}
@@ -132,7 +134,7 @@ def allocate_by_type(model: nn.Module, spectra: Mapping[str, torch.Tensor], rati
 
 
 def largest(plans: Sequence[Ranks]) -> Ranks:
-    """The largest rank of each matrix over all plans of a sweep: the only one that has to be computed."""
+    """The largest rank of each matrix over all plans of a sweep; smaller ones are slices of it."""
     names = dict.fromkeys(name for plan in plans for name in plan)
     return {name: max(plan.get(name, 0) for plan in plans) for name in names}
 
@@ -169,7 +171,7 @@ def narrowed(layer: LowRankLinear, k: int) -> LowRankLinear:
 
 
 def put(model: nn.Module, layers: Mapping[str, LowRankLinear]) -> nn.Module:
-    """Replace matrices of a model by two-factor layers, in place, and note it on the model."""
+    """Replace matrices of a model by two-factor layers, in place, and record the edit on the model."""
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     if layers:
@@ -199,7 +201,7 @@ def nested(
 
 
 def shape(model: nn.Module, ratio: float) -> nn.Module:
-    """What is left where every matrix loses a share `ratio` of its parameters, on the meta device."""
+    """The model after every matrix has lost a share `ratio` of its parameters, on the meta device."""
     return replay(shape_shell(model), uniform_ranks(model, ratio)) if ratio else shape_shell(model)
 
 

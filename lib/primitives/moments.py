@@ -1,4 +1,4 @@
-"""What the forward-only rules know of a model's activations: mean and mean square of every channel, and turning angles."""
+"""Statistics of activations for the forward-only rules: mean and mean square of every channel, and turning angles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lib.primitives.calibration import ResidualStream
 
 @dataclass
 class Moments:
-    """Of the inputs of one layer over all tokens, in float64: mean [n] and mean square [n] of each channel."""
+    """Mean [n] and mean square [n] of each channel of the inputs of one layer, over all tokens, in float64."""
 
     mean: torch.Tensor
     square: torch.Tensor

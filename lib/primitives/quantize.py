@@ -1,4 +1,4 @@
-"""Weights on few levels: round-to-nearest, and GPTQ (Frantar et al., arXiv 2210.17323), which makes up for each rounding.
+"""Weights on few levels: round-to-nearest, and GPTQ (Frantar et al., arXiv 2210.17323), which compensates each rounding.
 
 Levels are asymmetric and uniform: a group of consecutive weights of a row shares a scale and a zero point, and its values
 are scale (q - zero) with q in 0 .. 2^bits - 1. Weights here are *fake-quantised*: they lie on those levels, but are stored in
@@ -24,8 +24,8 @@ HALF_MIN, HALF_MAX = 2.0**-24, 65504.0
 def levels(weights: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point [out, 1] of one group per row, from smallest to largest weight. weights: [out, group].
 
-    Zero is always a level, so that pruned weights stay pruned. Scales are rounded to float16, which is what they are
-    counted as; the result is float64.
+    Zero is always a level, so that pruned weights stay pruned. Scales are rounded to float16, as packed formats store them;
+    the result is float64.
     """
     low = weights.double().amin(1, keepdim=True).clamp(max=0)
     high = weights.double().amax(1, keepdim=True).clamp(min=0)
@@ -61,11 +61,12 @@ def quantize_rtn(weight: torch.Tensor, bits: int = 4, group: int | None = None) 
 def gptq_matrix(
     weight: torch.Tensor, gram: torch.Tensor, bits: int = 4, group: int | None = None, damping: float = 0.01, block: int = 128
 ) -> torch.Tensor:
-    """Quantise a matrix [out, in] column by column, the columns to come making up for each rounding (GPTQ, Algorithm 1).
+    """Quantise a matrix [out, in] column by column, compensating each rounding in the later columns (GPTQ, Algorithm 1).
 
-    gram: XXᵀ [in, in] of the inputs, up to a factor; group as in `quantize_rtn`, its levels chosen when the walk arrives,
-    from weights that already make up for the columns before (the released code misses those of the block at hand). Inputs
-    that are always zero lose their weights, as published. With a diagonal Gram this is round-to-nearest. Raises ValueError.
+    gram: XXᵀ [in, in] of the inputs, up to a factor; group as in `quantize_rtn`. Levels of a group are chosen when its first
+    column is reached, from weights that already compensate all columns before it (the released code leaves out those of the
+    current block). Inputs that are always zero lose their weights, as published. With a diagonal Gram matrix this is
+    round-to-nearest. Raises ValueError for bits or groups that do not exist.
     """
     check_levels(bits, group)
 
@@ -83,7 +84,7 @@ def gptq_matrix(
 def factors(layer: nn.Module) -> list[nn.Linear]:
     """The matrices of a layer in the order they are applied: itself, or the two linear children of a low-rank one.
 
-    Raises ValueError for anything else, and for a bias between factors, which the Gram of the latents leaves out.
+    Raises ValueError for anything else, and for a bias between factors, for which the Gram matrix of the latents has no place.
     """
     if type(layer) is nn.Linear:
         return [layer]
@@ -131,7 +132,7 @@ def gptq(
 
     ids: calibration tokens [samples, length]. Weights end on at most 2^bits levels per group, stored
     in the model's dtype: this saves no memory by itself (see `quantized_bytes`). A low-rank layer is quantised factor by
-    factor, the second one for the latents that the quantised first one makes: their Gram is V H Vᵀ. The given model stays
+    factor, the second one for the latents of the quantised first one, whose Gram matrix is V H Vᵀ. The given model stays
     intact, unless `inplace`. Raises ValueError, before any work, for bits, groups, ids or layers that cannot be used.
     """
     _check(model, bits, group)
@@ -149,10 +150,10 @@ def gptq(
 
 
 def quantized_bytes(model: nn.Module, bits: int = 4, group: int | None = None) -> int:
-    """Bytes that a model would need with the weights of its blocks packed; computed from shapes, meta tensors will do.
+    """Bytes that a model would need with the weights of its blocks packed, computed from shapes; meta tensors suffice.
 
     Counted per weight `bits`, and per group a float16 scale and a zero point of `bits`; all other parameters (embeddings,
-    head, norms, biases) as they are stored. No packed file is written here, and a real format may pad. Raises ValueError.
+    head, norms, biases) as they are stored. No packed file is written here, and a real format may pad.
     """
     _check(model, bits, group)
     total = count(model).bytes

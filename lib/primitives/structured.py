@@ -3,7 +3,7 @@
 A *neuron* is a row of every reader of an MLP (gate and up, or fc1) and the column of its writer. A *group* is a key head, its
 value head and the query heads that share them, with their columns of the writer; without grouped-query attention it is one
 head. Methods score such units and choose; this file cuts. Where the result is a stock architecture (equal widths, no new
-biases) it carries no record of edits, and plain transformers can load what is exported.
+biases) it carries no record of edits, and plain transformers can load the saved folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def separate_readers(anatomy: Anatomy) -> tuple[str, str, str]:
     readers = anatomy.family.attention.readers
     if len(readers) != 3:
         kind = anatomy.model.config.model_type
-        raise ValueError(f"{kind} keeps queries, keys and values in one matrix, whose heads are not cut here: prune neurons only")
+        raise ValueError(f"{kind} keeps queries, keys and values in one matrix, whose heads cannot be cut: prune neurons only")
     return readers
 
 
@@ -85,7 +85,7 @@ def kept_count(n: int, ratio: float) -> int:
 def keep_highest(scores: torch.Tensor, kept: int) -> torch.Tensor:
     """Sorted indices [kept] of the highest of the scores [n]; of equal ones the lower index stays.
 
-    Raises ValueError for scores that are NaN or infinite, and for a number that does not exist.
+    Raises ValueError for scores that are NaN or infinite, and for an impossible number.
     """
     if not torch.isfinite(scores).all():
         raise ValueError("scores hold NaN or infinity: score in float32 or bfloat16, and check the weights")
@@ -245,7 +245,7 @@ def remove_blocks(model: nn.Module, drop: Sequence[int], *, inplace: bool = Fals
 
 
 def in_order(sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Scores by which the first units go: which ones they are does not change a count."""
+    """Scores by which the first units go, for counting: the count does not depend on which units go."""
     return [torch.arange(float(n)) for n in sizes]
 
 
@@ -258,7 +258,7 @@ def shape_without_neurons(model: nn.Module, ratio: float) -> nn.Module:
 
 
 def describe(model: nn.Module) -> nn.Module:
-    """Let config and record of edits say what the model now is; returns the model.
+    """Write the present shape of a model into its config and its record of edits; returns the model.
 
     Equal widths go into the config, as does an equal number of groups where the stock class can express it. The rest is an
     edit: neurons and groups of every block, and the writers with a bias that the stock class does not have.

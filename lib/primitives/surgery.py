@@ -1,4 +1,4 @@
-"""Edits that change shapes: new linear layers and tables cut from old ones, and shells to build a smaller model in."""
+"""Edits that change shapes: new linear layers and tables cut from old ones, and copies of a model that share its tensors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def shell(model: nn.Module) -> nn.Module:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in another precision, in place, as transformers would load it in that one.
+    """The model in another precision, in place, as transformers would load it.
 
-    Buffers that are computed rather than saved keep theirs: rotary frequencies rounded to bfloat16 would turn the positions.
+    Buffers that are computed rather than saved keep their precision: rotary frequencies in bfloat16 would shift the positions.
     """
     saved = set(model.state_dict())
     computed = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
@@ -99,13 +99,13 @@ def parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
 def record_edit(model: nn.Module, **edit) -> None:
     """Note on the model what was done to it, in JSON values, so that `lib.models.checkpoint` can repeat it on shapes.
 
-    transformers' own `save_pretrained` would write a folder that reloads with random weights: it refuses from now on.
+    transformers' own `save_pretrained` would write a folder that reloads with random weights, so from now on it raises.
     """
     set_edits(model, [*getattr(model, "edits", []), edit])
 
 
 def set_edits(model: nn.Module, edits: list[dict]) -> nn.Module:
-    """Make `edits` the whole record of a model, which without any is stock again; returns the model."""
+    """Make `edits` the whole record of a model and return it; without edits it is a stock model again."""
     if edits:
         model.edits, model.save_pretrained = edits, _refuse_to_save
     else:

@@ -1,4 +1,4 @@
-"""Shapes of the papers' models and of those of the profiles, from their published configuration files: models without memory."""
+"""Shapes of the models of the papers and of the profiles, for models without memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-# The other models of the profiles, from their published configuration files too. (The table above is printed by a notebook.)
+# The other models of the profiles, from the same source. (A notebook prints the table above.)
 MORE_ARCHITECTURES = {
     "LLaMA-7B": _LLAMA_2_7B | dict(max_position_embeddings=2048, rms_norm_eps=1e-6),
     "SmolLM2-135M": _LLAMA_2_7B

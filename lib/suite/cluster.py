@@ -1,12 +1,12 @@
 """Runs on several machines, through a Dask scheduler: notebooks, one model each, and the cells that they finish.
 
 A worker executes a notebook for one of its models in a folder of its own, and reports every finished cell through the
-scheduler. The process that started the run owns the ledger and is the only one that writes it. If a worker is lost, Dask gives
-its notebook to another one, which finds the reported cells among its records and goes on from there. When a notebook's models
-are all done, one more run of it, on all models, puts tables and figures together from the ledger. Sections that do not belong
-to one model are computed in each of these runs, and the first to report counts.
+scheduler. Only the process that started the run writes the ledger. If a worker is lost, Dask gives its notebook to another
+one, which starts with the reported cells in its ledger. When a notebook's models are all done, one more run of it, on all
+models, makes tables and figures from the ledger. Sections that do not belong to one model are computed in each of these runs,
+and the first result is kept.
 
-Workers have one thread of Dask, for notebooks use the cores themselves. They and the scheduler need this very code and these
+Workers have one thread of Dask, because notebooks use the cores themselves. They and the scheduler need this very code and these
 package versions (a shared environment, or the same commit installed) and, for local models and data, the same paths.
 """
 
@@ -34,7 +34,7 @@ ENGINES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "s
 
 
 def distributed():
-    """The package, or an error that says how to get it."""
+    """The package dask.distributed, or an error with the command that installs it."""
     try:
         import dask.distributed as package
     except ModuleNotFoundError as error:
@@ -44,7 +44,7 @@ def distributed():
 
 @contextlib.contextmanager
 def connect(where: str) -> Iterator:
-    """A client of the scheduler at `where`, closed afterwards, as are clusters that this starts.
+    """A client of the scheduler at `where`; it and a cluster started here are closed afterwards.
 
     where: the address of a running scheduler (`tcp://host:8786`); `local` or `local:N` for N worker processes of this machine
     (default: one per core), one thread each; or a .yaml file for a queueing system (`queue_cluster`).
@@ -62,7 +62,7 @@ def connect(where: str) -> Iterator:
         elif where.endswith((".yaml", ".yml")):
             cluster, jobs = queue_cluster(where)
             where = stack.enter_context(cluster)
-            cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # a job that reached its time limit is asked for again
+            cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # a job that reached its time limit is submitted again
         try:
             client = stack.enter_context(package.Client(where, timeout=10, set_as_default=False))
         except (OSError, ValueError) as error:
@@ -72,10 +72,10 @@ def connect(where: str) -> Iterator:
 
 
 def queue_cluster(path: str | Path):
-    """The dask-jobqueue cluster that a .yaml file describes, and how many jobs to ask for.
+    """The dask-jobqueue cluster that a .yaml file describes, and the number of its jobs.
 
     The file has `engine` (slurm, pbs, lsf or sge), `jobs`, and `options`: arguments of that class of dask-jobqueue. One job is
-    one worker and runs one notebook at a time. Raises ValueError for another engine or options that the class refuses.
+    one worker and runs one notebook at a time. Raises ValueError for another engine or options that the class does not accept.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no cluster file {path}: see notebooks/params/clusters/slurm.yaml for one")
@@ -90,13 +90,13 @@ def queue_cluster(path: str | Path):
         options = {"cores": 1, "processes": 1} | found["options"]
         return getattr(dask_jobqueue, ENGINES[found["engine"]])(**options), int(found["jobs"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {found['engine']} refuses these options: {error}") from error
+        raise ValueError(f"{path}: {found['engine']} rejects these options: {error}") from error
 
 
 def reproduce_on(client, runs: Sequence[Run], force: bool = False) -> None:
     """`lib.suite.runs.reproduce` for all runs at once, on the workers of `client`.
 
-    A run that fails says so and does not stop the others; RunError when all have ended, if any failed.
+    A run that fails prints its error and does not stop the others; RunError when all have ended, if any failed.
     """
     engine = functools.partial(spread, client)
     with ThreadPoolExecutor(len(runs)) as pool:
@@ -104,7 +104,7 @@ def reproduce_on(client, runs: Sequence[Run], force: bool = False) -> None:
 
 
 def shards(parameters: dict) -> list[dict]:
-    """Parameters of the runs that can go on side by side: one per model. Empty if there is nothing to share out."""
+    """Parameters of the runs that can go on side by side: one per model. Empty if there is only one model."""
     models = parameters.get("models", [])
     return [parameters | {"models": [model]} for model in models] if len(models) > 1 else []
 
@@ -124,11 +124,12 @@ def spread(client, run: Run, partial: Path, ledger: Ledger) -> None:
         job |= {"topic": topic, "versions": versions()}
         return client.submit(work, job, list(ledger.records.values()), pure=False, key=f"{run.paper}-{uuid.uuid4().hex}")
 
+    # 1. Runs of single models, then the run on all of them; finished cells go to the ledger as they arrive.
     client.subscribe_topic(topic, lambda event: keep(json.loads(event[1])))
     try:
         for stage in (shards(run.parameters), [run.parameters]):
             outcomes = [outcome(future, run) for future in [submit(parameters) for parameters in stage]]
-            for found in outcomes:  # what the others found is kept before the first failure ends the run
+            for found in outcomes:  # before a failure ends the run, keep the results of the others
                 for record in [] if isinstance(found, RunError) else found[1]:
                     keep(record)
             for found in outcomes:
@@ -137,16 +138,17 @@ def spread(client, run: Run, partial: Path, ledger: Ledger) -> None:
             print(f"{run}: {len(ledger.records)} records in the ledger", flush=True)
     finally:
         with writing:
-            over.set()  # Dask keeps the handler, and a late event must not write into a ledger that is given back
+            over.set()  # Dask keeps the handler, and a late event must not write into a ledger that is no longer locked
         if client.status == "running":
             client.unsubscribe_topic(topic)
+    # 2. The files of the last run are the results.
     for name, data in outcomes[0][0].items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_bytes(data)
 
 
 def outcome(future, run: Run) -> tuple[dict[str, bytes], list[dict]] | RunError:
-    """What `work` returned once it has ended, or why it did not: a failed cell, workers lost one after another, no scheduler."""
+    """The result of `work` once it has ended, or the error: a failed cell, workers lost one after another, no scheduler."""
     try:
         return future.result()
     except RunError as error:
@@ -160,11 +162,12 @@ def versions() -> dict:
 
 
 def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
-    """On a worker: execute a notebook with `records` in its ledger; its files, and the records that were added.
+    """On a worker: execute a notebook with `records` in its ledger; returns its files and the added records.
 
     New records are also sent to `job["topic"]` as they appear, and those that a lost worker sent there are read first (the
-    scheduler remembers the last 1,000).
+    scheduler keeps the last 1,000).
     """
+    # 1. The worker must have one thread, the same versions and the data.
     package = distributed()
     worker = package.get_worker()
     if worker.state.nthreads != 1:
@@ -177,6 +180,7 @@ def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
     if job["data_dir"] and not Path(job["data_dir"]).is_dir():
         raise RunError(f"the worker {worker.address} has no folder {job['data_dir']}: put the data directory on a shared disk")
     os.environ["PARED_DATA_DIR"] = job["data_dir"]
+    # 2. A ledger of everything that is finished; then execute, and report new records.
     sent = [json.loads(event[1]) for event in package.get_client().get_events(job["topic"])]
     with tempfile.TemporaryDirectory() as place:
         # Named so that the notebook finds its ledger where `lib.suite.results.Results` looks for it.
@@ -190,7 +194,7 @@ def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
 
         def report(line: str) -> None:
             record = json.loads(line)
-            if record["key"] != content_key(record["settings"]):  # the kernel's library is not this process's
+            if record["key"] != content_key(record["settings"]):  # the kernel has another version of lib/ than this process
                 foreign.append(record["key"])
                 return
             added.append(record)
@@ -207,7 +211,7 @@ def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
 
 @contextlib.contextmanager
 def followed(path: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Calls `report` with every whole line that is added to a file while the block runs, within half a second."""
+    """Within the `with`, call `report` with every whole line that is added to a file, within half a second."""
     over = threading.Event()
 
     def follow() -> None:

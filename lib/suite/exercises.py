@@ -2,7 +2,7 @@
 
 Every check calls the function on tensors small enough to work out by hand and compares with a value found in another way:
 brute force, another decomposition, plain loops. The results of typical mistakes are computed too, so that a wrong answer
-gets the hint that belongs to it.
+gets a fitting hint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lib.primitives.checks import choose_one
 
 
 class Wrong(Exception):
-    """What to tell the learner."""
+    """The message for the learner."""
 
 
 def check(name: str, function: Callable) -> None:
@@ -32,7 +32,7 @@ def check(name: str, function: Callable) -> None:
 
 
 def answer(function: Callable, *args: object, parts: str = "") -> object:
-    """What `function` returns for copies of `args`, which it may overwrite. parts: names of what it returns, if several."""
+    """The result of `function` for copies of `args`, which it may overwrite. parts: names of its results, if several."""
     try:
         found = function(*copy.deepcopy(args))
     except Exception as error:
@@ -217,7 +217,7 @@ def tune_the_mask(function: Callable) -> None:
         "nothing is tuned: all multipliers are 1": torch.ones(2),
         "the weights do not enter: H = XᵀX ∘ WWᵀ": torch.linalg.solve(g[keep][:, keep], g[keep].sum(1)),
         "the activations do not enter: H = XᵀX ∘ WWᵀ": torch.linalg.solve(v[keep][:, keep], v[keep].sum(1)),
-        "this is m - 1, what the deleted neuron asks for; the kept ones ask for 1": right - 1,
+        "this is m - 1, the change that makes up for the deleted neuron; add 1": right - 1,
     }
     match("multipliers", answer(function, x, w, keep), right, mistakes)
 
@@ -230,12 +230,12 @@ def remove_one_neuron(function: Callable) -> None:
         stay = torch.arange(4) != i
         rest.append(torch.zeros(4, 4, dtype=torch.float64))
         rest[i][torch.outer(stay, stay)] = torch.linalg.inv(h[stay][:, stay]).flatten()
-    best = max(range(4), key=lambda i: g @ rest[i] @ g)  # what the others can still explain
+    best = max(range(4), key=lambda i: g @ rest[i] @ g)  # the output energy that the others can still explain
     gone, multipliers, updated = answer(function, q, m, parts="i, m, Q")
     mistakes = {
         "this one costs most; the cheapest goes": (m.square() / q.diagonal()).argmax(),
         "1/Q_ii alone ranks as if all multipliers were 1; the cost is m_i²/Q_ii": q.diagonal().argmax(),
-        "the multiplier alone does not say what the others can make up for; the cost is m_i²/Q_ii": m.abs().argmin(),
+        "the multiplier alone does not show how well the others can compensate; the cost is m_i²/Q_ii": m.abs().argmin(),
     }
     match("i", gone, torch.tensor(float(best)), mistakes)
     masked = m.clone()
@@ -272,10 +272,10 @@ def find_the_own_ratio(function: Callable) -> None:
 
     ratio, right = answer(function, gone, 0.4), (math.sqrt(2.04) - 0.2) / 2
     if len(asked) > 100:
-        raise Wrong(f"it asked for {len(asked)} sizes; each one is a model to count, and 30 halvings are enough")
+        raise Wrong(f"it counted {len(asked)} sizes; each count takes a model, and 30 halvings are enough")
     mistakes = {
-        "this is the wanted share itself, the reason why the exercise exists": 0.4,
-        "this is a straight line between the ends; ask again in the half that holds the answer": 0.5 / 1.2,
+        "this is the wanted share itself, not the ratio at which it is gone": 0.4,
+        "this is a straight line between the ends; go on in the half that holds the answer": 0.5 / 1.2,
         "this is the lower end: where too little is gone, the ratio must rise": 0.0,
         "this is the upper end: where too much is gone, the ratio must fall": 1.0,
     }

@@ -49,7 +49,7 @@ def consistency(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def deletion_losses(model: nn.Module, ids: torch.Tensor, neurons: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """True change of the mean next-token loss when one neuron alone is deleted: what a score stands in for.
+    """True change of the mean next-token loss when one neuron alone is deleted, which a score approximates.
 
     ids: [samples, tokens]; neurons: for every block those to try, one forward pass each. Result: [neurons of the block] each,
     float64.

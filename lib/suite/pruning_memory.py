@@ -1,8 +1,7 @@
-"""What pruning itself needs: peak memory and time of one method on a random Llama, in a process of its own.
+"""Peak memory and time of pruning by one method on a random Llama, in a process of its own.
 
-A process that has already worked holds memory from which the next method is served unseen, so every method gets a fresh one.
-Where the system can, it is forked from a server that has imported the libraries and done nothing else, which saves their
-three seconds each time.
+A process that has already worked holds free memory, and a method that uses it would seem to need less; so every method gets a
+fresh process. Where possible it is forked from a server that has only imported the libraries, which saves three seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lib.methods import METHODS, make, settings_of
 from lib.primitives.checks import choose_one
 from lib.suite.runs import end_with_parent
 
-ALL_GRADIENTS = "all gradients"  # LLM-Pruner's memory as its released code has it: one backward pass, every gradient kept
+ALL_GRADIENTS = "all gradients"  # as LLM-Pruner's released code needs memory: one backward pass, every gradient kept
 
 
 def measure(
@@ -64,7 +63,7 @@ def keep_all_gradients(model: nn.Module, ids: torch.Tensor) -> None:
 
 
 def prune_here(method: str, ratio: float, shape: dict, samples: int, length: int, settings: dict, threads: int) -> dict:
-    """What `measure` asks of the process that it starts."""
+    """`measure` without a process of its own."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
@@ -77,7 +76,7 @@ def prune_here(method: str, ratio: float, shape: dict, samples: int, length: int
         else:
             make(method, model, ids, ratio, inplace=True, **settings)
 
-    # The code of the kernels counts as resident memory once it has run, and it is not what a method needs.
+    # Run the kernels once: their code then counts as resident memory, and it is not the method's.
     keep_all_gradients(LlamaForCausalLM(model.config), ids[:1])
     start = time.perf_counter()
     peak = peak_memory(run)

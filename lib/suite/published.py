@@ -1,4 +1,4 @@
-"""Numbers that the papers print, so that every table can show theirs beside ours. Nothing here was measured by us."""
+"""Numbers printed in the papers, for tables that show them beside ours. None of them was measured by us."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ AFR_TABLE_4 = {
     0.5: {"params": 5.21e9, "vram_gb": 10.42, "ms_per_sample": 14.64},
 }
 
-# Xu et al., arXiv 2501.15255 (COMP), LLaMA-2-7B at 20 %, from the abstract; no table of the paper was at hand. Whether the gain
-# over LLM-Pruner is in points or relative, and how memory was metered, the abstract does not say.
+# Xu et al., arXiv 2501.15255 (COMP), LLaMA-2-7B at 20 %, from the abstract; no table of the paper was available. Whether the gain
+# over LLM-Pruner is in points or relative, and how memory was measured, is not stated.
 COMP_GAIN_PERCENT = 6.13
 COMP_MEMORY_SAVED = 0.80

@@ -1,4 +1,4 @@
-"""Running a paper's notebook into `results/`: resumable, one run at a time, the new results whole or not at all."""
+"""Run a paper's notebook into `results/`: resumable, one run at a time, and results are replaced only by complete ones."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ import nbformat
 
 from lib.suite.results import Ledger
 
-PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # where a warning's file lies on this machine
+PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # the folder of a warning's file on this machine
 
 LINK = re.compile(r"\]\(([^):#\s][^):\s]*)\)")  # in Markdown, to a file
 
 
 class RunError(Exception):
-    """A run that ended without results; the message says why and what is left of it."""
+    """A run that ended without results; the message gives the reason and what is kept."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Run:
         return f"{self.paper} ({self.profile})"
 
 
-# Executes a run into a folder; finished cells go to the ledger, which the engine may read and, if the kernel does not, write.
+# Executes a run into a folder; finished cells go to the ledger, which the engine may read, and writes if the kernel does not.
 Engine = Callable[[Run, Path, Ledger], None]
 
 
@@ -78,8 +78,8 @@ def reproduce(run: Run, force: bool = False, engine: Engine | None = None) -> No
 def reproduce_all(runs: Sequence[Run], force: bool = False, jobs: int = 1) -> None:
     """`reproduce` for all runs, `jobs` of them side by side: each in a process of its own, on one thread.
 
-    One after another, the first RunError ends it. Side by side, a run that fails says so and does not stop the others; RunError
-    when all have ended, if any failed.
+    One after another, the first RunError ends them. Side by side, a run that fails prints its error and does not stop the others;
+    RunError when all have ended, if any failed.
     """
     jobs = min(jobs, len(runs))
     if jobs <= 1:
@@ -98,7 +98,7 @@ def _one_of_several() -> None:
 
 
 def end_with_parent() -> None:
-    """This process ends when the one that started it does, whatever ends that: a pool's own process would wait for ever."""
+    """End this process when the one that started it ends, even if killed: a pool's process would otherwise wait for ever."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -125,12 +125,12 @@ def raise_failures(outcomes: Iterable[RunError | None]) -> None:
 
 def _reproduce(run: Run, force: bool, engine: Engine) -> None:
     cells = nbformat.read(run.notebook, as_version=4).cells
-    # Settings identify a ledger cell, but a notebook's own code decides what they mean: other code, another ledger.
+    # A ledger cell is identified by its settings, whose meaning depends on the notebook's code: other code, another ledger.
     opened = {"opened": run.paper, "code": [cell.source for cell in cells if cell.cell_type == "code"]}
     if force or (run.ledger_file.is_file() and opened not in Ledger(run.ledger_file)):
         run.ledger_file.unlink(missing_ok=True)
     complete = {"run": run.paper, "parameters": run.parameters, "files": local_state(run.parameters)}
-    # Where it ran is part of it: what another engine made is run again here, and cells that depend on threads measured again.
+    # The engine is part of the key: results from a cluster are computed again here, because timings depend on where they ran.
     complete |= {"text": [cell.source for cell in cells], "engine": getattr(engine, "func", engine).__name__}
     ledger = Ledger(run.ledger_file)
     if complete in ledger and (run.target / "manifest.json").is_file():
@@ -138,7 +138,7 @@ def _reproduce(run: Run, force: bool, engine: Engine) -> None:
         return
     if opened not in ledger:
         ledger.append(opened, "opened", 0)
-    # Work in a folder of its own and swap at the end: earlier results stay whole until the new ones are.
+    # Work in a folder of its own and swap at the end: earlier results stay until the new ones are complete.
     partial = run.target.with_name(f"{run.paper}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -160,7 +160,7 @@ def here(run: Run, partial: Path, ledger: Ledger) -> None:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Where a notebook prints: lines start with a label: several notebooks may write to it at once."""
+    """Output of a notebook whose lines start with a label, because several notebooks may print at once."""
 
     label: str
     out: object
@@ -202,7 +202,7 @@ def execute(notebook: Path, parameters: dict, profile: str, folder: Path, place:
 
 
 def relink(path: Path) -> None:
-    """Links of an executed notebook, written for `notebooks/`: from `results/<profile>/<paper>/` to the same files."""
+    """Make the links of an executed notebook, which are relative to `notebooks/`, relative to `results/<profile>/<paper>/`."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -211,7 +211,7 @@ def relink(path: Path) -> None:
 
 
 def tidy(path: Path) -> None:
-    """Take out of an executed notebook what says where and when it ran rather than what it found."""
+    """Remove from an executed notebook where and when it ran."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)

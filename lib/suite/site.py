@@ -1,7 +1,7 @@
 """A static site, made of executed notebooks and of the tables and figures beside them.
 
-Nothing is computed here and nothing is loaded from a network by the site: formulas are converted to MathML, which browsers
-draw themselves. Every table and figure carries the command and the commit that made it, as its manifest records them.
+Nothing is computed here, and the pages load nothing from a network: formulas are converted to MathML, which browsers
+display. Every table and figure carries the command and the commit that made it, as its manifest records them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Executed:
 
     @property
     def command(self) -> str:
-        """What to type for the same run; a custom one lists all of its parameters."""
+        """The command for the same run; that of a custom one lists all of its parameters."""
         profile = self.manifest["profile"].removesuffix("-custom")
         words = ["invoke", "reproduce", "--profile", profile, "--paper", self.manifest["paper"]]
         if self.manifest["profile"].endswith("-custom"):
@@ -93,7 +93,7 @@ def find_runs(results: Path) -> list[Executed]:
 
 
 def read_run(folder: Path) -> Executed:
-    """The run in `results/<profile>/<paper>`; ValueError, with the command that mends it, where it is incomplete."""
+    """The run in `results/<profile>/<paper>`; ValueError, with the command that makes it again, if it is incomplete."""
     profile, paper = folder.parts[-2:]
     again = f"`invoke reproduce --profile {profile.removesuffix('-custom')} --paper {paper}`"
     notebook = folder / f"{paper}.ipynb"
@@ -107,15 +107,15 @@ def read_run(folder: Path) -> Executed:
     except (json.JSONDecodeError, nbformat.reader.NotJSONError) as error:
         raise ValueError(f"the manifest or the notebook in {folder} is damaged ({error}): {again} makes them new") from error
     if missing:
-        raise ValueError(f"{folder}/manifest.json says nothing of {', '.join(sorted(missing))}: {again} makes it new")
+        raise ValueError(f"{folder}/manifest.json lacks {', '.join(sorted(missing))}: {again} makes it new")
     return run
 
 
 class Renderer(IPythonRenderer):
     """Markdown of a notebook to HTML that needs no script: formulas as MathML, links to code as pages below `code`.
 
-    `papers` are the notebooks whose pages are neighbours of this one. Where a file has no page the words remain: slides travel
-    alone, code can have moved since the run, and a profile need not run every notebook.
+    `papers` are the notebooks whose pages are neighbours of this one. A link to a file without a page becomes plain text: slides
+    are used alone, code can have moved since the run, and a profile may leave out notebooks.
     """
 
     code, papers = "", frozenset()
@@ -139,7 +139,7 @@ class Renderer(IPythonRenderer):
 
 
 class Words:
-    """What the two exporters below share: how Markdown is read."""
+    """How exporters of pages and of slides convert Markdown."""
 
     code, papers = "", frozenset()
 
@@ -155,7 +155,7 @@ class NotebookPage(Words, HTMLExporter):
 
 
 def page(title: str, body: str, up: str = "../../") -> str:
-    """A whole HTML page; `up` is the way from its folder to the root of the site."""
+    """A whole HTML page; `up` is the relative path from its folder to the root of the site."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -165,7 +165,7 @@ def page(title: str, body: str, up: str = "../../") -> str:
 
 
 def facts(run: Executed, packages: bool = True) -> str:
-    """What the manifest says of how a run was made; the date is that of its commit, if git knows it."""
+    """How a run was made, from its manifest; the date is that of its commit, if it is in the git history."""
     manifest, machine = run.manifest, run.manifest["machine"]
     words = ["git", "show", "-s", "--format=%cs", run.commit.split()[0]]
     date = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
@@ -185,7 +185,7 @@ def facts(run: Executed, packages: bool = True) -> str:
 
 
 def made_by(run: Executed, path: Path) -> str:
-    """The line below a table or figure: command and commit, and a warning if the file is not the one that the run wrote."""
+    """The line below a table or figure: command and commit, and a warning if the file has changed since the run."""
     name = path.relative_to(run.folder).as_posix()
     same = run.manifest["files"].get(name) == hashlib.sha256(path.read_bytes()).hexdigest()
     warning = "" if same else " <strong>Changed after the run: its hash is not the manifest's.</strong>"
@@ -193,7 +193,7 @@ def made_by(run: Executed, path: Path) -> str:
 
 
 def sortable(path: Path) -> str:
-    """A csv file as a sortable HTML table: values rounded for the eye, whole in the title and for the sorting."""
+    """A csv file as a sortable HTML table: values are shown rounded, and in full in the title and for sorting."""
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
 
@@ -216,7 +216,7 @@ def sortable(path: Path) -> str:
 
 
 def note(path: Path) -> str:
-    """The words below the table in a Markdown file, nothing where it has none or is not there."""
+    """The text below the table in a Markdown file; empty without text or file."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return " ".join(line for line in lines if not line.startswith("|")).strip()
 
@@ -308,7 +308,7 @@ def style() -> str:
 def build_site(results: str | Path, out: str | Path) -> Path:
     """Write the site of every complete run below `results` into the folder `out`. Returns its index page.
 
-    Raises ValueError, before anything is written, where there is nothing or only something damaged to build from.
+    Raises ValueError, before anything is written, if there is no run or a damaged one.
     """
     out = Path(out)
     runs = find_runs(Path(results))

@@ -45,8 +45,8 @@ def slide_cells(run: Executed) -> list[nbformat.NotebookNode]:
     """The cells of a notebook as slides, each marked with its slide type.
 
     A `#` or `##` heading starts a slide. Stacked below it: the text under a `###` heading, every other text cell, and every
-    code cell that shows a table or a figure. Printed lines stay on the slide before them, those that only report progress are
-    left out. Code is not shown, and the exercises at the end, which are made of it, are left out.
+    code cell that shows a table or a figure. Printed lines stay on the slide before them. Left out are lines of
+    progress, code, and the exercises at the end.
     """
     cells = []
     for cell in itertools.takewhile(lambda cell: not EXERCISES.match(cell.source), run.notebook.cells):
@@ -78,9 +78,9 @@ def build_slides(folder: str | Path, site: str | Path, reveal: str | Path = "") 
     """Write the run in `folder`, `results/<profile>/<paper>`, as reveal.js slides into `slides` of a site. Returns the page.
 
     reveal: an unpacked reveal.js 4 or 5, which is copied beside the slides; without it the page loads nbconvert's version of
-    reveal.js from a content network when it is opened.
+    reveal.js from the internet when it is opened.
 
-    Raises ValueError where there is no complete run, or where `reveal` is not reveal.js.
+    Raises ValueError if there is no complete run, or if `reveal` is not reveal.js.
     """
     run, site = read_run(Path(folder)), Path(site)
     if reveal and not (Path(reveal) / "dist" / "reveal.js").is_file():

@@ -1,8 +1,8 @@
-"""Trains the two embedded workshop models on wiki-a, so that their whole history can be rerun from this file.
+"""Trains the two embedded workshop models on wiki-a.
 
 `train_workshop_models` writes plain Hugging Face folders (bf16 safetensors, config, tokenizer, manifest, model card)
-under `lib/assets/`. Matrices inside the blocks are trained with Muon, everything else with AdamW: on this little text
-Muon reaches a lower loss in the same time, and it spreads the singular values, so that the weights are used.
+under `lib/assets/`. Matrices inside the blocks are trained with Muon, everything else with AdamW: on so little text
+Muon reaches a lower loss in the same time, and its matrices have less unequal singular values.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Recipe:
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 2,048 entries: every byte string can be encoded, nothing is unknown."""
+    """Byte-level BPE with 2,048 entries: every byte string can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,9 +111,9 @@ def optimizers(model, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def add_dropout(model, p: float) -> list:
-    """Drop entries of the embedding output and of what attention and MLP write, while training; returns the hooks.
+    """Drop entries of the outputs of embeddings, attention and MLP, while training; returns the hooks.
 
-    Many passes over so little text memorise it otherwise. Attention keeps its fused kernel.
+    Without dropout, many passes over so little text would memorise it. Attention keeps its fused kernel.
     """
 
     def drop(module, inputs, output):
@@ -150,6 +150,7 @@ def train(model, train_ids: torch.Tensor, validation: torch.Tensor, recipe: Reci
     queue: list[torch.Tensor] = []
     model.train()
     for step in range(recipe.steps + 1):
+        # 1. Every few steps: validate, keep the best weights, stop without progress.
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
             value = validation_loss(model, validation)
             curve.append({"step": step, "validation_loss": round(value, 4), "seconds": round(time.time() - start, 1)})
@@ -161,11 +162,13 @@ def train(model, train_ids: torch.Tensor, validation: torch.Tensor, recipe: Reci
                 break
         if step == recipe.steps:
             break
+        # 2. A batch; all windows again, from another offset and in another order, when there is none left.
         if len(queue) < 1:
             offset = int(torch.randint(CONTEXT, (1,), generator=generator))
             blocks = windows(train_ids[offset:], CONTEXT)
             order = torch.randperm(len(blocks), generator=generator)
             queue = [b for b in blocks[order].split(recipe.batch) if len(b) == recipe.batch]
+        # 3. One step of both optimizers.
         for opt, rates in zip(opts, base, strict=True):
             for group, lr in zip(opt.param_groups, rates, strict=True):
                 group["lr"] = lr * rate(step, recipe)
@@ -181,7 +184,7 @@ def train(model, train_ids: torch.Tensor, validation: torch.Tensor, recipe: Reci
     return curve
 
 
-# Runs on the same corpus before the recipe was fixed: what was tried and what it reached (nats per token).
+# Runs on the same corpus before the recipe was fixed, with their validation loss in nats per token.
 TRIED = [
     {"model": "wiki-a-llama", "settings": "AdamW 3e-3, batch 32, no dropout", "step": 200, "validation_loss": 4.87},
     {"model": "wiki-a-llama", "settings": "Muon 0.02, batch 32, no dropout", "step": 200, "validation_loss": 4.54},
