@@ -25,7 +25,7 @@ def magnitude_matrix(weight: torch.Tensor, sparsity: Sparsity = (2, 4)) -> torch
 def prune(model: nn.Module, sparsity: Sparsity = (2, 4), *, inplace: bool = False) -> nn.Module:
     """Prune every linear layer of the blocks by magnitude, without any data.
 
-    Sparsity, result and errors are those of `lib.baselines.sparsegpt.prune`.
+    Sparsity, result and errors are those of `lib.primitives.layerwise.pruning`.
     """
     check_prunable(model, sparsity)
 

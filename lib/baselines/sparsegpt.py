@@ -7,13 +7,10 @@ affordable (section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import nn
 
-from lib.primitives.layerwise import GRAM, check_prunable, pruning, rebuild
+from lib.primitives.layerwise import GRAM, pruning
 from lib.primitives.linalg import Sparsity, check_sparsity, fix_columns, inverse_factor, keep_mask
 from lib.primitives.surgery import linear
 
@@ -46,23 +43,4 @@ def remake(sparsity: Sparsity, layer: nn.Linear, gram: torch.Tensor) -> nn.Linea
     return linear(sparsegpt_matrix(layer.weight, gram, sparsity), layer.bias, like=layer.weight)
 
 
-def prune(
-    model: nn.Module,
-    ids: torch.Tensor,
-    sparsity: Sparsity = (2, 4),
-    inplace: bool = False,
-    progress: Callable | None = None,
-) -> nn.Module:
-    """Prune every linear layer of the blocks with SparseGPT, block after block; biases, norms, embeddings and head stay.
-
-    ids: calibration tokens [samples, length]. sparsity: (n, m) keeps n of m consecutive weights of a row (the paper's 2:4 and
-    4:8), a fraction removes that share of each matrix. The result is a stock model with zeros, which plain transformers
-    loads once it is exported. Stored dense, as here, it saves no memory and no time: that takes a sparse format and kernels
-    for it. The given model stays intact, unless `inplace`. Raises ValueError, before any work, for a sparsity that
-    does not fit, for ids that cannot be used and for models that are not dense.
-    """
-    check_prunable(model, sparsity)
-    return rebuild(model, ids, GRAM, partial(remake, sparsity), inplace=inplace, progress=progress)
-
-
-sweep, on_disk = pruning(GRAM, prune, remake)
+prune, sweep, on_disk = pruning(GRAM, remake)

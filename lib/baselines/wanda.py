@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.checks import check_share
-from lib.primitives.layerwise import SQUARES, check_prunable, pruning, rebuild
+from lib.primitives.layerwise import SQUARES, pruning
 from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
 from lib.primitives.moments import walk
 from lib.primitives.structured import remove_neurons, uniform
@@ -33,23 +32,8 @@ def remake(sparsity: Sparsity, layer: nn.Linear, squared_norms: torch.Tensor) ->
     return linear(wanda_matrix(layer.weight, squared_norms, sparsity), layer.bias, like=layer.weight)
 
 
-def prune(
-    model: nn.Module,
-    ids: torch.Tensor,
-    sparsity: Sparsity = (2, 4),
-    inplace: bool = False,
-    progress: Callable | None = None,
-) -> nn.Module:
-    """Prune every linear layer of the blocks with Wanda, block after block.
-
-    Arguments, result and errors are those of `lib.baselines.sparsegpt.prune`. Only one number per input channel is
-    accumulated, so this runs where a Gram matrix would not fit.
-    """
-    check_prunable(model, sparsity)
-    return rebuild(model, ids, SQUARES, partial(remake, sparsity), inplace=inplace, progress=progress)
-
-
-sweep, on_disk = pruning(SQUARES, prune, remake)
+# Only one number per input channel is accumulated, so this runs where a Gram matrix would not fit.
+prune, sweep, on_disk = pruning(SQUARES, remake)
 
 
 # --- whole neurons (Wanda-sp) --------------------------------------------------------------------------------------------

@@ -149,12 +149,28 @@ class Pattern:
     pattern: str = ""  # like 2:4, which keeps 2 of 4 consecutive weights; empty: the share given by the ratio
 
 
-def pruning(statistic: Statistic, prune: Callable, remake: Callable) -> tuple[Callable, Callable]:
-    """(sweep, on_disk) of a method that sets weights to zero: in memory, and as a walk over a model on disk."""
+def pruning(statistic: Statistic, remake: Callable) -> tuple[Callable, Callable, Callable]:
+    """(prune, sweep, on_disk) of a method that sets weights of every linear layer of the blocks to zero, block after block.
 
-    def sweep(model, ids, ratios, settings=None, progress=None, inplace=False) -> Iterator[tuple[float, nn.Module]]:
+    remake: (sparsity, layer, statistic of its inputs) -> the pruned layer.
+    """
+
+    def prune(
+        model: nn.Module, ids: torch.Tensor, sparsity: Sparsity = (2, 4), inplace: bool = False, progress: Callable | None = None
+    ) -> nn.Module:
+        """The pruned model, on calibration tokens ids [samples, length]; biases, norms, embeddings and head stay.
+
+        sparsity: (n, m) keeps n of m consecutive weights of a row (2:4, 4:8), a fraction removes that share. The result is a
+        stock model with zeros. Stored dense, as it is here, it saves no memory and no time: that takes a sparse format and
+        kernels for it. The given model stays intact, unless `inplace`. Raises ValueError, before any work, for a sparsity that
+        does not fit, for ids that cannot be used and for models that are not dense.
+        """
+        check_prunable(model, sparsity)
+        return rebuild(model, ids, statistic, partial(remake, sparsity), inplace=inplace, progress=progress)
+
+    def sweep(model, ids, ratios, settings=Pattern(), progress=None, inplace=False) -> Iterator[tuple[float, nn.Module]]:
         """(ratio, model with that share of the weights of every matrix at zero) for every ratio."""
-        found = [sparsity(ratio, (settings or Pattern()).pattern) for ratio in ratios]
+        found = [sparsity(ratio, settings.pattern) for ratio in ratios]
         return ((ratio, prune(model, ids, share, inplace, progress)) for ratio, share in zip(ratios, found, strict=True))
 
     def on_disk(model, ids, ratio, settings, note) -> LayerWalk:
@@ -162,7 +178,7 @@ def pruning(statistic: Statistic, prune: Callable, remake: Callable) -> tuple[Ca
         check_prunable(model, share)
         return LayerWalk(ResidualStream(model, ids), statistic, partial(remake, share))
 
-    return sweep, on_disk
+    return prune, sweep, on_disk
 
 
 def _measure(stream: ResidualStream, block: int, statistic: Statistic) -> list[tuple[tuple[str, ...], torch.Tensor]]:
