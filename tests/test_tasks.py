@@ -13,6 +13,7 @@ import pytest
 from invoke import Exit
 
 import tasks
+from lib.methods import METHODS
 from lib.suite.profiles import read_profile
 from lib.suite.runs import local_state, relink, tidy
 
@@ -274,3 +275,25 @@ def test_task_list_is_readable():
 def test_former_names_of_papers_are_still_taken():
     assert tasks.papers_of("workshop", "structured_afr") == tasks.papers_of("workshop", "afr") == ["afr"]
     assert tasks.papers_of("workshop", "on_device_pruning") == ["comp"]
+
+
+def test_a_mistake_of_the_user_is_one_line_and_one_of_the_program_a_traceback():
+    def fail(error):
+        raise error
+
+    with pytest.raises(Exit, match="no such ratio") as mended:
+        tasks.checked(lambda: fail(ValueError("no such ratio")))
+    assert mended.value.code == 2
+    for error in (TypeError("unsupported operand"), KeyError("name"), AttributeError("no attribute")):
+        with pytest.raises(type(error)):
+            tasks.checked(lambda error=error: fail(error))
+
+
+def test_every_method_is_listed_with_its_settings(capsys):
+    tasks.methods.body(None)
+    said = capsys.readouterr().out
+    for name, method in METHODS.items():
+        assert f"{name}: removes {method.removes} ({method.paper}; needs {method.needs})" in said
+    assert "--set takes preset, aggregation, vector" in said  # afr
+    assert said.count("runs with --streamed") == 4
+    assert "--set takes nothing" in said  # plain SVD
