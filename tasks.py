@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -169,10 +170,14 @@ def list_profiles(c, data_dir=""):
     from lib.suite.profiles import overview, read_profile
 
     device = "A100" if torch.cuda.is_available() else "CPU"
-    for name in profiles():
+
+    def show(name: str) -> None:
         profile = read_profile(PROFILES / f"{name}.yaml")
         parameters = {paper: full_parameters(paper, name) for paper in profile.papers}
         print("\n".join(overview(profile, parameters, device, bool(data_dir))))
+
+    for name in profiles():
+        checked(functools.partial(show, name))
 
 
 @task(
@@ -183,7 +188,7 @@ def list_profiles(c, data_dir=""):
     }
 )
 def plan(c, profile, gpu="A100", tflops=0.0):
-    """Count what a run would do, from configuration files and shapes alone, without weights or network."""
+    """Count what a run would do, from its parameters, shapes and the committed runs, without weights or network."""
     from lib.suite.profiles import DEVICES, read_profile, report
 
     choose("profile", profile, profiles())
@@ -280,15 +285,16 @@ def compress(
 ):  # fmt: skip
     """Compress a model and save it as a folder for evaluate and generate (with slicegpt-stock: for any runtime)."""
     from lib.compress import compress as compress_model
+    from lib.compress import with_saved_widths
     from lib.evaluation.text import Calibration
-    from lib.methods import method_named
+    from lib.methods import settings_of
     from lib.models.load import positions_of
 
     settings = named_values(set or [])
 
     def work():
         use_data_dir(data_dir)
-        method_named(method)
+        settings_of(method, with_saved_widths(method, settings))  # before they become arguments beside those of `compress`
         draw = Calibration(corpus, samples, length or min(2048, positions_of(model)), seed)
         return compress_model(model, out, method, ratio, draw, device, dtype, streamed, **settings)
 

@@ -29,9 +29,9 @@ LENGTH, REPEATS = 2048, 3
 
 
 @torch.no_grad()
-def plain(model: nn.Module, stream: torch.Tensor, limit: int) -> float:
+def plain(model: nn.Module, tokens: torch.Tensor, limit: int) -> float:
     losses = [
-        F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:]) for ids in windows(stream, LENGTH)[:limit]
+        F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:]) for ids in windows(tokens, LENGTH)[:limit]
     ]
     return math.exp(statistics.fmean(loss.item() for loss in losses))
 
@@ -39,11 +39,11 @@ def plain(model: nn.Module, stream: torch.Tensor, limit: int) -> float:
 def main(name: str = "gemma-3-270m", limit: int = 2, corpus: str = "wiki-a") -> None:
     model, tokenizer = load(name)
     small = cast(copy.deepcopy(model), torch.bfloat16)
-    stream = tokens_of(load_corpus(corpus, "test"), tokenizer)
+    tokens = tokens_of(load_corpus(corpus, "test"), tokenizer)
     ways: dict[str, Callable[[], float]] = {
-        "plain, float32": lambda: plain(model, stream, limit),
-        "ours, float32": lambda: perplexity(model, stream, LENGTH, limit, batch=1).perplexity,
-        "ours, bfloat16": lambda: perplexity(small, stream, LENGTH, limit, batch=1).perplexity,
+        "plain, float32": lambda: plain(model, tokens, limit),
+        "ours, float32": lambda: perplexity(model, tokens, LENGTH, limit, batch=1).perplexity,
+        "ours, bfloat16": lambda: perplexity(small, tokens, LENGTH, limit, batch=1).perplexity,
     }
     seconds, found = {way: [] for way in ways}, {}
     for _ in range(REPEATS):

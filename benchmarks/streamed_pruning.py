@@ -5,7 +5,7 @@
 A random bfloat16 Llama in the shape of TinyLlama 1.1B is written to a temporary folder block by block. Each method then removes
 20 % in a process of its own. *peak* is the largest resident memory of the process (Linux, VmHWM) above that of Python with
 torch imported. What LLM-Pruner needs only while it loads the whole model is not counted. Values are random, because they do
-not change the memory. LLM-Pruner's gradients are streamed, one matrix at a time, which is already less than in the original,
+not change the memory. LLM-Pruner's gradients are freed one matrix at a time, which is already less than in the original,
 where all gradients are in memory at once, as large as another copy of the weights.
 """
 

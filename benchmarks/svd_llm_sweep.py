@@ -128,9 +128,9 @@ def workshop_model() -> None:
     ids = sample_blocks(load_corpus("wiki-a"), tokenizer, 128, 256, torch.Generator().manual_seed(0))
     print("(b) wiki-a-llama, 128 x 256 tokens; median of 3:")
     compare(model, ids, repeats=3)
-    stream = tokens_of(load_corpus("wiki-a", "test"), tokenizer)
+    tokens = tokens_of(load_corpus("wiki-a", "test"), tokenizer)
     for ratio, small in sweep(model, ids, RATIOS):
-        ours, theirs = (perplexity(m, stream, 256, 64).perplexity for m in (small, literal_svd_llm(model, ids, ratio)))
+        ours, theirs = (perplexity(m, tokens, 256, 64).perplexity for m in (small, literal_svd_llm(model, ids, ratio)))
         print(f"  {ratio:.0%}: perplexity ours {ours:.3f}, literal {theirs:.3f}")
 
 

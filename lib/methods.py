@@ -30,14 +30,16 @@ from lib.baselines import (
 )
 from lib.papers import afr, comp, slicegpt, svd_llm
 from lib.primitives import layerwise, low_rank
-from lib.primitives.checks import choose_one
+from lib.primitives.checks import check_inplace, check_share, choose_one
 from lib.primitives.structured import shape_without_neurons
 
 # What a ratio is a share of.
 OF_BLOCKS = "the blocks' parameters"  # the ratio is the size itself, so no search is needed for an equal size
 OF_MATRICES = "the matrices' parameters"
 OF_NEURONS = "the FFN neurons"
-OF_UNITS = "the units that compete"
+OF_INNER = "the neurons and groups of every inner block"
+OF_COMPETING = "the parameters of the units that compete"
+OF_HALVES = "the parameters of every attention, and of the neurons of every FFN"
 OF_STREAM = "the stream's directions"
 OF_WEIGHTS = "the weights"
 
@@ -113,7 +115,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "slicegpt-global", slicegpt.global_sweep, slicegpt.Rounding, "directions of the residual stream, the same everywhere",
-            OF_STREAM, TEXT, _ABLATED, ANYWHERE,
+            OF_STREAM, TEXT, _ABLATED, ANYWHERE, consumes=True,
         ),
         _ranks("svd-llm", svd_llm.sweep, svd_llm.Settings, TEXT, "SVD-LLM, arXiv 2403.07378", on_disk=svd_llm.on_disk),
         _ranks("svd", svd.sweep, NoSettings, NOTHING, "plain SVD"),
@@ -124,7 +126,7 @@ METHODS: dict[str, Method] = {
         neuron_method("afr", afr.sweep, afr.Settings, GRADIENTS, "Structured AFR, Kobayashi et al. 2025", presets=afr.PRESETS,
             consumes=True),
         Method(
-            "llm-pruner", llm_pruner.sweep, llm_pruner.Settings, "FFN neurons and groups of heads of the inner blocks", OF_UNITS,
+            "llm-pruner", llm_pruner.sweep, llm_pruner.Settings, "FFN neurons and groups of heads of the inner blocks", OF_INNER,
             GRADIENTS, "LLM-Pruner, arXiv 2305.11627", THIS_SUITE, llm_pruner.shape, consumes=True,
         ),
         Method(
@@ -141,11 +143,11 @@ METHODS: dict[str, Method] = {
         ),
         neuron_method("cfsp", cfsp.sweep, cfsp.Settings, TEXT, "CFSP, arXiv 2409.13199"),
         Method(
-            "flap", flap.sweep, flap.Settings, "FFN neurons and groups of heads", OF_UNITS, TEXT, "FLAP, arXiv 2312.11983",
+            "flap", flap.sweep, flap.Settings, "FFN neurons and groups of heads", OF_COMPETING, TEXT, "FLAP, arXiv 2312.11983",
             THIS_SUITE, flap.shape,
         ),
         Method(
-            "lorap", lorap.sweep, lorap.Settings, "ranks of attention, FFN neurons", OF_UNITS, TEXT, "LoRAP, arXiv 2404.09695",
+            "lorap", lorap.sweep, lorap.Settings, "ranks of attention, FFN neurons", OF_HALVES, TEXT, "LoRAP, arXiv 2404.09695",
             THIS_SUITE, lorap.shape,
         ),
         neuron_method("wanda-sp", wanda.sweep_neurons, NoSettings, TEXT, "Wanda-sp, arXiv 2312.11983"),
@@ -185,6 +187,8 @@ def settings_of(name: str, values: Mapping[str, object]) -> object:
     types_ = typing.get_type_hints(method.settings)
     for key, value in values.items():
         choose_one(f"setting of {name}", key, known)
+        if value is None and getattr(start, key) == "":
+            value = values[key] = ""  # `--set layout=` in YAML
         if not _fits(value, types_[key]):
             raise ValueError(
                 f"{key} of {name} is {value!r}: give {_in_words(types_[key])}, as in --set {key}={getattr(start, key)}"
@@ -228,8 +232,9 @@ def sweep(
     be used up, which saves memory; for one ratio. Raises ValueError as `settings_of` and the method do.
     """
     method, settings = method_named(name), settings_of(name, values)
-    if inplace and len(ratios) != 1:
-        raise ValueError("working in place consumes the dense model: give exactly one ratio")
+    check_inplace(inplace, ratios)
+    for ratio in ratios:
+        check_share(ratio)
     options = {"inplace": True} if inplace and method.consumes else {}
     return method.sweep(model, ids, ratios, settings, progress, **options)
 

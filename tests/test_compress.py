@@ -59,7 +59,7 @@ def test_the_common_work_is_done_once(method, monkeypatch):
     assert len(calls) == (2 if method == "llm-pruner" else 1)  # LLM-Pruner scores neurons and groups
 
 
-@pytest.mark.parametrize("method", ONCE)
+@pytest.mark.parametrize("method", METHODS)
 def test_bad_ratios_fail_before_the_work(method, monkeypatch):
     def work(*_, **__):
         raise AssertionError("a model ran, or a matrix was decomposed")
@@ -67,7 +67,7 @@ def test_bad_ratios_fail_before_the_work(method, monkeypatch):
     monkeypatch.setattr(torch.nn.Linear, "forward", work)
     monkeypatch.setattr(torch.linalg, "eigh", work)
     with pytest.raises(ValueError, match=r"1\.5"):
-        next(sweep(method, tiny("llama"), token_ids(), [0.2, 1.5]))
+        sweep(method, tiny("llama"), token_ids(), [0.2, 1.5])
 
 
 def test_unknown_settings_are_named():
@@ -95,7 +95,21 @@ def test_values_of_another_type_are_refused_with_an_example(method, name, value,
         settings_of(method, {name: value})
 
 
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("afr", {"loss": "l3"}), ("afr", {"features": "some"}), ("afr", {"view": "side"}), ("afr", {"scores": []}),
+        ("afr", {"batch": 0}), ("afr", {"attention": 2.0}), ("cfsp", {"multiple": 0}), ("magnitude-neurons", {"order": 3}),
+        ("sparsegpt", {"pattern": "5:4"}), ("wanda", {"pattern": "half"}), ("slicegpt-stock", {"round_interval": 0}),
+    ],
+)  # fmt: skip
+def test_records_refuse_impossible_values(method, values):
+    with pytest.raises(ValueError, match="choose one|no score|at least 1|must be|positive"):
+        settings_of(method, values)
+
+
 def test_settings_are_read_as_they_are_meant():
+    assert settings_of("slicegpt", {"layout": None}).layout == ""
     assert settings_of("comp", {"rho": 1}).rho == 1
     assert settings_of("llm-pruner", {"samples": None}).samples is None
     assert settings_of("afr", {"protect": [0, 2]}).protect == (0, 2)
@@ -113,3 +127,12 @@ def test_records_know_of_every_method_what_the_commands_print():
 def test_working_in_place_takes_one_ratio():
     with pytest.raises(ValueError, match="exactly one ratio"):
         sweep("afr", tiny("llama"), token_ids(), [0.2, 0.3], inplace=True)
+    for method in METHODS.values():
+        if method.consumes:
+            with pytest.raises(ValueError, match="exactly one ratio"):
+                next(method.sweep(tiny("llama"), token_ids(), [0.2, 0.3], method.settings(), None, inplace=True))
+
+
+def test_blocks_to_protect_exist():
+    with pytest.raises(ValueError, match="cannot protect block 99"):
+        sweep("afr", tiny("llama"), token_ids(), [0.2], protect=[0, 99])

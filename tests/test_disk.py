@@ -149,6 +149,20 @@ def test_compress_streamed(tmp_path, method):
         assert records[0]["edits"] == records[1]["edits"]
 
 
+def test_refused_settings_leave_nothing_that_stops_the_corrected_run(tmp_path):
+    _, source = on_disk(tmp_path)
+    with pytest.raises(ValueError, match="uniform allocation"):
+        from_disk(source, tmp_path / "small", "svd-llm", resume=True, allocation="loss")
+    from_disk(source, tmp_path / "small", "svd-llm", resume=True)
+
+
+def test_inputs_that_span_too_little_are_reported(tmp_path):
+    _, source = on_disk(tmp_path)
+    said = []
+    from_disk(source, tmp_path / "small", "svd-llm", ids=IDS[:1, :8], progress=said.append)
+    assert any("do not span its channels" in line for line in said)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,9 @@
 """Perplexity by hand, lm-eval against a plain scorer, and measurements that measure."""
 
+import logging
 import math
 import os
+import sys
 import time
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from lib.evaluation import perplexity as scoring
+from lib.evaluation.console import quiet
 from lib.evaluation.continuation import TASK, continuation_documents
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.process import peak_memory
@@ -36,8 +39,8 @@ class Counting(nn.Module):
 
 
 def test_perplexity_by_hand():
-    stream = torch.tensor([0, 1, 2, 3, 0, 2, 2, 3, 1])  # windows 0123 and 0223; the last id is dropped
-    found = perplexity(Counting(), stream, length=4)
+    tokens = torch.tensor([0, 1, 2, 3, 0, 2, 2, 3, 1])  # windows 0123 and 0223; the last id is dropped
+    found = perplexity(Counting(), tokens, length=4)
     nll = -(4 * math.log(0.75) + 2 * math.log(0.25 / 3))
     assert found.perplexity == pytest.approx(math.exp(nll / 6), rel=1e-6)
     assert (found.tokens, found.windows, found.length) == (6, 2, 4)
@@ -113,9 +116,10 @@ def test_continuation_questions_are_fair():
     assert documents == continuation_documents()
 
 
-def test_lm_eval_agrees_with_a_plain_scorer():
+def test_lm_eval_agrees_with_a_plain_scorer(capfd):
     model, tokenizer = load("wiki-a-llama")
     row = zero_shot(model, tokenizer, limit=40)[0]
+    assert "it/s" not in capfd.readouterr().err  # no progress bars
     hits = 0
     for document in continuation_documents()[:40]:
         scores = []
@@ -240,3 +244,13 @@ def test_self_times_go_to_the_module_that_takes_them():
     assert found["Sleeper"] > found["LlamaMLP"] + found["LlamaDecoderLayer"]  # not counted again in what surrounds it
     assert {"Linear", "LlamaRMSNorm", "LlamaAttention", "LlamaForCausalLM"} <= set(found)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_quiet_loggers_still_report_errors(caplog, capfd):
+    logger = logging.getLogger("quiet.part")
+    with quiet("quiet.part"):
+        logger.warning("a plan")
+        logger.error("a failure")
+        print("a library speaks", file=sys.stderr)
+    assert [record.message for record in caplog.records] == ["a failure"]
+    assert "a library speaks" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Gradient scores: against autograd and finite differences, streamed as well as kept, and refused where they would lie."""
+"""Gradient scores: against autograd and finite differences, freed or kept, and refused where they would lie."""
 
 import pytest
 import torch

@@ -289,6 +289,12 @@ def test_a_mistake_of_the_user_is_one_line_and_one_of_the_program_a_traceback():
             tasks.checked(lambda error=error: fail(error))
 
 
+@pytest.mark.parametrize("name", ["dtype", "ratio", "device", "model", "streamed"])
+def test_settings_named_like_options_are_unknown_settings(tmp_path, name):
+    with pytest.raises(Exit, match=f"unknown setting of comp {name!r}: choose one of "):
+        tasks.compress.body(None, "wiki-a-llama", str(tmp_path / "out"), method="comp", set=[f"{name}=1"])
+
+
 def test_every_method_is_listed_with_its_settings(capsys):
     tasks.methods.body(None)
     said = capsys.readouterr().out

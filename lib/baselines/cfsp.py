@@ -30,6 +30,8 @@ class Settings:
 
     def __post_init__(self):
         choose_one("fine", self.fine, ("code", "eq8"))
+        if self.multiple < 1:
+            raise ValueError(f"widths are multiples of a positive number, not of {self.multiple}: use 1 for any width")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, half_names, head_size
 from lib.primitives.calibration import check_calibration
-from lib.primitives.checks import check_share, choose_one, exact
+from lib.primitives.checks import check_inplace, check_share, choose_one, exact
 from lib.primitives.gradients import Passes, each_gradient, summed
 from lib.primitives.losses import at_least_float32
 from lib.primitives.structured import (
@@ -144,6 +144,7 @@ def sweep(
     result is saved by `lib.models.checkpoint`. Raises ValueError, before any work, for impossible arguments.
     """
     check_calibration(Anatomy(model), ids)
+    check_inplace(inplace, ratios)
     for ratio in ratios:
         check_share(ratio)
     groups = kv_groups(model) if settings.attention else []  # raises now if q, k and v are one matrix

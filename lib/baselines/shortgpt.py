@@ -11,7 +11,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import check_share, choose_one
+from lib.primitives.checks import check_inplace, check_share, choose_one
 from lib.primitives.layer_importance import layer_scores, lowest
 from lib.primitives.structured import remove_blocks
 from lib.primitives.surgery import shape_shell, shell
@@ -94,6 +94,7 @@ def sweep(
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without the whole number of blocks nearest to that share of the blocks' parameters), scored once for all."""
+    check_inplace(inplace, ratios)
     for ratio in ratios:
         check_share(ratio)
     scores = block_influence(model, ids, after_norm=settings.after_norm) if settings.choice == "one-shot" else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import time
 
@@ -12,17 +11,13 @@ from lib.evaluation.process import resident_memory
 
 @contextlib.contextmanager
 def quiet(*names: str):
-    """Only errors from the loggers `names`, and no progress bars, which are printed to stderr.
-
-    lm-eval reports its plan and draws bars for every call, which would fill a notebook with forty calls.
-    """
+    """Only errors from the loggers `names`: lm-eval reports its plan in every call, which would fill a notebook with forty."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -47,8 +47,6 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, length: int, limit: int |
 
 
 LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 positions of Gemma's vocabulary of 262,144; long products are fast
-
-
 FLOATS_AT_ONCE = 2**23  # of these, in float32 at a time: 32 MB, so that the softmax stays in the processor's cache
 
 

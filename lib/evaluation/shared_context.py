@@ -18,7 +18,10 @@ Request = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of the cont
 
 
 class SharedContextLM(HFLM):
-    """`HFLM` of a causal model, with less to compute where continuations of several tokens follow the same context."""
+    """`HFLM` of a causal model, without progress bars, and with less to compute where several continuations follow a context."""
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +14,18 @@ from lib.evaluation.continuation import TASK, continuation_task
 BATCH = 32  # choices in one forward pass
 
 
+@contextlib.contextmanager
+def _no_bars():
+    """lm-eval draws a bar while it writes the requests of a task, and has no switch for that."""
+    from lm_eval.api import task
+
+    bar, task.tqdm = task.tqdm, lambda documents, **_: documents
+    try:
+        yield
+    finally:
+        task.tqdm = bar
+
+
 def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None) -> list[dict]:
     """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, documents, limit, ...`.
 
@@ -21,7 +34,7 @@ def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), lim
     metrics that `acc` and its `stderr` report; `limit` is the given limit per task (for MMLU: per subject), `documents` the
     number scored. Raises what `local_task` and `hub_task` raise, before any model runs.
     """
-    with quiet("lm_eval", "lm-eval", "transformers", "datasets"):
+    with quiet("lm_eval", "lm-eval", "transformers", "datasets"), _no_bars():
         import lm_eval
 
         from lib.evaluation.shared_context import SharedContextLM

@@ -223,6 +223,7 @@ def compress_on_disk(
     try:
         # 2. Walk over the blocks, from the last finished one on, as often as the method needs it.
         walk = walk_of(model, ids, state.get("note", {}))
+        walk.report = progress
         done = _go_back(walk, partial_folder, state)
         while True:
             for i in range(done, walk.blocks):
@@ -238,7 +239,7 @@ def compress_on_disk(
         _close(walk, model, partial_folder, tokenizer, facts(walk.model))
         partial_folder.rename(out)
     except BaseException:
-        if resume is None:
+        if not (partial_folder / STATE).is_file():  # nothing from which another start could continue
             shutil.rmtree(partial_folder, ignore_errors=True)
         raise
     return walk.model

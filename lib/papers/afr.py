@@ -20,7 +20,7 @@ from torch import nn
 
 from lib.papers import mixtures
 from lib.primitives.anatomy import half_names
-from lib.primitives.checks import choose_one
+from lib.primitives.checks import check_inplace, check_share, choose_one
 from lib.primitives.gradients import SCORES, Passes, each_gradient
 from lib.primitives.linalg import at_least_float32
 from lib.primitives.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
@@ -58,6 +58,8 @@ class Settings:
             choose_one(name, getattr(self, name), known)
         if self.stage != "neuron" and (self.accumulation == "per_sample" or self.snip_power != 1 or self.z != "model"):
             raise ValueError(f"stage {self.stage} standardises summed weight scores: use sum_grad, z 'model' and SNIP power 1")
+        self.passes()  # raises for what the backward passes do not know
+        check_share(self.attention, "attention", "0.2 removes a fifth of the groups")
         if self.protect and self.allocation != "uniform":
             raise ValueError("one threshold over all blocks cannot spare protected ones: use allocation 'uniform'")
 
@@ -287,6 +289,7 @@ def scores_under(model: nn.Module, ids: torch.Tensor, wanted: Mapping[str, Setti
     together: dict[Settings, dict[str, Settings]] = defaultdict(dict)
     for name, s in wanted.items():
         common = replace(s, aggregation=PAPER[0], scores=SCORES, z="model", stage="neuron", snip_power=1)
+        common = replace(common, allocation="uniform", protect=(), attention=0.0)
         together[common][name] = s
     found = {}
     # 2. One run of the passes for each such group, with the scores that any of its members needs.
@@ -319,10 +322,13 @@ def sweep(
     whole loses less. The given model stays intact, unless `inplace`, which takes one ratio. The result is a stock architecture
     where all blocks are equally wide. Raises ValueError, before any long work, for ratios that leave a block without neurons.
     """
+    check_inplace(inplace, ratios)
     choose = ALLOCATIONS[settings.allocation]
     if settings.protect:
         choose = functools.partial(choose, protect=settings.protect)
     plain = [torch.zeros(n) for n in ffn_widths(model)]
+    if unknown := set(settings.protect) - set(range(len(plain))):
+        raise ValueError(f"cannot protect block {min(unknown)}: the model has blocks 0 to {len(plain) - 1}")
     for ratio in ratios:
         choose(plain, ratio)  # raises now rather than after the scoring
     if settings.attention:

@@ -36,7 +36,7 @@ from lib.papers.sliced_network import (
 )
 from lib.primitives.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
 from lib.primitives.calibration import ResidualStream, inputs_of
-from lib.primitives.checks import check_share, choose_one, exact
+from lib.primitives.checks import check_inplace, check_share, choose_one, exact
 from lib.primitives.cost import count
 from lib.primitives.linalg import (
     add_gram,
@@ -417,7 +417,7 @@ def sweep(
 
     Raises ValueError for bad cuts, ids, weights or architectures before any work starts.
     """
-    _check_inplace(inplace, cuts)
+    check_inplace(inplace, cuts)
     check_sliceable(model, settings.output_norms)
     schedules = [_widths(model, cut, settings) for cut in cuts]
     for widths in schedules:
@@ -465,11 +465,6 @@ def _sweep(
             found = randomly_oriented(found, widths, torch.Generator().manual_seed(settings.seed))
         options = dict(inplace=inplace, progress=progress, output_norms=settings.output_norms)
         yield cut, rotate_and_slice(model, found, widths, settings.layout_for(model, widths), settings.drop_below, **options)
-
-
-def _check_inplace(inplace: bool, cuts: Sequence) -> None:
-    if inplace and len(cuts) != 1:
-        raise ValueError("slicing in place consumes the dense model: give exactly one level")
 
 
 def shape(model: nn.Module, ratio: float) -> nn.Module:
@@ -545,6 +540,9 @@ class Rounding:
 
     round_interval: int = Settings.round_interval
 
+    def __post_init__(self):
+        _check_interval(self.round_interval)
+
 
 def stock_sweep(
     model: nn.Module,
@@ -569,7 +567,7 @@ def global_sweep(
 ) -> Iterator[tuple[float, nn.Module]]:
     """(level, stock model) for each slicing level, one basis for all junctions and levels: see `slice_globally`."""
     interval = (settings or Rounding()).round_interval
-    _check_inplace(inplace, ratios)
+    check_inplace(inplace, ratios)
     widths = [kept_width(model.config.hidden_size, ratio, interval) for ratio in ratios]
 
     def run() -> Iterator[tuple[float, nn.Module]]:

@@ -289,7 +289,7 @@ class LowRankWalk(Walk):
     def step(self, i: int) -> None:
         [stream] = self.streams
         grams = block_grams(stream, i, advance=self.order == "original", outputs=True)
-        for name, layer in truncated_block(self.dense, None, grams, self.ranks).items():
+        for name, layer in truncated_block(self.dense, self.report, grams, self.ranks).items():
             self.model.set_submodule(name, layer)
         self._forget(i)
         if self.order == "compressed":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 
@@ -18,6 +18,12 @@ def check_share(share: float, what: str = "ratio", example: str = "0.2 removes a
     """Raise ValueError for a share outside [0, 1)."""
     if not 0 <= share < 1:
         raise ValueError(f"{what} must be in [0, 1), not {share}: {example}")
+
+
+def check_inplace(inplace: bool, ratios: Sequence) -> None:
+    """Raise ValueError for several ratios in place: the first would use up the dense model."""
+    if inplace and len(ratios) != 1:
+        raise ValueError("working in place consumes the dense model: give exactly one ratio")
 
 
 def exact(share: float) -> Fraction:

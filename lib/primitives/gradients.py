@@ -73,12 +73,16 @@ VIEWS = {
 }
 
 
+FEATURES = ("projections", "all", "mlp", "block")
+
+
 def feature_modules(model: nn.Module, features: str) -> list[nn.Module]:
     """The modules whose outputs are ReFer's features.
 
     `projections`: all matrices of the MLPs (the paper's later code); `all`: every module but the model itself and its
     containers (the earlier code); `mlp`: what each MLP writes; `block`: what each block returns.
     """
+    choose_one("features", features, FEATURES)
     anatomy = Anatomy(model)
     mlp = anatomy.family.mlp
     if features == "projections":
@@ -87,9 +91,7 @@ def feature_modules(model: nn.Module, features: str) -> list[nn.Module]:
         return [module for module in model.modules() if module is not model and not isinstance(module, nn.ModuleList)]
     if features == "mlp":
         return [block.get_submodule(mlp.writer) for block in anatomy.blocks]
-    if features == "block":
-        return list(anatomy.blocks)
-    raise ValueError(f"unknown features {features!r}: choose one of projections, all, mlp, block")
+    return list(anatomy.blocks)
 
 
 @contextlib.contextmanager
@@ -133,16 +135,15 @@ class Passes:
     features: str = "projections"
     view: str = "flat"
     batch: int = 1  # sequences in one pass
-    checkpointing: bool = (
-        False  # keep only the inputs of the blocks and run each block again on the way back, for each score apart
-    )
+    checkpointing: bool = False  # keep only the inputs of the blocks; run each block again on the way back, score by score
 
     def __post_init__(self):
         if not self.scores:
             raise ValueError(f"no score asked for: choose one or more of {', '.join(SCORES)}")
-        for kind, values, known in (("score", self.scores, SCORES), ("loss", [self.loss], LOSSES), ("view", [self.view], VIEWS)):
-            for value in values:
-                choose_one(kind, value, known)
+        for score in self.scores:
+            choose_one("score", score, SCORES)
+        for name, known in (("loss", LOSSES), ("features", FEATURES), ("view", VIEWS)):
+            choose_one(name, getattr(self, name), known)
         if self.batch < 1:
             raise ValueError(f"a batch has at least 1 sequence, not {self.batch}")
 
@@ -186,10 +187,10 @@ def each_gradient(
         for name, weight in weights.items():
             stack.callback(weight.register_post_accumulate_grad_hook(hook(name)).remove)
         # 2. Batches. Scores share a forward pass by retaining its graph. With checkpoints it would keep all recomputed blocks.
-        rounds = [(score,) for score in passes.scores] if passes.checkpointing else [passes.scores]
+        groups = [(score,) for score in passes.scores] if passes.checkpointing else [passes.scores]
         for start in range(0, len(ids), passes.batch):
             part = ids[start : start + passes.batch].to(model.device)
-            for scores in rounds:
+            for scores in groups:
                 # Checkpoints run the blocks again, with the same hooks: they stay until all is differentiated.
                 with torch.enable_grad(), _scalars(model, part, scores, modules, passes) as scalars:
                     while scalars:

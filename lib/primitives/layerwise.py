@@ -16,7 +16,8 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, shared_inputs
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.linalg import Sparsity, add_gram, add_squares, check_sparsity, sparsity
+from lib.primitives.checks import check_inplace
+from lib.primitives.linalg import Sparsity, add_gram, add_squares, check_sparsity, pattern_of, sparsity
 from lib.primitives.surgery import shell
 
 
@@ -72,6 +73,7 @@ class Walk:
 
     model: nn.Module
     streams: list[ResidualStream]
+    report: Callable[[str], None] | None = None  # takes what a step has to say
 
     @property
     def blocks(self) -> int:
@@ -98,6 +100,7 @@ class Walk:
 @torch.no_grad()
 def go(walk: Walk, what: str, progress: Callable[[str], None] | None = None) -> nn.Module:
     """Take all steps of a walk in memory; returns its model. what: a word for what is done to a block, such as `pruned`."""
+    walk.report = progress
     while True:
         for i in range(walk.blocks):
             walk.approach(i)
@@ -148,6 +151,10 @@ class Pattern:
 
     pattern: str = ""  # like 2:4, which keeps 2 of 4 consecutive weights; empty: the share given by the ratio
 
+    def __post_init__(self):
+        if self.pattern:
+            pattern_of(self.pattern)
+
 
 def pruning(statistic: Statistic, remake: Callable) -> tuple[Callable, Callable, Callable]:
     """(prune, sweep, on_disk) of a method that sets weights of every linear layer of the blocks to zero, block after block.
@@ -170,6 +177,7 @@ def pruning(statistic: Statistic, remake: Callable) -> tuple[Callable, Callable,
 
     def sweep(model, ids, ratios, settings=Pattern(), progress=None, inplace=False) -> Iterator[tuple[float, nn.Module]]:
         """(ratio, model with that share of the weights of every matrix at zero) for every ratio."""
+        check_inplace(inplace, ratios)
         found = [sparsity(ratio, settings.pattern) for ratio in ratios]
         return ((ratio, prune(model, ids, share, inplace, progress)) for ratio, share in zip(ratios, found, strict=True))
 

@@ -356,17 +356,22 @@ def _blocks(columns: int, span: int, block: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
+def pattern_of(text: str) -> tuple[int, int]:
+    """(2, 4) for "2:4". Raises ValueError for what is not two whole numbers, or keeps more weights than there are."""
+    parts = str(text).split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
+        raise ValueError(f"pattern must be like 2:4, which keeps 2 of 4 consecutive weights, not {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
 def sparsity(ratio: float, pattern: str) -> Sparsity:
     """The sparsity for a ratio: the ratio itself, or the pair of a pattern like "2:4", which must remove the same share.
 
-    Raises ValueError for a pattern that is not two whole numbers, or one that removes another share than the ratio says.
+    Raises ValueError as `pattern_of` does, and for a pattern that removes another share than the ratio says.
     """
     if not pattern:
         return ratio
-    parts = str(pattern).split(":")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) <= int(parts[1]):
-        raise ValueError(f"pattern must be like 2:4, which keeps 2 of 4 consecutive weights, not {pattern!r}")
-    n, m = map(int, parts)
+    n, m = pattern_of(pattern)
     if abs(1 - n / m - ratio) > 1e-6:
         raise ValueError(f"pattern {pattern} removes {1 - n / m:.4g} of the weights, not {ratio}: use --ratio {1 - n / m:.4g}")
     return n, m

@@ -81,12 +81,19 @@ def read_profile(path: Path) -> Profile:
 
 @dataclass(frozen=True)
 class Notebook:
-    """What an estimate needs to know of a notebook: the levels of its main sweep, what is left at one, and a table with a row for
-    each model and zero-shot task."""
+    """What an estimate needs to know of a notebook.
+
+    levels: of its main sweep; shape: what is left at one; tasks_table: has a row for each model and zero-shot task. passes:
+    (parameters, models made) -> forward passes over the calibration set. trained: parameters -> tokens that go forward and
+    backward through a model. alone: parameters -> models that are made of the first dense model only.
+    """
 
     levels: Callable[[dict], list]
     shape: Callable[[nn.Module, float, dict], nn.Module]
     tasks_table: str
+    trained: Callable[[dict], int]
+    passes: Callable[[dict, int], int] = lambda p, made: made
+    alone: Callable[[dict], int] = lambda p: 0
 
 
 def _of(method: str) -> Callable:
@@ -97,38 +104,68 @@ def _sliced(model: nn.Module, level: float, p: dict) -> nn.Module:
     return shapes_only(model, constant_widths(model, level, p["round_interval"]), "low-rank")
 
 
+def adapter_tokens(p: dict) -> int:
+    """Tokens that one training of adapters reads."""
+    lora = p.get("lora") or p["recovery"]
+    return lora["steps"] * lora["batch"] * p.get("lora_length", p["length"])
+
+
+def _trained_factors(p: dict) -> int:
+    """SVD-LLM trains the factors of every ratio, and four times more at some; each time first one factor, then the other."""
+    return 2 * (len(p["ratios"]) + 4 * len(p["lora_ratios"]) + 1) * adapter_tokens(p)
+
+
+def _variants(p: dict) -> int:
+    """Variants of AFR: the chosen ones, or all 25, and four extras."""
+    return (len(p["ablations"]) or 25) + 4
+
+
+def _scored_by_gradients(p: dict) -> int:
+    """Each variant of AFR takes the gradients of two scalars, and so do AFR itself and its rivals, LLM-Pruner once a ratio."""
+    return (2 * _variants(p) + 7 + len(p["ratios"])) * p["samples"] * p["length"]
+
+
+def _masks_and_adapters(p: dict) -> int:
+    """FPT tunes masks for every ratio and draw, LLM-Pruner scores once a draw; one model is recovered with adapters."""
+    return (1 + len(p["sweep"]) + 2 * len(p["seeds"])) * p["samples"] * p["length"] + adapter_tokens(p)
+
+
 NOTEBOOKS = {
-    "slicegpt": Notebook(lambda p: p["levels"], _sliced, "zero_shot"),
-    "svd_llm": Notebook(lambda p: p["ratios"], _of("svd-llm"), "zero_shot"),
-    "afr": Notebook(lambda p: p["ratios"], _of("afr"), "zero_shot"),
-    "comp": Notebook(lambda p: sorted([p["ratio"], *p["sweep"]]), _of("comp"), "accuracy"),
+    "slicegpt": Notebook(lambda p: p["levels"], _sliced, "zero_shot", adapter_tokens),
+    "svd_llm": Notebook(lambda p: p["ratios"], _of("svd-llm"), "zero_shot", _trained_factors),
+    "afr": Notebook(
+        lambda p: p["ratios"],
+        _of("afr"),
+        "zero_shot",
+        _scored_by_gradients,
+        lambda p, made: 6 + len(p["ratios"]),
+        lambda p: _variants(p) * len(p["ratios"]),
+    ),  # fmt: skip
+    "comp": Notebook(
+        lambda p: sorted([p["ratio"], *p["sweep"]]), _of("comp"), "accuracy", _masks_and_adapters, lambda p, made: 2 * made
+    ),
 }
 
 
 def models_made(paper: str, parameters: dict) -> tuple[int, int]:
     """About how many models a run of a notebook evaluates on one dense model, and how many of these face zero-shot tasks.
 
-    Counted from the committed run of the embedded models: as many for each model, half of them in proportion to the levels.
+    Counted from the committed run of the embedded models: half of those of each grow in proportion to the levels.
     """
     folder = RESULTS / "workshop" / paper
     manifest = json.loads((folder / "manifest.json").read_text())
-    done, levels = manifest["parameters"], NOTEBOOKS[paper].levels
+    done, notebook, levels = manifest["parameters"], NOTEBOOKS[paper], NOTEBOOKS[paper].levels
     growth = (1 + len(levels(parameters)) / len(levels(done))) / 2
-    cells = manifest["cells_computed"] + manifest["cells_from_ledger"]
-    rows = len(pd.read_csv(folder / "tables" / f"{NOTEBOOKS[paper].tasks_table}.csv")) / len(done["tasks"])
-    return tuple(round(found / len(done["models"]) * growth) for found in (cells, rows))
+    cells = manifest["cells_computed"] + manifest["cells_from_ledger"] - notebook.alone(done)
+    rows = len(pd.read_csv(folder / "tables" / f"{notebook.tasks_table}.csv")) / len(done["tasks"])
+    of_each, examined = (found / len(done["models"]) * growth for found in (cells, rows))
+    return round(of_each + notebook.alone(parameters)), round(examined)
 
 
 def documents_scored(p: dict) -> int:
     """Documents of all zero-shot tasks of a run under its limit; a task that is not known counts as 2,000."""
     limit = p.get("limit") or 10**9
     return sum(57 * min(limit, 246) if task == "mmlu" else min(limit, DOCUMENTS.get(task, 2000)) for task in p.get("tasks", []))
-
-
-def adapter_tokens(p: dict) -> int:
-    """Tokens that one training of adapters reads."""
-    lora = p.get("lora") or p.get("recovery")
-    return lora["steps"] * lora["batch"] * p.get("lora_length", p["length"]) if lora else 0
 
 
 @functools.cache
@@ -148,23 +185,23 @@ def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", 
     """What a notebook would do with its full `parameters` on a model of `architecture`, without weights.
 
     throughput: operations a second; 0 takes REACHED of the device's published figure. Returns cells, parameters, operations
-    (two per multiply-add), peak memory, disk and hours, an estimate. Perplexity, zero-shot, calibration and adapters are counted
+    (two per multiply-add), peak memory, disk and hours, an estimate. Perplexity, zero-shot, calibration and gradients are counted
     in passes of the whole network; decompositions, which no matrix throughput describes, are left out.
 
     Raises ValueError for an unknown device, or a paper whose work is not counted here.
     """
     choose_one("device", device, DEVICES)
     choose_one("notebook whose work is counted", paper, NOTEBOOKS)
-    (dense, config), (made, examined) = _dense(architecture), models_made(paper, parameters)
+    notebook, (dense, config), (made, examined) = NOTEBOOKS[paper], _dense(architecture), models_made(paper, parameters)
     width = 4 if parameters.get("dtype", "float32") == "float32" else 2
     length = parameters["length"]
     per_token = 2 * dense.macs_per_token
     scored = parameters["windows"] * length if parameters.get("windows") else WIKITEXT2_TEST_TOKENS
     tokens = {
-        "calibration": made * parameters["samples"] * length,
+        "calibration": notebook.passes(parameters, made) * parameters["samples"] * length,
         "perplexity": made * scored,
         "zero_shot": examined * documents_scored(parameters) * TOKENS_PER_DOCUMENT,
-        "adapters": 3 * len(NOTEBOOKS[paper].levels(parameters)) * adapter_tokens(parameters),  # backward: twice the forward pass
+        "gradients": 3 * notebook.trained(parameters),  # backward: twice the forward pass
     }
     operations = {name: n * per_token for name, n in tokens.items()}
     speed = throughput or REACHED * DEVICES[device].operations
