@@ -235,11 +235,12 @@ def test_only_slicegpt_on_gemma_is_missing():
 
 
 def test_time_of_reproduce():
-    """Two notebooks at a time, in the profile's order, each as long as its manifest says."""
+    """Two notebooks at a time, in the profile's order, each as long as its manifest says, with what it had measured before."""
     minutes = int(re.search(r"`invoke reproduce` takes about (\d+) minutes on two", " ".join(read("README.md").split()))[1])
     cores = [0.0, 0.0]
     for paper in tasks.papers_of("workshop", ""):
-        cores[cores.index(min(cores))] += json.loads((RESULTS / "workshop" / paper / "manifest.json").read_text())["seconds"]
+        manifest = json.loads((RESULTS / "workshop" / paper / "manifest.json").read_text())
+        cores[cores.index(min(cores))] += manifest["seconds"] + manifest["seconds_from_ledger"]
     assert max(cores) / 60 == pytest.approx(minutes, rel=0.25)
 
 

@@ -179,6 +179,7 @@ class Results:
             "seconds": round(time.time() - self.started, 1),
             "cells_computed": len(self.asked) - sum(self.asked.values()),
             "cells_from_ledger": sum(self.asked.values()),
+            "seconds_from_ledger": round(sum(self.ledger.records[key]["seconds"] for key, old in self.asked.items() if old), 1),
             "files": {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in sorted(self.files)},
         }
         write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
