@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -148,6 +149,19 @@ def test_a_cell_counts_once_however_many_sections_ask(tmp_path):
 
     assert finished(1, 2, 1, 1) == (2, 0)
     assert finished(1, 3, 1, 3, 3) == (1, 1)
+
+
+def test_the_manifest_adds_up_the_time_of_remembered_cells(tmp_path):
+    def finished(*levels):
+        run = Results("toy", tmp_path / "toy", "p")
+        for level in levels:
+            run.cell(lambda: time.sleep(0.3), level=level)
+        return run.finish({})
+
+    assert finished(1, 2)["seconds_from_ledger"] == 0
+    again = finished(1, 2, 3)
+    assert again["seconds_from_ledger"] == pytest.approx(0.6, abs=0.1)
+    assert again["seconds"] < 0.6
 
 
 def test_figures_are_reproducible_files(tmp_path):
