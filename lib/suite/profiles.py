@@ -1,4 +1,4 @@
-"""Profiles: one parameter file per model, and what a run of it would do, counted on meta tensors before anything is loaded.
+"""Profiles: one parameter file per model, and what a run of it would do, estimated from shapes and the committed runs.
 
 A profile maps papers to the parameters of their notebooks; its `about` says which model that is, what is reduced and why,
 what it needs that this machine may lack, and which published tables its numbers stand beside.
@@ -138,11 +138,15 @@ NOTEBOOKS = {
         _of("afr"),
         "zero_shot",
         _scored_by_gradients,
-        lambda p, made: 6 + len(p["ratios"]),
-        lambda p: _variants(p) * len(p["ratios"]),
-    ),  # fmt: skip
+        passes=lambda p, made: 6 + len(p["ratios"]),  # one serves all variants, and all ratios of a rival
+        alone=lambda p: _variants(p) * len(p["ratios"]),
+    ),
     "comp": Notebook(
-        lambda p: sorted([p["ratio"], *p["sweep"]]), _of("comp"), "accuracy", _masks_and_adapters, lambda p, made: 2 * made
+        lambda p: sorted([p["ratio"], *p["sweep"]]),
+        _of("comp"),
+        "accuracy",
+        _masks_and_adapters,
+        passes=lambda p, made: 2 * made,  # COMP's own take three: layer scores, then teacher and student
     ),
 }
 
