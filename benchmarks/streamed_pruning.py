@@ -33,7 +33,8 @@ def write_model(folder: Path) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lib.models.checkpoint import stored_tensors
-    from lib.models.disk import INDEX, write_tensors
+    from lib.models.disk import write_tensors
+    from lib.models.folder import INDEX
     from lib.primitives.anatomy import Anatomy
 
     config = LlamaConfig(**SHAPE)
@@ -51,7 +52,7 @@ def write_model(folder: Path) -> int:
         place = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else "rest"
         files.setdefault(f"model-{place}.safetensors", {})[name] = value
     for file, shapes in files.items():
-        write_tensors(folder / file, shapes, ((name, random(like)) for name, like in shapes.items()))
+        write_tensors(folder / file, shapes, (random(like) for like in shapes.values()))
     places = {name: file for file, shapes in files.items() for name in shapes}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     config.architectures = ["LlamaForCausalLM"]

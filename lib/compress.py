@@ -8,20 +8,22 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from lib.evaluation.console import Progress
 from lib.evaluation.process import package_versions
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks
-from lib.methods import make, method_named, on_disk_method, settings_of
+from lib.methods import Method, make, method_named, on_disk_method, settings_of
 from lib.models import disk
-from lib.models.checkpoint import export, fingerprint, read_record, save
-from lib.models.load import DTYPES, load, locate
+from lib.models.checkpoint import check_readable, export, fingerprint, is_checkpoint, read_record, save
+from lib.models.folder import config_of, positions
+from lib.models.load import load, load_tokenizer, locate, torch_dtype, usable_device
+from lib.models.output import check_output, reserved
 from lib.papers import slicegpt
-from lib.primitives.anatomy import Anatomy
+from lib.primitives.anatomy import Anatomy, family_of
 from lib.primitives.calibration import check_length
 from lib.primitives.checks import check_share
 from lib.primitives.cost import count
+from lib.primitives.surgery import shape_shell
 
 
 def compress(
@@ -31,57 +33,68 @@ def compress(
     ratio: float = 0.25,
     calibration: Calibration | None = None,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | None = None,
     streamed: bool = False,
     **values,
 ) -> dict:
     """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of counted sizes.
 
     ratio: in [0, 1), in the method's own sense (see `lib.methods`). calibration: 128 sequences of wiki-a, as long as the model's
-    positions permit but at most 2,048, unless given. streamed: work from the model's folder block by block, without loading it
-    whole (`lib.models.disk`); an interrupted run continues when it is started again. values: fields of the method's settings;
-    a slicegpt `schedule` may also be the folder of a sliced model, whose widths are taken over. Raises ValueError or
-    FileExistsError, before any long work, for impossible arguments.
+    positions permit but at most 2,048, unless given. dtype: of the work and of the result; the model's own unless given.
+    streamed: work from the model's folder block by block, without loading it whole (`lib.models.disk`); an interrupted run
+    continues when it is started again. values: fields of the method's settings; a slicegpt `schedule` may also be the folder of
+    a sliced model, whose widths are taken over. Raises ValueError, FileExistsError, PermissionError or OSError, before any long
+    work, for impossible arguments, for a result that could not be saved, and while another process writes to `out`.
     """
     values = with_saved_widths(method, values)
     record, settings = (on_disk_method if streamed else method_named)(method), settings_of(method, values)
     check_share(ratio)
-    if Path(out).expanduser().exists():
-        raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
-    network, tokenizer = _open_on_disk(model, device, dtype) if streamed else load(model, device, dtype)
-    draw = calibration or Calibration("wiki-a", 128, min(2048, network.config.max_position_embeddings))
-    check_length(Anatomy(network), draw.length)  # raises now, before many long sequences are drawn
-    generator = torch.Generator().manual_seed(draw.seed)
-    ids = sample_blocks(load_corpus(draw.corpus, "train"), tokenizer, draw.samples, draw.length, generator, draw.rule)
-    dense, progress = count(network), Progress()
-    weights = disk.fingerprint_on_disk(network) if streamed else fingerprint(network)
+    with reserved(Path(out).expanduser()) as out:
+        network, tokenizer = _open(model, device, dtype, streamed)
+        check_finished(record, network, ratio, out)
+        draw = calibration or Calibration("wiki-a", 128, min(2048, positions(network.config)))
+        check_length(Anatomy(network), draw.length)  # raises now, before many long sequences are drawn
+        generator = torch.Generator().manual_seed(draw.seed)
+        ids = sample_blocks(load_corpus(draw.corpus, "train"), tokenizer, draw.samples, draw.length, generator, draw.rule)
+        dense, progress = count(network), Progress()
+        weights = disk.fingerprint_on_disk(network) if streamed else fingerprint(network)
 
-    def sizes(small: nn.Module) -> dict:
-        size = count(small)
-        return {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
+        def sizes(small: nn.Module) -> dict:
+            size = count(small)
+            return {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
 
-    def facts(small: nn.Module) -> dict:
-        tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # identifies the samples that rule and seed gave
-        return {
-            "base": {"name": Path(model).name if Path(model).exists() else model, "weights": weights},
-            "calibration": draw.record() | {"tokens_sha256": tokens},
-            "packages": package_versions(),
-            "settings": values,
-        } | sizes(small)
+        def facts(small: nn.Module) -> dict:
+            tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # identifies the samples that rule and seed gave
+            return {
+                "base": {"name": Path(model).name if Path(model).exists() else model, "weights": weights},
+                "calibration": draw.record() | {"tokens_sha256": tokens},
+                "packages": package_versions(),
+                "settings": values,
+            } | sizes(small)
 
-    if streamed:
-        run = {"method": method, "ratio": ratio, "settings": asdict(settings)}
-        small = disk.compress_on_disk(
-            locate(model), out, ids, lambda network, ids, note: record.on_disk(network, ids, ratio, settings, note),
-            tokenizer=tokenizer, dtype=network.dtype, resume=run, facts=facts, progress=progress,
-        )  # fmt: skip
+        if streamed:
+            run = {"method": method, "ratio": ratio, "settings": asdict(settings)}
+            small = disk.compress_on_disk(
+                locate(model), out, ids, lambda network, ids, note: record.on_disk(network, ids, ratio, settings, note),
+                tokenizer=tokenizer, dtype=network.dtype, resume=run, facts=facts, progress=progress,
+            )  # fmt: skip
+            return sizes(small)
+        small = make(method, network, ids, ratio, progress, inplace=True, **values)
+        if hasattr(small, "edits"):
+            save(small, tokenizer, out, **facts(small))
+        else:  # an ordinary architecture, which plain transformers loads
+            export(small, tokenizer, out)
         return sizes(small)
-    small = make(method, network, ids, ratio, progress, inplace=True, **values)
-    if hasattr(small, "edits"):
-        save(small, tokenizer, out, **facts(small))
-    else:  # an ordinary architecture, which plain transformers loads
-        export(small, tokenizer, out)
-    return sizes(small)
+
+
+def check_finished(method: Method, model: nn.Module, ratio: float, out: Path) -> None:
+    """Raise, before any work, for a result that could not be saved: ValueError by its shape, OSError by its size on the disk.
+
+    Where only data decide on the shape, it is the one that the method leaves with its default settings, or the dense one.
+    """
+    finished = method.shape(model, ratio) if method.shape else shape_shell(model)
+    check_readable(finished)
+    check_output(out, count(finished).bytes)
 
 
 def with_saved_widths(method: str, values: dict) -> dict:
@@ -100,11 +113,15 @@ def saved_widths(folder: str | Path) -> list[int]:
     raise ValueError(f"{folder} holds no sliced model: a schedule is constant, variance, or the folder of a sliced model")
 
 
-def _open_on_disk(model: str, device: str, dtype: str) -> tuple[nn.Module, object]:
-    """The model of a local folder without its weights, and its tokenizer. Raises ValueError for other models and settings."""
-    if torch.device(device).type != "cpu" or dtype not in DTYPES:
-        raise ValueError(f"compressing from disk works on the CPU, in {', '.join(DTYPES)}, not on {device!r} in {dtype!r}")
-    folder = locate(model)
-    if not Path(folder).is_dir():
+def _open(model: str, device: str, dtype: str | None, streamed: bool) -> tuple[nn.Module, object]:
+    """The model and its tokenizer; streamed: without its weights. Raises ValueError for models that no method here compresses."""
+    kind, place, source = torch_dtype(dtype), usable_device(device), locate(model)
+    if not is_checkpoint(source) and Path(source).is_dir():
+        family_of(config_of(source))  # raises now, before the weights are read
+    if not streamed:
+        return load(model, device, kind)
+    if place.type != "cpu":
+        raise ValueError(f"compressing from disk works on the CPU, not on {device!r}")
+    if not Path(source).is_dir():
         raise ValueError(f"compressing from disk needs a local folder, which {model!r} is not: download the model first")
-    return disk.model_on_disk(folder, DTYPES[dtype]), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return disk.model_on_disk(source, kind), load_tokenizer(source)

@@ -144,7 +144,7 @@ def test_variants_that_the_record_does_not_describe_are_refused(family, settings
 
 def test_wrong_family_record_is_reported():
     model = tiny("llama")
-    family = family_of(model)
+    family = family_of(model.config)
     broken = type(family)(**{**family.__dict__, "mlp": type(family.mlp)("self_attn.q_proj_unused", (), "mlp.down_proj")})
     model.model.layers[0].self_attn.q_proj_unused = torch.nn.Identity()
     x, kwargs = enter(Anatomy(model), token_ids(1))
@@ -247,10 +247,10 @@ def test_unknown_and_post_norm_models_are_refused():
 
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
     with pytest.raises(ValueError, match="gpt2.*supported are.*llama"):
-        family_of(gpt2)
+        family_of(gpt2.config)
     for settings in ({"do_layer_norm_before": False}, {"_remove_final_layer_norm": True}):
         with pytest.raises(ValueError, match="OPT-350M"):
-            family_of(tiny("opt", **settings))
+            family_of(tiny("opt", **settings).config)
 
 
 def test_nothing_of_a_stream_waits_for_the_garbage_collector():

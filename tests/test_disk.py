@@ -113,7 +113,7 @@ def test_one_file_and_names_without_the_models_prefix(tmp_path):
     tensors = load_file(source / "model.safetensors")
     shutil.copytree(source, tmp_path / "bare")
     write = {name.removeprefix("model."): value for name, value in tensors.items()}
-    write_tensors(tmp_path / "bare" / "model.safetensors", write, write.items())
+    write_tensors(tmp_path / "bare" / "model.safetensors", write, write.values())
     expected = wanda.prune(model, IDS, 0.5)
     for name in ("dense", "bare"):
         from_disk(tmp_path / name, tmp_path / f"small {name}", "wanda", 0.5)
@@ -122,11 +122,11 @@ def test_one_file_and_names_without_the_models_prefix(tmp_path):
 
 def test_the_writer_writes_what_safetensors_reads(tmp_path):
     tensors = {"a": torch.randn(3, 5).T, "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.randn(0, 4)}
-    write_tensors(tmp_path / "t", tensors, tensors.items())
+    write_tensors(tmp_path / "t", tensors, tensors.values())
     found = load_file(tmp_path / "t")
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
     with pytest.raises(ValueError, match="expected b"):
-        write_tensors(tmp_path / "u", {"b": torch.ones(3)}, [("b", torch.ones(2))])
+        write_tensors(tmp_path / "u", {"b": torch.ones(3)}, [torch.ones(2)])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -171,13 +171,13 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.blocks, self.bytes, self.between = set(), [], []
-        original = disk._read
+        original = disk.read
 
-        def read(file, name):
-            self.blocks.add(frozenset(n.split(".")[2] for _, n, _ in disk._LOADED if ".layers." in n))
-            return original(file, name)
+        def read(place):
+            self.blocks.add(frozenset(held.name.split(".")[2] for held, _ in disk._LOADED if ".layers." in held.name))
+            return original(place)
 
-        monkeypatch.setattr(disk, "_read", read)
+        monkeypatch.setattr(disk, "read", read)
         write = disk.write_tensors
 
         def watched_write(*arguments):
@@ -338,7 +338,7 @@ def test_broken_folders_are_named(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
 
     def attempt(changed):
-        write_tensors(source / "model.safetensors", changed, changed.items())
+        write_tensors(source / "model.safetensors", changed, changed.values())
         from_disk(source, tmp_path / "small", "wanda", 0.5)
 
     with pytest.raises(ValueError, match=f"no tensor {name}"):

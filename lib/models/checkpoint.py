@@ -7,13 +7,11 @@ not at all.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import hashlib
 import inspect
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,13 +19,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lib.models.folder import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    config_of,
+    empty_model,
+    name_in_stock,
+    stored_tensors,
+    take_generation_config,
+)
+from lib.models.output import check_output, written_whole
 from lib.papers import sliced_network
 from lib.primitives import low_rank, structured
 from lib.primitives.anatomy import FAMILIES
-from lib.primitives.surgery import cast
+from lib.primitives.surgery import cast, refusal
 
 SCHEMA = 2
-RECORD, CONFIG, WEIGHTS = "compression.json", "config.json", "compressed{suffix}.safetensors"
+RECORD, WEIGHTS, STOCK_WEIGHTS = "compression.json", "compressed{suffix}.safetensors", "model{suffix}.safetensors"
 SHARD_BYTES = 4 * 2**30
 
 # One line per method: the name that its edits carry in `model.edits`, and the function that repeats one on shapes.
@@ -38,29 +47,73 @@ class CheckpointError(ValueError):
     """A folder that is not a checkpoint of this suite, or one that is damaged; the message says what and where."""
 
 
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
 def save(model: nn.Module, tokenizer, folder: str | Path, **provenance) -> Path:
     """Write a compressed model to `folder`, which must not exist yet. Returns the folder.
 
     provenance: where the model comes from (base model, calibration, settings), in JSON values, for the record.
-    Raises ValueError for a model without edits, FileExistsError for an existing folder, OSError if the disk is full; in
-    every case no folder is left behind.
+    Raises ValueError for a model without edits, and, before anything is written, for one that could not be read back;
+    FileExistsError for an existing folder, OSError if the disk is full; in every case no folder is left behind.
     """
-    folder = Path(folder).expanduser()
-    edits = getattr(model, "edits", None)
-    if not edits:
+    if not getattr(model, "edits", None):
         raise ValueError("this model has no record of edits: save a dense model with its own save_pretrained")
-    tensors = {name: value.contiguous() for name, value in stored_tensors(model).items()}
-    shards = _shards(tensors)
-    record = record_of(model, tensors, shards, provenance)
-    text = json.dumps(record, indent=1)  # raises before anything is written if provenance is not JSON
-    with _written_whole(folder) as partial:
+    json.dumps(provenance)  # raises before anything is written if it is not JSON
+    return _write(model, tokenizer, folder, WEIGHTS, provenance)
+
+
+def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
+    """Write a model that is an ordinary architecture to `folder`, for any runtime that reads Hugging Face folders.
+
+    Raises ValueError, naming the part, for a model that no stock class can hold; otherwise as `save`.
+    """
+    if edits := getattr(model, "edits", None):
+        names = [edit["edit"] for edit in edits]
+        if set(names) == {"low-rank"}:
+            way = "multiply its factors with invoke merge-to-dense (lib.primitives.low_rank.merge_to_dense)"
+        else:
+            way = "compress with method slicegpt-stock, whose result is stock"
+        raise ValueError(
+            f"not a stock model: {', '.join(names)} changed its shapes. Save it with lib.models.checkpoint.save, or {way}"
+        )
+    return _write(model, tokenizer, folder, STOCK_WEIGHTS, {})
+
+
+def _write(model: nn.Module, tokenizer, folder: str | Path, pattern: str, provenance: dict) -> Path:
+    tensors = stored_tensors(model)
+    folder = check_output(folder, sum(value.nbytes for value in tensors.values()))
+    check_readable(model)
+    shards, stock = _shards(tensors, pattern), not getattr(model, "edits", None)
+    with written_whole(folder) as partial:
+        partial.mkdir()
         for file, names in shards.items():
-            save_file({name: tensors[name] for name in names}, partial / file, metadata={"format": "pt"})
-        model.config.to_json_file(partial / CONFIG)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        (partial / RECORD).write_text(text + "\n")
+            named = {name_in_stock(name, model) if stock else name: tensors[name].contiguous() for name in names}
+            save_file(named, partial / file, metadata={"format": "pt"})
+        describe_folder(partial, model, tensors, shards, tokenizer, provenance)
     return folder
+
+
+def describe_folder(
+    folder: Path, model: nn.Module, tensors: dict[str, torch.Tensor], shards: dict[str, list[str]], tokenizer, provenance: dict
+) -> None:
+    """Write everything but the weights: record or index, configurations and tokenizer. Meta tensors suffice.
+
+    shards: file name -> names of the tensors in it.
+    """
+    if getattr(model, "edits", None):
+        (folder / RECORD).write_text(json.dumps(record_of(model, tensors, shards, provenance), indent=1) + "\n")
+    elif len(shards) > 1:
+        total = sum(value.numel() * value.element_size() for value in tensors.values())
+        places = {name_in_stock(name, model): file for file, names in shards.items() for name in names}
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n")
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    config.to_json_file(folder / CONFIG)
+    # Its own save_pretrained refuses sampling settings of greedy generation, which many published models have.
+    model.generation_config.to_json_file(folder / GENERATION)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def record_of(model: nn.Module, tensors: dict[str, torch.Tensor], shards: dict[str, list[str]], provenance: dict) -> dict:
@@ -77,51 +130,26 @@ def record_of(model: nn.Module, tensors: dict[str, torch.Tensor], shards: dict[s
     }
 
 
-def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
-    """Write a model that is an ordinary architecture to `folder`, for any runtime that reads Hugging Face folders.
+def check_readable(model: nn.Module) -> None:
+    """Raise CheckpointError for a model whose configuration and edits do not describe it, so that its folder could not be read.
 
-    Raises ValueError, naming the part, for a model that no stock class can hold; FileExistsError for an existing folder.
+    Meta tensors suffice, so that a method's result is checked by its shapes before any work.
     """
-    folder = Path(folder).expanduser()
-    if edits := getattr(model, "edits", None):
-        names = [edit["edit"] for edit in edits]
-        if set(names) == {"low-rank"}:
-            way = "multiply its factors with invoke merge-to-dense (lib.primitives.low_rank.merge_to_dense)"
-        else:
-            way = "compress with method slicegpt-stock, whose result is stock"
-        raise ValueError(
-            f"not a stock model: {', '.join(names)} changed its shapes. Save it with lib.models.checkpoint.save, or {way}"
+    if reason := refusal(model.config):
+        kind = type(model.config).__name__
+        raise CheckpointError(f"the compressed model cannot be saved, because {kind} refuses its shape: {reason}")
+    config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
+    again = _repeated(empty_model(config, model.dtype), json.loads(json.dumps(getattr(model, "edits", []))), "the record")
+    found, wanted = ({n: tuple(t.shape) for n, t in stored_tensors(m).items()} for m in (again, model))
+    _same_names("the record and the compressed model", set(found), set(wanted))
+    if wrong := [name for name in wanted if found[name] != wanted[name]]:
+        name = wrong[0]
+        raise CheckpointError(
+            f"the compressed model cannot be saved: {name} is {wanted[name]}, but would be read as {found[name]}"
         )
-    with _written_whole(folder) as partial:
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-    return folder
 
 
-@contextlib.contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder to write into; it is renamed to `folder` at the end, or removed if anything fails."""
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another output folder, or remove this one first")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
-    except SafetensorError as error:  # also when the disk is full, and not a subclass of OSError
-        raise OSError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # does nothing if it was renamed
-
-
-def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with a shared tensor (a tied head) under its first name only."""
-    firsts, all_names = (dict(model.named_parameters(remove_duplicate=once)) for once in (True, False))
-    return {name: value for name, value in model.state_dict().items() if name in firsts or name not in all_names}
-
-
-def _shards(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+def _shards(tensors: dict[str, torch.Tensor], pattern: str) -> dict[str, list[str]]:
     """File name -> tensor names, in order, at most SHARD_BYTES a file (a larger tensor has a file of its own)."""
     groups, size = [[]], 0
     for name, value in tensors.items():
@@ -131,7 +159,10 @@ def _shards(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
         size += value.nbytes
     count = len(groups)
     suffixes = [""] if count == 1 else [f"-{i:05d}-of-{count:05d}" for i in range(1, count + 1)]
-    return {WEIGHTS.format(suffix=suffix): names for suffix, names in zip(suffixes, groups, strict=True)}
+    return {pattern.format(suffix=suffix): names for suffix, names in zip(suffixes, groups, strict=True)}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -185,31 +216,29 @@ def read_record(folder: Path) -> dict:
 
 def _empty_model(folder: Path, record: dict) -> nn.Module:
     """The stock model of config.json with its parameters on the meta device, edited as the record says."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        config = config_of(folder)
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"{folder}/{CONFIG} is of model type {config.model_type!r}, which no method here compresses")
+        model = empty_model(config, getattr(torch, record["dtype"]))
+        take_generation_config(model, folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return _repeated(model, record["edits"], f"{folder}/{RECORD}")
 
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}/{CONFIG} cannot be read: {error}") from error
-    if config.model_type not in FAMILIES:
-        raise CheckpointError(f"{folder}/{CONFIG} is of model type {config.model_type!r}, which no method here compresses")
-    try:
-        with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, record["dtype"]))
-    except Exception as error:  # any inconsistent number in a config fails somewhere inside the library
-        raise CheckpointError(f"{folder}/{CONFIG} does not describe a model: {error}") from error
-    model.tie_weights()  # parameters on the meta device were made one by one, tied ones too
-    for edit in record["edits"]:
+
+def _repeated(model: nn.Module, edits: list[dict], where: str) -> nn.Module:
+    """A stock model of meta tensors, edited as a record says. Raises CheckpointError for what cannot be repeated."""
+    for edit in edits:
         settings = {name: value for name, value in edit.items() if name != "edit"}
         if not isinstance(edit.get("edit"), str) or edit["edit"] not in REPLAY:
-            raise CheckpointError(f"unknown edit {edit.get('edit')!r} in {folder}/{RECORD}: known are {', '.join(REPLAY)}")
+            raise CheckpointError(f"unknown edit {edit.get('edit')!r} in {where}: known are {', '.join(REPLAY)}")
         replay = REPLAY[edit["edit"]]
         try:
             inspect.signature(replay).bind(model, **settings)
             model = replay(model, **settings)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise CheckpointError(f"edit {edit} in {folder}/{RECORD} cannot be repeated: {error}") from error
+            raise CheckpointError(f"edit {edit} in {where} cannot be repeated: {error}") from error
     return model
 
 

@@ -19,15 +19,25 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lib.models.checkpoint import CONFIG, RECORD, digest, is_checkpoint, record_of, stored_tensors
-from lib.primitives.anatomy import Anatomy
+from lib.models.checkpoint import check_readable, describe_folder, digest, is_checkpoint
+from lib.models.folder import (
+    Place,
+    config_of,
+    empty_model,
+    name_in_stock,
+    places_of,
+    plain,
+    read,
+    stored_tensors,
+    take_generation_config,
+)
+from lib.models.output import full_disk_explained, partial_of, readable, reserved
+from lib.primitives.anatomy import Anatomy, family_of
 from lib.primitives.calibration import resident
 from lib.primitives.layerwise import Walk
 
-INDEX, GENERATION = "model.safetensors.index.json", "generation_config.json"
 JOB, STATE = "job.json", "state.json"
 
 # --- weights on disk -----------------------------------------------------------------------------------------------------
@@ -38,9 +48,9 @@ _LOADED: WeakValueDictionary = WeakValueDictionary()
 
 @dataclass
 class Stored:
-    """Where the tensors of a module are: its parameters' names -> (file, name in the file). dtype: into which they are read."""
+    """Where the tensors of a module are, by its parameters' names. dtype: into which they are read."""
 
-    places: dict[str, tuple[str, str]]
+    places: dict[str, Place]
     dtype: torch.dtype
 
     @contextlib.contextmanager
@@ -56,7 +66,7 @@ class Stored:
             empty(module)
 
     def load(self, module: nn.Module) -> None:
-        """Give the module its parameters. Raises ValueError for tensors that are missing, misshapen or not finite."""
+        """Give the module its parameters. Raises ValueError for tensors that are not finite."""
         for name, value in self.read(dict(module.named_parameters())):
             parent, _, leaf = name.rpartition(".")
             module.get_submodule(parent)._parameters[leaf] = value
@@ -64,24 +74,18 @@ class Stored:
     def read(self, wanted: dict[str, torch.Tensor]) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters one by one, of the shapes of `wanted`. Files are mapped, so nothing else is read."""
         for name, like in wanted.items():
-            place = (*self.places[name], self.dtype)
-            value = _LOADED.get(place)
+            place = self.places[name]
+            value = _LOADED.get((place, self.dtype))
             if value is None:
-                value = nn.Parameter(_read(*self.places[name]).to(self.dtype), requires_grad=False)
+                value = nn.Parameter(read(place).to(self.dtype), requires_grad=False)
                 if value.shape != like.shape:
-                    raise ValueError(f"{place[1]} in {place[0]} is {tuple(value.shape)}, but the model needs {tuple(like.shape)}")
+                    raise ValueError(
+                        f"{place.name} in {place.file} is {tuple(value.shape)}, but the model needs {tuple(like.shape)}"
+                    )
                 if not finite(value):
-                    raise ValueError(f"weight {place[1]} in {place[0]} holds NaN or infinity: download or train the model again")
-                _LOADED[place] = value
+                    raise ValueError(f"weight {place.name} in {place.file} holds NaN or infinity: get or train the model again")
+                _LOADED[place, self.dtype] = value
             yield name, value
-
-
-def _read(file: str, name: str) -> torch.Tensor:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be read from {file}: {error}") from error
 
 
 def finite(value: torch.Tensor) -> bool:
@@ -101,49 +105,26 @@ def model_on_disk(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Mo
     """The dense model of a Hugging Face folder with safetensors, sharded or not: every parameter a meta tensor, in eval mode.
 
     Blocks and embeddings have an attribute `stored`, so their weights are in memory while they are `resident`. `model.stored`
-    is that of the whole model. Raises ValueError for a folder that is compressed already or lacks tensors.
+    is that of the whole model. Raises ValueError for a folder that is compressed already, and as `lib.models.folder` does.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = Path(folder).expanduser()
     if is_checkpoint(folder):
         raise ValueError(f"{folder} holds a compressed model: compress the dense one")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    dtype = dtype or config.dtype or torch.float32
-    with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    model.tie_weights()
+    config = config_of(folder)
+    family = family_of(config)
+    model = empty_model(plain(config), dtype)
+    take_generation_config(model, folder)
     anatomy = Anatomy(model)
-    files = files_of(folder)
-    prefix = f"{model.base_model_prefix}."
-    places = {}
-    for name in stored_tensors(model):
-        # Some published folders name tensors without the prefix of the whole model.
-        found = next((n for n in (name, name.removeprefix(prefix)) if n in files), None)
-        if found is None:
-            raise ValueError(f"{folder} has no tensor {name}: the folder is not complete, or not of this architecture")
-        places[name] = (str(folder / files[found]), found)
-    model.stored = Stored(places, dtype)
+    model.stored = Stored(places_of(model, folder), model.dtype)
     for i, block in enumerate(anatomy.blocks):
-        block.stored = _part(model.stored, f"{anatomy.family.blocks}.{i}.")
-    for name in anatomy.family.embeddings:
+        block.stored = _part(model.stored, f"{family.blocks}.{i}.")
+    for name in family.embeddings:
         anatomy.get(name).stored = _part(model.stored, f"{name}.")
     return model
 
 
 def _part(whole: Stored, prefix: str) -> Stored:
     return Stored({n.removeprefix(prefix): place for n, place in whole.places.items() if n.startswith(prefix)}, whole.dtype)
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """Name of every tensor in a folder -> its file. Raises ValueError where there are no safetensors."""
-    if (folder / INDEX).is_file():
-        return json.loads((folder / INDEX).read_text())["weight_map"]
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: give a local folder with safetensors")
-    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
-        return {name: "model.safetensors" for name in tensors.keys()}  # noqa: SIM118 (not a dict)
 
 
 def fingerprint_on_disk(model: nn.Module) -> str:
@@ -164,7 +145,7 @@ def fingerprint_on_disk(model: nn.Module) -> str:
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def write_tensors(file: Path, shapes: dict[str, torch.Tensor], values: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_tensors(file: Path, shapes: dict[str, torch.Tensor], values: Iterable[torch.Tensor]) -> None:
     """Write a safetensors file tensor by tensor. shapes: of its tensors, meta tensors suffice; values: in the same order.
 
     safetensors' own writer needs all tensors, and copies them, before the first byte is written.
@@ -178,10 +159,10 @@ def write_tensors(file: Path, shapes: dict[str, torch.Tensor], values: Iterable[
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for (name, like), (given, value) in zip(shapes.items(), values, strict=True):
-            if name != given or value.shape != like.shape or value.dtype != like.dtype:
-                raise ValueError(f"expected {name} of shape {tuple(like.shape)}, not {given} of {tuple(value.shape)}")
-            value.detach().contiguous().flatten().view(torch.uint8).numpy().tofile(out)
+        for (name, like), value in zip(shapes.items(), values, strict=True):
+            if value.shape != like.shape or value.dtype != like.dtype:
+                raise ValueError(f"expected {name} of shape {tuple(like.shape)}, not {tuple(value.shape)}")
+            out.write(value.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 # --- the driver ----------------------------------------------------------------------------------------------------------
@@ -213,36 +194,41 @@ def compress_on_disk(
     suite. Raises ValueError or FileExistsError before any long work.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another output folder, or remove this one first")
-    # 1. A model without weights, and a partial folder: a new one or that of an interrupted run.
-    _return_freed_memory()
-    model = model_on_disk(source, dtype)
-    partial_folder = out.with_name(f".{out.name}.partial")
-    state = _open(partial_folder, _job(source, ids, model.dtype, resume or {}), resume is not None)
-    try:
-        # 2. Walk over the blocks, from the last finished one on, as often as the method needs it.
-        walk = walk_of(model, ids, state.get("note", {}))
-        walk.report = progress
-        done = _go_back(walk, partial_folder, state)
-        while True:
-            for i in range(done, walk.blocks):
-                _work(walk, partial_folder, i, resume is not None)
-                if progress:
-                    progress(f"block {i + 1} of {walk.blocks} on disk")
-            if walk.finish():
-                break
-            done = 0
-        # 3. Write everything outside of the blocks; only then does the folder get its name.
-        if (source / GENERATION).is_file():
-            shutil.copy(source / GENERATION, partial_folder)
-        _close(walk, model, partial_folder, tokenizer, facts(walk.model))
-        partial_folder.rename(out)
-    except BaseException:
-        if not (partial_folder / STATE).is_file():  # nothing from which another start could continue
-            shutil.rmtree(partial_folder, ignore_errors=True)
-        raise
+    with reserved(out):
+        # 1. A model without weights, and a partial folder: a new one or that of an interrupted run.
+        _return_freed_memory()
+        model = model_on_disk(source, dtype)
+        partial = partial_of(out)
+        state = _open(partial, _job(source, ids, model.dtype, resume or {}), resume is not None)
+        try:
+            # 2. Walk over the blocks, from the last finished one on, as often as the method needs it.
+            walk = walk_of(model, ids, state.get("note", {}))
+            walk.report = progress
+            left = f"finished blocks stay in {partial}: the same command goes on from there"
+            with full_disk_explained(out, left if resume is not None else "nothing is left of it"):
+                _walk(walk, partial, state, resume is not None)
+                # 3. Write everything outside of the blocks; only then does the folder get its name.
+                _close(walk, model, partial, tokenizer, facts(walk.model))
+            readable(partial)
+            partial.rename(out)
+        except BaseException:
+            if not (partial / STATE).is_file():  # nothing from which another start could continue
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     return walk.model
+
+
+def _walk(walk: Walk, folder: Path, state: dict, resume: bool) -> None:
+    """All rounds of a walk over the blocks, from the saved state on."""
+    done = _go_back(walk, folder, state)
+    while True:
+        for i in range(done, walk.blocks):
+            _work(walk, folder, i, resume)
+            if walk.report:
+                walk.report(f"block {i + 1} of {walk.blocks} on disk")
+        if walk.finish():
+            return
+        done = 0
 
 
 def _return_freed_memory() -> None:
@@ -290,7 +276,7 @@ def _go_back(walk: Walk, folder: Path, state: dict) -> int:
     for i in range(done):
         _settle(walk, folder, i)
     for j, stream in enumerate(walk.streams):
-        stream.hidden.copy_(_read(str(folder / state["hidden"]), str(j)))
+        stream.hidden.copy_(read(Place(str(folder / state["hidden"]), str(j))))
     return done
 
 
@@ -304,7 +290,7 @@ def _work(walk: Walk, folder: Path, i: int, resume: bool) -> None:
             raise ValueError(f"compressed weights {', '.join(broken)} of block {i} hold NaN or infinity: work in float32")
         named = {f"{Anatomy(walk.model).family.blocks}.{i}.{n}": p for n, p in block.named_parameters()}
         temporary = folder / "block.tmp"
-        write_tensors(temporary, named, named.items())
+        write_tensors(temporary, named, named.values())
         temporary.replace(folder / _shard(i + 1, walk))
     _settle(walk, folder, i)
     if resume:
@@ -314,7 +300,7 @@ def _work(walk: Walk, folder: Path, i: int, resume: bool) -> None:
 def _settle(walk: Walk, folder: Path, i: int) -> None:
     """From now on the weights of block i are those in the output folder."""
     block, prefix = Anatomy(walk.model).blocks[i], f"{Anatomy(walk.model).family.blocks}.{i}."
-    places = {name: (str(folder / _shard(i + 1, walk)), prefix + name) for name, _ in block.named_parameters()}
+    places = {name: Place(str(folder / _shard(i + 1, walk)), prefix + name) for name, _ in block.named_parameters()}
     block.stored = Stored(places, block.stored.dtype)
 
 
@@ -323,7 +309,7 @@ def _save_state(walk: Walk, folder: Path, done: int) -> None:
     hidden = {str(j): stream.hidden for j, stream in enumerate(walk.streams)}
     note = walk.note()
     file = f"hidden-{note.get('round', 0)}-{done}.safetensors"
-    write_tensors(folder / file, hidden, hidden.items())
+    write_tensors(folder / file, hidden, hidden.values())
     (folder / "state.tmp").write_text(json.dumps({"done": done, "hidden": file, "note": note}))
     (folder / "state.tmp").replace(folder / STATE)
     for old in folder.glob("hidden-*.safetensors"):
@@ -336,27 +322,22 @@ def _shard(number: int, walk: Walk) -> str:
 
 
 def _close(walk: Walk, dense: nn.Module, folder: Path, tokenizer, provenance: dict) -> None:
-    """Copy the tensors outside of the blocks (embeddings, final norm, head), and write index or record, config and tokenizer."""
+    """Copy the tensors outside of the blocks (embeddings, final norm, head), and describe the folder."""
     model, prefix = walk.model, f"{Anatomy(walk.model).family.blocks}."
     model.tie_weights()
-    tensors = stored_tensors(model)
-    rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-    write_tensors(folder / _shard(walk.blocks + 1, walk), rest, dense.stored.read(rest))
+    check_readable(model)
+    tensors, stock = stored_tensors(model), not getattr(model, "edits", None)
     shards: dict[str, list[str]] = {_shard(number, walk): [] for number in range(1, walk.blocks + 2)}
     for name in tensors:
         block = int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else walk.blocks
         shards[_shard(block + 1, walk)].append(name)
-    if getattr(model, "edits", None):
-        (folder / RECORD).write_text(json.dumps(record_of(model, tensors, shards, provenance), indent=1) + "\n")
-    else:
-        total = sum(value.numel() * value.element_size() for value in tensors.values())
-        places = {name: file for file, names in shards.items() for name in names}
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n")
-        model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    model.config.to_json_file(folder / CONFIG)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    rest = {name: tensors[name] for name in shards[_shard(walk.blocks + 1, walk)]}
+    write_tensors(
+        folder / _shard(walk.blocks + 1, walk),
+        {name_in_stock(name, model) if stock else name: value for name, value in rest.items()},
+        (value for _, value in dense.stored.read(rest)),
+    )
+    describe_folder(folder, model, tensors, shards, tokenizer, provenance)
     for pattern in ("hidden-*.safetensors", STATE, JOB):
         for file in folder.glob(pattern):
             file.unlink()

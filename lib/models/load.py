@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lib.evaluation.console import no_progress_bars
 from lib.models.checkpoint import is_checkpoint, load_checkpoint
+from lib.models.folder import COMPUTED, CONFIG, INDEX, SINGLE, config_of, empty_model, places_of, plain, positions, quantised
 from lib.models.gguf_import import GEMMA, gemma_folder, gguf_folder
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.checks import choose_one
@@ -16,43 +20,106 @@ from lib.primitives.checks import choose_one
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("wiki-a-llama", "wiki-a-opt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def load(name: str, device: str = "cpu", dtype: str | torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+def load(name: str, device: str = "cpu", dtype: str | torch.dtype | None = torch.float32) -> tuple[nn.Module, object]:
     """Model in eval mode and its tokenizer, for `wiki-a-llama`, `wiki-a-opt`, `gemma-3-270m`, a folder, a .gguf file or a hub id.
 
     A local folder is in the Hugging Face format, or a compressed model that `lib.models.checkpoint.save` wrote. GGUF weights are
-    dequantised once into a cache (lib/models/gguf_import.py).
+    dequantised once into a cache (lib/models/gguf_import.py). dtype: None for the model's own.
 
-    Never runs remote code. Raises ValueError for an unknown dtype, FileNotFoundError if the model cannot be found.
+    Never runs remote code. Raises ValueError for an unknown dtype or device and, before any weight is read, for a folder that
+    is damaged, incomplete or quantised (`lib.models.folder`); FileNotFoundError if the model cannot be found.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if isinstance(dtype, str):
-        choose_one("dtype", dtype, DTYPES)
-        dtype = DTYPES[dtype]
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not available, because torch sees no GPU: use device cpu")
+    dtype, place = torch_dtype(dtype), usable_device(device)
     source = locate(name)
-    compressed = is_checkpoint(source)
+    if is_checkpoint(source):
+        return load_checkpoint(source, place, dtype), load_tokenizer(source)
     try:
-        with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            if not compressed:
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        config = config_of(source)
+        tokenizer = load_tokenizer(source)
+        return _dense(source, config, dtype).to(place).eval(), tokenizer
     except OSError as error:
         if Path(source).is_dir():
-            raise FileNotFoundError(f"the model folder {name} is not complete: {error}") from error
+            raise FileNotFoundError(f"the model folder {source} is not complete: {error}") from error
         raise FileNotFoundError(
             f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not {GEMMA}, not a local folder, "
             f"and the hub did not give it "
             f"({type(error).__name__}). Check the name, the network, and for gated models the licence and login"
         ) from error
-    if len(tokenizer) < 2:
-        raise FileNotFoundError(f"the model folder {name} has no tokenizer files: add those of the original model")
-    if compressed:
-        return load_checkpoint(source, device, dtype), tokenizer
-    return model.to(device).eval(), tokenizer
+
+
+def _dense(source: str, config, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a folder or hub id with exactly its tensors; FP8 weights become numbers of `dtype`."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    said, folder = quantised(config), Path(source)
+    dtype = dtype or config.dtype or torch.float32
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        places_of(empty_model(plain(copy.deepcopy(config))), folder)  # raises now, before any weight is read
+    how = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if said else {}
+    try:
+        with no_progress_bars():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True, **how,
+            )  # fmt: skip
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the weights of {source} are cut short or damaged ({error}): download the model again") from error
+    for what, names in found.items():
+        if wrong := sorted(str(name) for name in names if not COMPUTED.search(str(name))):
+            raise ValueError(f"the weights of {source} do not fit its {CONFIG}: {what.replace('_', ' ')} {wrong[0]}")
+    if said:
+        forget_quantisation(model)
+    return model
+
+
+def forget_quantisation(model: nn.Module) -> None:
+    """Make a model whose weights were dequantised a plain one; save_pretrained refuses it otherwise."""
+    model.hf_quantizer = None
+    for forgotten in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, forgotten):
+            delattr(model.config, forgotten)
+
+
+def load_tokenizer(source: str):
+    """The tokenizer of a folder or hub id. Raises ValueError for a folder where it is missing or damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        with no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the library raises errors of many types, and without files it asks for other packages
+        if not Path(source).is_dir():
+            raise
+        if not any((Path(source) / file).is_file() for file in TOKENIZERS):
+            tokenizer = None
+        else:
+            raise ValueError(f"the tokenizer in {source} cannot be read: {error}") from error
+    if tokenizer is None or len(tokenizer) < 2:
+        raise ValueError(f"the model folder {source} has no tokenizer files: add those of the original model")
+    return tokenizer
+
+
+def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name; None, for a model's own, stays None. Raises ValueError, naming all of them, for an unknown one."""
+    return DTYPES[choose_one("dtype", name, DTYPES)] if isinstance(name, str) else name
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device of a name. Raises ValueError for one that does not exist or is not on this machine."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: choose one of cpu, cuda, cuda:0, mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not available, because torch sees no GPU: use device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not available: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    if device.type not in ("cpu", "cuda", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f"device {name!r} is not available here: use device cpu")
+    return device
 
 
 def spread(model: nn.Module, max_memory: dict | None = None, offload_folder: str | Path | None = None) -> nn.Module:
@@ -94,11 +161,10 @@ def locate(name: str) -> str:
 
 
 def positions_of(name: str) -> int:
-    """Longest sequence of a model, from its configuration alone."""
-    from transformers import AutoConfig
-
+    """Longest sequence of a model, from its configuration alone. Raises as `load` for models that cannot be found or read."""
+    source = locate(name)
     try:
-        return AutoConfig.from_pretrained(locate(name), trust_remote_code=False).max_position_embeddings
+        return positions(config_of(source))
     except OSError as error:
         raise FileNotFoundError(f"no configuration of model {name!r} can be reached: check the name and the network") from error
 

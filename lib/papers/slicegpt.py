@@ -14,6 +14,7 @@ import contextlib
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,7 @@ from lib.primitives.linalg import (
     remove_mean,
     root_of,
 )
-from lib.primitives.surgery import parameter
+from lib.primitives.surgery import parameter, refusal
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 CHOICES = {
@@ -536,7 +537,7 @@ def slice_without_shortcuts(model: nn.Module, ids: torch.Tensor, level: float, *
 
 @dataclass(frozen=True)
 class Rounding:
-    """The settings of networks without shortcuts: their widths are multiples of `round_interval`."""
+    """The settings of networks without shortcuts: their widths are multiples of `round_interval` that the stock class accepts."""
 
     round_interval: int = Settings.round_interval
 
@@ -553,8 +554,9 @@ def stock_sweep(
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(level, stock model) for each slicing level, one basis per junction without shortcuts: see `slice_without_shortcuts`."""
-    sliced = Settings(round_interval=(settings or Rounding()).round_interval, **WITHOUT_SHORTCUTS)
-    return ((ratio, stock_model(small)) for ratio, small in sweep(model, ids, ratios, sliced, progress, inplace))
+    cuts = [[k] * Anatomy(model).junctions for k in stock_widths(model, ratios, settings)]
+    sliced = sweep(model, ids, cuts, Settings(**WITHOUT_SHORTCUTS), progress, inplace)
+    return ((ratio, stock_model(small)) for ratio, (_, small) in zip(ratios, sliced, strict=True))
 
 
 def global_sweep(
@@ -566,9 +568,8 @@ def global_sweep(
     inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(level, stock model) for each slicing level, one basis for all junctions and levels: see `slice_globally`."""
-    interval = (settings or Rounding()).round_interval
     check_inplace(inplace, ratios)
-    widths = [kept_width(model.config.hidden_size, ratio, interval) for ratio in ratios]
+    widths = stock_widths(model, ratios, settings)
 
     def run() -> Iterator[tuple[float, nn.Module]]:
         axes = global_axes(model, ids)
@@ -576,6 +577,55 @@ def global_sweep(
             yield ratio, stock_model(slice_globally(model, axes, k, inplace=inplace, progress=progress))
 
     return run()
+
+
+def stock_widths(model: nn.Module, ratios: Sequence[float], settings: Rounding | None = None) -> list[int]:
+    """The width of the stock model at each slicing level; warns where it is not that of `kept_width`. Raises as `stock_width`."""
+    d, interval = model.config.hidden_size, (settings or Rounding()).round_interval
+    found = []
+    for ratio in ratios:
+        k, wanted = stock_width(model, ratio, interval), kept_width(d, ratio, interval)
+        if k != wanted:
+            kind = type(model.config).__name__
+            warnings.warn(f"a stock {kind} accepts no width of {wanted}: {k} of {d} directions are kept", stacklevel=3)
+        found.append(k)
+    return found
+
+
+def stock_width(model: nn.Module, level: float, round_interval: int = Settings.round_interval) -> int:
+    """The width of the stock model at a slicing level: that of `kept_width`, or the next smaller one that its class accepts.
+
+    A LlamaConfig accepts only multiples of its number of heads, although heads keep their size. Raises ValueError, before any
+    work, for families that have no stock form and where no width is accepted.
+    """
+    check_sliceable(model)
+    wanted = kept_width(model.config.hidden_size, level, round_interval)
+    steps = [wanted, *range(wanted - round_interval, 0, -round_interval)]
+    k = next((k for k in steps if refusal(_narrowed(model.config, k)) is None), None)
+    if k is None:
+        raise ValueError(
+            f"{type(model.config).__name__} accepts no multiple of {round_interval} up to {wanted} as the width of a stock model: "
+            "use a lower ratio or a smaller round_interval"
+        )
+    _stock_shape(model, k)  # raises for families without a stock form
+    return k
+
+
+def stock_shape(model: nn.Module, ratio: float) -> nn.Module:
+    """The stock model at a slicing level, on the meta device."""
+    return _stock_shape(model, stock_width(model, ratio))
+
+
+def _stock_shape(model: nn.Module, k: int) -> nn.Module:
+    return stock_model(shapes_only(model, [k] * Anatomy(model).junctions, "global"))
+
+
+def _narrowed(config, k: int):
+    """The configuration of a stock model of width k whose norms divide by the old width, see `stock_model`."""
+    narrow, d = copy.deepcopy(config), config.hidden_size
+    narrow.head_dim = head_size(config)
+    narrow.hidden_size, narrow.rms_norm_eps = k, getattr(config, "rms_norm_eps", 0.0) * d / k
+    return narrow
 
 
 def stock_model(sliced: nn.Module) -> nn.Module:
@@ -586,11 +636,9 @@ def stock_model(sliced: nn.Module) -> nn.Module:
     gain √(d/k) and epsilon ε d/k does just that. Raises ValueError for networks that no stock class can hold.
     """
     d, k = sliced.config.hidden_size, _stock_width(sliced)
-    config = copy.deepcopy(sliced.config)
-    config.head_dim = head_size(config)
-    config.hidden_size, config.rms_norm_eps = k, config.rms_norm_eps * d / k
     with init_empty_weights(include_buffers=False):
-        narrow = type(sliced)(config)
+        narrow = type(sliced)(_narrowed(sliced.config, k))
+    narrow.generation_config = sliced.generation_config
     for name, module in sliced.named_modules():
         if isinstance(module, JunctionNorm):
             gain = torch.full((k,), (d / k) ** 0.5, dtype=torch.float64)

@@ -106,22 +106,22 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(config) -> Family:
     """The family record of a transformers causal LM. Raises ValueError for an unknown or a post-norm architecture."""
-    kind = model.config.model_type
+    kind = config.model_type
     if kind not in FAMILIES:
         raise ValueError(
             f"model type {kind!r} is not known here: supported are {', '.join(sorted(FAMILIES))}. A new family is one "
             "record in lib/primitives/anatomy.py"
         )
-    if kind == "opt" and not _is_plain_opt(model.config):
+    if kind == "opt" and not _is_plain_opt(config):
         raise ValueError(
             "this OPT model (like OPT-350M) normalises after each residual add, projects its embeddings or has no final norm, "
             "so its residual stream is not that of a pre-norm model: use a pre-norm OPT, such as 125M or 1.3B"
         )
-    if kind == "phi" and model.config.qk_layernorm:
+    if kind == "phi" and config.qk_layernorm:
         raise ValueError("this Phi model normalises queries and keys, which its family record lacks: use Phi-1, 1.5 or 2")
-    if kind == "gpt_neox" and not model.config.use_parallel_residual:
+    if kind == "gpt_neox" and not config.use_parallel_residual:
         raise ValueError("this GPT-NeoX model adds attention before its MLP, but its family record is that of parallel blocks")
     return FAMILIES[kind]
 
@@ -152,7 +152,7 @@ class Anatomy:
     family: Family = field(init=False)
 
     def __post_init__(self):
-        self.family = family_of(self.model)
+        self.family = family_of(self.model.config)
 
     def get(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)

@@ -8,6 +8,7 @@ biases) it carries no record of edits, and plain transformers can load the saved
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, Half, head_size
 from lib.primitives.checks import kept_share
-from lib.primitives.surgery import linear, set_edits, shape_shell, shell
+from lib.primitives.surgery import linear, refusal, set_edits, shape_shell, shell
 
 # For every block the sorted indices of the units that stay, int64; None: all of them stay.
 Keep = Sequence[torch.Tensor | None]
@@ -278,16 +279,20 @@ def describe(model: nn.Module) -> nn.Module:
 
 
 def _describe_groups(anatomy: Anatomy) -> dict:
-    config, groups = anatomy.model.config, kv_groups(anatomy.model)
-    before = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    model, groups = anatomy.model, kv_groups(anatomy.model)
+    config, before = model.config, getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
     if set(groups) == {before}:
         return {}
     by_size = not hasattr(anatomy.blocks[0].get_submodule(anatomy.family.attention_module), "num_heads")
-    if len(set(groups)) > 1 or not by_size:
-        return {"groups": groups}
-    queries, config.head_dim = config.num_attention_heads // before, head_size(config)
-    config.num_key_value_heads, config.num_attention_heads = groups[0], groups[0] * queries
-    return {}
+    if len(set(groups)) == 1 and by_size:
+        fewer, queries = copy.deepcopy(config), config.num_attention_heads // before
+        fewer.head_dim = head_size(config)
+        fewer.num_key_value_heads, fewer.num_attention_heads = groups[0], groups[0] * queries
+        if refusal(fewer) is None:
+            for name in ("head_dim", "num_key_value_heads", "num_attention_heads"):
+                setattr(config, name, getattr(fewer, name))  # the blocks hold this configuration, too
+            return {}
+    return {"groups": groups}
 
 
 def _writers(anatomy: Anatomy) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import torch
 from torch import nn
@@ -40,6 +41,15 @@ def shape_shell(model: nn.Module) -> nn.Module:
         return nn.Parameter(bare) if isinstance(tensor, nn.Parameter) else bare
 
     return copy.deepcopy(model, {id(t): empty(t) for t in [*model.parameters(), *model.buffers()]})
+
+
+def refusal(config) -> str | None:
+    """Why the class of a configuration would not read it back, or None; some demand that their heads divide the width."""
+    try:
+        type(config).from_dict(json.loads(config.to_json_string()))
+    except Exception as error:  # the library checks numbers in several ways, with errors of several types
+        return " ".join(str(error).split())
+    return None
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor) -> nn.Linear:
