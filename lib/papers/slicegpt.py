@@ -603,9 +603,10 @@ def stock_width(model: nn.Module, level: float, round_interval: int = Settings.r
     steps = [wanted, *range(wanted - round_interval, 0, -round_interval)]
     k = next((k for k in steps if refusal(_narrowed(model.config, k)) is None), None)
     if k is None:
+        kind = type(model.config).__name__
         raise ValueError(
-            f"{type(model.config).__name__} accepts no multiple of {round_interval} up to {wanted} as the width of a stock model: "
-            "use a lower ratio or a smaller round_interval"
+            f"{kind} accepts no multiple of {round_interval} up to {wanted} as the width of a stock model: use a lower ratio or a "
+            "smaller round_interval"
         )
     _stock_shape(model, k)  # raises for families without a stock form
     return k
