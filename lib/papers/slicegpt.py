@@ -605,8 +605,8 @@ def stock_width(model: nn.Module, level: float, round_interval: int = Settings.r
     if k is None:
         kind = type(model.config).__name__
         raise ValueError(
-            f"{kind} accepts no multiple of {round_interval} up to {wanted} as the width of a stock model: use a lower ratio or a "
-            "smaller round_interval"
+            f"{kind} accepts no multiple of {round_interval} up to {wanted} as the width of a stock model: use a lower ratio or "
+            "a smaller round_interval"
         )
     _stock_shape(model, k)  # raises for families without a stock form
     return k
