@@ -51,7 +51,7 @@ def compress(
     check_share(ratio)
     with reserved(Path(out).expanduser()) as out:
         network, tokenizer = _open(model, device, dtype, streamed)
-        check_finished(record, network, ratio, out)
+        check_finished(record, settings, network, ratio, out)
         draw = calibration or Calibration("wiki-a", 128, min(2048, positions(network.config)))
         check_length(Anatomy(network), draw.length)  # raises now, before many long sequences are drawn
         generator = torch.Generator().manual_seed(draw.seed)
@@ -87,12 +87,12 @@ def compress(
         return sizes(small)
 
 
-def check_finished(method: Method, model: nn.Module, ratio: float, out: Path) -> None:
+def check_finished(method: Method, settings: object, model: nn.Module, ratio: float, out: Path) -> None:
     """Raise, before any work, for a result that could not be saved: ValueError by its shape, OSError by its size on the disk.
 
-    Where only data decide on the shape, it is the one that the method leaves with its default settings, or the dense one.
+    Where data decide on the shape, it is one of the same size, or the dense one.
     """
-    finished = method.shape(model, ratio) if method.shape else shape_shell(model)
+    finished = method.shape(model, ratio, settings) if method.shape else shape_shell(model)
     check_readable(finished)
     check_output(out, count(finished).bytes)
 

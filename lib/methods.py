@@ -64,8 +64,8 @@ class Method:
     sweep: (model, ids [samples, length], ratios, settings, progress) -> (ratio, model) one by one; what serves every ratio is
     computed once, and the given model stays intact. consumes: `sweep` also takes `inplace=True` and may then use up the model,
     for one ratio. settings: a frozen dataclass that checks itself; its fields are what `--set` takes. presets: other starting
-    points than its defaults. shape: (model, ratio) -> compressed model on the meta device, with default settings. on_disk:
-    (model, ids, ratio, settings, note) -> a walk over a model whose weights are on disk.
+    points than its defaults. shape: (model, ratio, settings) -> compressed model on the meta device, of the size that the
+    method leaves. on_disk: (model, ids, ratio, settings, note) -> a walk over a model whose weights are on disk.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Method:
     needs: str
     paper: str
     loads: str
-    shape: Callable[[nn.Module, float], nn.Module] | None = None
+    shape: Callable[..., nn.Module] | None = None
     on_disk: Callable[..., layerwise.Walk] | None = None
     consumes: bool = False
     presets: Mapping[str, object] = field(default_factory=dict)
@@ -111,11 +111,11 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "slicegpt-stock", slicegpt.stock_sweep, slicegpt.Rounding, "directions of the residual stream, without shortcuts",
-            OF_STREAM, TEXT, _ABLATED, ANYWHERE, consumes=True,
+            OF_STREAM, TEXT, _ABLATED, ANYWHERE, slicegpt.stock_shape, consumes=True,
         ),
         Method(
             "slicegpt-global", slicegpt.global_sweep, slicegpt.Rounding, "directions of the residual stream, the same everywhere",
-            OF_STREAM, TEXT, _ABLATED, ANYWHERE, consumes=True,
+            OF_STREAM, TEXT, _ABLATED, ANYWHERE, slicegpt.stock_shape, consumes=True,
         ),
         _ranks("svd-llm", svd_llm.sweep, svd_llm.Settings, TEXT, "SVD-LLM, arXiv 2403.07378", on_disk=svd_llm.on_disk),
         _ranks("svd", svd.sweep, NoSettings, NOTHING, "plain SVD"),

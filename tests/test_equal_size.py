@@ -10,15 +10,21 @@ from lib.methods import METHODS, OF_BLOCKS, make
 from lib.primitives.cost import count
 from tests.conftest import tiny, token_ids
 
-SETTINGS = {"slicegpt": {"round_interval": 1}}
+SETTINGS = dict.fromkeys(("slicegpt", "slicegpt-stock", "slicegpt-global"), {"round_interval": 1})
+STOCK = ("slicegpt-stock", "slicegpt-global")  # no narrower OPT is a stock model
+CASES = [
+    (method, family)
+    for method, record in METHODS.items()
+    if record.shape
+    for family in (("llama", "mistral") if method in STOCK else ("llama", "opt"))
+]
 
 
 def removed(small, model):
     return count(small).against(count(model))["removed_decoder"]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.shape])
+@pytest.mark.parametrize(("method", "family"), CASES)
 def test_shapes_tell_what_the_method_leaves(method, family):
     model = tiny(family, num_hidden_layers=6)
     share = own_ratio(method, model, 0.3)

@@ -152,7 +152,7 @@ def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.M
     return next(sweep(model, ids, [ratio], Settings(**settings)))[1]
 
 
-def shape(model: nn.Module, ratio: float) -> nn.Module:
+def shape(model: nn.Module, ratio: float, settings: object = None) -> nn.Module:
     """The model after a ratio, on the meta device, as if both kinds of units had evenly spread scores.
 
     Other scores change which units go, not how many parameters, to within one unit and the biases of halves that lose nothing.

@@ -164,7 +164,7 @@ def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.M
     return next(sweep(model, ids, [ratio], Settings(**settings)))[1]
 
 
-def shape(model: nn.Module, ratio: float) -> nn.Module:
+def shape(model: nn.Module, ratio: float, settings: object = None) -> nn.Module:
     """The model after a ratio, on the meta device: fewer neurons and groups of heads in all but the outer blocks."""
     spared = protected(len(ffn_widths(model)))
     small = remove_neurons(shape_shell(model), choose(in_order(ffn_widths(model)), ratio, spared), inplace=True)

@@ -115,7 +115,7 @@ def _compress(model: nn.Module, ids: torch.Tensor, ratio: float, mlp_only: bool)
     return put(describe(anatomy.model), layers)
 
 
-def shape(model: nn.Module, ratio: float) -> nn.Module:
+def shape(model: nn.Module, ratio: float, settings: object = None) -> nn.Module:
     """The model after a ratio, on the meta device: ranks of the four matrices of attention, and equal widths of all blocks."""
     small, anatomy = shape_without_neurons(model, ratio), Anatomy(model)
     names = [*separate_readers(anatomy), anatomy.family.attention.writer]

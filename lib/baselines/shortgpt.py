@@ -104,6 +104,6 @@ def sweep(
         yield ratio, remove_blocks(model, drop, inplace=inplace)
 
 
-def shape(model: nn.Module, ratio: float) -> nn.Module:
+def shape(model: nn.Module, ratio: float, settings: object = None) -> nn.Module:
     """The model after a ratio, on the meta device: all blocks are equally large."""
     return remove_blocks(shape_shell(model), list(range(blocks_for(model, ratio))), inplace=True)

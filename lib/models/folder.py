@@ -45,10 +45,10 @@ def config_of(source: str | Path):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         if folder.is_dir():  # any inconsistent number fails somewhere inside the library
-            raise ValueError(f"{folder}/{CONFIG} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{folder}/{CONFIG} cannot be read: {_reason(error)}") from error
         if isinstance(error, OSError):
             raise
-        raise ValueError(f"the configuration of {source} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"the configuration of {source} cannot be read: {_reason(error)}") from error
     if hasattr(config, "text_config") or hasattr(config, "vision_config"):
         raise ValueError(f"{source} is of type {config.model_type!r}, for more than text: give a folder of its text model alone")
     _check_quantisation(source, config)
@@ -62,15 +62,16 @@ def _check_code(folder: Path) -> None:
     try:
         said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}/{CONFIG} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{folder}/{CONFIG} cannot be read: {_reason(error)}") from error
     kind = said.get("model_type") if isinstance(said, dict) else None
     if kind not in CONFIG_MAPPING:
         own = " It needs code of its own, which is never run here." if isinstance(said, dict) and "auto_map" in said else ""
         raise ValueError(f"{folder}/{CONFIG} names the model type {kind!r}, which transformers does not know.{own}")
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: Exception) -> str:
+    """The words of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def quantised(config) -> dict | None:
@@ -113,7 +114,7 @@ def empty_model(config, dtype: torch.dtype | None = None) -> nn.Module:
         with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
             model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     except Exception as error:  # any inconsistent number in a config fails somewhere inside the library
-        raise ValueError(f"{CONFIG} does not describe a language model: {_first_line(error)}") from error
+        raise ValueError(f"{CONFIG} does not describe a language model: {_reason(error)}") from error
     model.tie_weights()  # parameters on the meta device were made one by one, tied ones too
     return model.eval()
 
@@ -126,7 +127,7 @@ def take_generation_config(model: nn.Module, folder: Path) -> None:
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # the library raises errors of many types for values that it does not expect
-            raise ValueError(f"{folder / GENERATION} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{folder / GENERATION} cannot be read: {_reason(error)}") from error
 
 
 def positions(config) -> int:
@@ -167,7 +168,7 @@ def headers(folder: Path) -> dict[str, Header]:
         try:
             files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({_first_line(error)}): download the model again") from error
+            raise ValueError(f"{folder / INDEX} is damaged ({_reason(error)}): download the model again") from error
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:

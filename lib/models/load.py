@@ -12,10 +12,23 @@ from torch import nn
 
 from lib.evaluation.console import no_progress_bars
 from lib.models.checkpoint import is_checkpoint, load_checkpoint
-from lib.models.folder import COMPUTED, CONFIG, INDEX, SINGLE, config_of, empty_model, places_of, plain, positions, quantised
+from lib.models.folder import (
+    COMPUTED,
+    CONFIG,
+    INDEX,
+    SINGLE,
+    config_of,
+    empty_model,
+    places_of,
+    plain,
+    positions,
+    quantised,
+    take_generation_config,
+)
 from lib.models.gguf_import import GEMMA, gemma_folder, gguf_folder
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.checks import choose_one
+from lib.primitives.surgery import cast
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("wiki-a-llama", "wiki-a-opt")
@@ -71,7 +84,9 @@ def _dense(source: str, config, dtype: torch.dtype | None) -> nn.Module:
         if wrong := sorted(str(name) for name in names if not COMPUTED.search(str(name))):
             raise ValueError(f"the weights of {source} do not fit its {CONFIG}: {what.replace('_', ' ')} {wrong[0]}")
     if said:
-        forget_quantisation(model)
+        forget_quantisation(cast(model, dtype))  # transformers leaves tensors that are not FP8 in their own dtype
+    if folder.is_dir():
+        take_generation_config(model, folder)  # raises for a damaged file, which transformers passes over
     return model
 
 

@@ -206,9 +206,9 @@ def choose_blocks(model: nn.Module, ids: torch.Tensor, scores: list[float], rati
     return [i for i in range(len(scores)) if i not in left]
 
 
-def shape(model: nn.Module, ratio: float) -> nn.Module:
-    """The model after a ratio with the default settings, on the meta device: blocks go first, then neurons of the others."""
-    settings, found = Settings(), shape_of(model)
+def shape(model: nn.Module, ratio: float, settings: Settings = Settings()) -> nn.Module:
+    """The model after a ratio, on the meta device: blocks go first, then neurons, as many from each of the others."""
+    found = shape_of(model)
     drop = list(range(blocks_to_drop(ratio, len(found.params), settings.rho)))
     owed = neurons_to_cut(found, drop, ratio, settings)
     small = remove_blocks(shape_shell(model), drop, inplace=True)

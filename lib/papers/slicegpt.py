@@ -468,9 +468,10 @@ def _sweep(
         yield cut, rotate_and_slice(model, found, widths, settings.layout_for(model, widths), settings.drop_below, **options)
 
 
-def shape(model: nn.Module, ratio: float) -> nn.Module:
-    """What is left at a slicing level, on the meta device, in the usual layout and with widths that are not rounded."""
-    return shapes_only(model, constant_widths(model, ratio, round_interval=1), usual_layout(model))
+def shape(model: nn.Module, ratio: float, settings: Settings = Settings(round_interval=1)) -> nn.Module:
+    """What is left at a slicing level, on the meta device; of a variance schedule the constant one of the same size."""
+    widths = _widths(model, ratio, settings)
+    return shapes_only(model, widths, settings.layout_for(model, widths), settings.output_norms)
 
 
 def slice_model(
@@ -612,9 +613,9 @@ def stock_width(model: nn.Module, level: float, round_interval: int = Settings.r
     return k
 
 
-def stock_shape(model: nn.Module, ratio: float) -> nn.Module:
+def stock_shape(model: nn.Module, ratio: float, settings: Rounding = Rounding(round_interval=1)) -> nn.Module:
     """The stock model at a slicing level, on the meta device."""
-    return _stock_shape(model, stock_width(model, ratio))
+    return _stock_shape(model, stock_width(model, ratio, settings.round_interval))
 
 
 def _stock_shape(model: nn.Module, k: int) -> nn.Module:

@@ -200,7 +200,7 @@ def nested(
         yield ratio, put(shell(model), {name: narrowed(layers[name], k) for name, k in plan.items()})
 
 
-def shape(model: nn.Module, ratio: float) -> nn.Module:
+def shape(model: nn.Module, ratio: float, settings: object = None) -> nn.Module:
     """The model after every matrix has lost a share `ratio` of its parameters, on the meta device."""
     return replay(shape_shell(model), uniform_ranks(model, ratio)) if ratio else shape_shell(model)
 

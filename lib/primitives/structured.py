@@ -250,7 +250,7 @@ def in_order(sizes: Sequence[int]) -> list[torch.Tensor]:
     return [torch.arange(float(n)) for n in sizes]
 
 
-def shape_without_neurons(model: nn.Module, ratio: float) -> nn.Module:
+def shape_without_neurons(model: nn.Module, ratio: float, settings: object = None) -> nn.Module:
     """A model on the meta device in which every block has lost a share of its neurons."""
     return remove_neurons(shape_shell(model), uniform(in_order(ffn_widths(model)), ratio), inplace=True)
 
