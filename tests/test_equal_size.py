@@ -10,7 +10,7 @@ from lib.methods import METHODS, OF_BLOCKS, make
 from lib.primitives.cost import count
 from tests.conftest import tiny, token_ids
 
-SETTINGS = dict.fromkeys(("slicegpt", "slicegpt-stock", "slicegpt-global"), {"round_interval": 1})
+SETTINGS = {name: {"round_interval": 1} for name in ("slicegpt", "slicegpt-stock", "slicegpt-global")}
 STOCK = ("slicegpt-stock", "slicegpt-global")  # no narrower OPT is a stock model
 CASES = [
     (method, family)

@@ -33,7 +33,7 @@ from lib.models.folder import (
     stored_tensors,
     take_generation_config,
 )
-from lib.models.output import full_disk_explained, partial_of, readable, reserved
+from lib.models.output import disk_is_full, no_space, partial_of, readable, reserved
 from lib.primitives.anatomy import Anatomy, family_of
 from lib.primitives.calibration import resident
 from lib.primitives.layerwise import Walk
@@ -204,16 +204,18 @@ def compress_on_disk(
             # 2. Walk over the blocks, from the last finished one on, as often as the method needs it.
             walk = walk_of(model, ids, state.get("note", {}))
             walk.report = progress
-            left = f"finished blocks stay in {partial}: the same command goes on from there"
-            with full_disk_explained(out, left if resume is not None else "nothing is left of it"):
-                _walk(walk, partial, state, resume is not None)
-                # 3. Write everything outside of the blocks; only then does the folder get its name.
-                _close(walk, model, partial, tokenizer, facts(walk.model))
+            _walk(walk, partial, state, resume is not None)
+            # 3. Write everything outside of the blocks; only then does the folder get its name.
+            _close(walk, model, partial, tokenizer, facts(walk.model))
             readable(partial)
             partial.rename(out)
-        except BaseException:
-            if not (partial / STATE).is_file():  # nothing from which another start could continue
+        except BaseException as error:
+            goes_on = (partial / STATE).is_file()
+            if not goes_on:  # nothing from which another start could continue
                 shutil.rmtree(partial, ignore_errors=True)
+            if disk_is_full(error):
+                stays = f"finished blocks stay in {partial}, from where the same command goes on"
+                raise no_space(out, stays if goes_on else "nothing is left of it") from error
             raise
     return walk.model
 

@@ -69,10 +69,13 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial = partial_of(path)
         remove(partial)
         try:
-            with full_disk_explained(path):
-                yield partial
+            yield partial
             readable(partial)
             partial.rename(path)
+        except Exception as error:
+            if disk_is_full(error):
+                raise no_space(path) from error
+            raise
         finally:
             remove(partial)  # does nothing if it was renamed
 
@@ -99,13 +102,11 @@ def readable(path: Path) -> None:
             file.chmod(0o666 & ~mask)
 
 
-@contextlib.contextmanager
-def full_disk_explained(path: Path, left: str = "nothing is left of it") -> Iterator[None]:
-    """Within the `with`, a full disk is an OSError that says so. left: what is on the disk then."""
-    try:
-        yield
-    except Exception as error:
-        # safetensors raises an error of its own, which is no OSError.
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        raise OSError(f"No space is left for {path}, and {left}: free some, or choose another output") from error
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error comes from a full disk; safetensors raises one of its own, which is no OSError."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def no_space(path: Path, left: str = "nothing is left of it") -> OSError:
+    """The error for a full disk. left: what is on the disk now."""
+    return OSError(f"No space is left for {path}, and {left}: free some, or choose another output")
