@@ -29,6 +29,11 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )  # fmt: skip
 
+LONG = dict(
+    rope_type="longrope", rope_theta=10000.0, factor=1.0, attention_factor=1.0, original_max_position_embeddings=32,
+    short_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 8.0], long_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 8.0],
+)  # fmt: skip
+
 
 def sliced(family, **settings):
     model = tiny(family, vocab_size=ROWS, **settings)
@@ -49,6 +54,7 @@ CASES = {
         "llama",
     ),
     "llama 3, stretched": (lambda: sliced("llama", rope_parameters=LLAMA3), "llama"),
+    "llama, stretched by factors": (lambda: sliced("llama", rope_parameters=LONG), "llama"),
     "llama, stretched evenly": (
         lambda: sliced("llama", rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
         "llama",
@@ -428,6 +434,8 @@ def stock(tmp_path_factory, tokenizer):
         (config(model_type="qwen3"), ValueError, "'qwen3' has no GGUF export here: supported are llama, mistral, qwen2"),
         (config(hidden_act="gelu"), ValueError, "activation 'gelu'"),
         (config(rope_parameters=LLAMA3 | {"rope_type": "dynamic"}), ValueError, "'dynamic' is not translated"),
+        (config(rope_parameters=LONG | {"long_factor": [2.0] * 6}), ValueError, "'longrope' is translated only with the same"),
+        (config(rope_parameters=LONG | {"attention_factor": 1.1}), ValueError, "longrope' is translated .*, and attention 1"),
         (config(rope_parameters=LLAMA3 | {"partial_rotary_factor": 0.5}), ValueError, "only 6 of the 12 coordinates"),
         (config(hidden_size=32), ValueError, "lm_head.weight has shape .2050, 24. and should have .2050, 32."),
         (config(num_hidden_layers=2), ValueError, "should have None"),

@@ -158,9 +158,13 @@ def with_rope(**rope):
     return fresh("llama", rope_parameters=dict(rope_theta=10000.0) | rope)
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_scaled_rotations(kind):
-    model, ids = with_rope(rope_type=kind, factor=2.0), token_ids(2, 14, seed=5)
+LONG = dict(rope_type="longrope", factor=1.0, attention_factor=1.0, original_max_position_embeddings=8)
+FIXED = {"short_factor": [1.0, 1.0, 2.0, 3.0, 8.0, 8.0], "long_factor": [1.0, 1.0, 2.0, 3.0, 8.0, 8.0]}
+
+
+@pytest.mark.parametrize("rope", [dict(rope_type="linear", factor=2.0), dict(rope_type="yarn", factor=2.0), LONG | FIXED])
+def test_scaled_rotations(rope):
+    model, ids = with_rope(**rope), token_ids(2, 14, seed=5)
     expected = run(model, ids, [14], None)
     assert relative(run(model, ids, [5, 1, 8], latent_cache(model)), expected) < 1e-10
     assert relative(run(small("llama"), ids, [14], None), expected) > 1e-3  # the rotation is another one
@@ -260,6 +264,9 @@ def test_models_that_have_no_latents():
 def test_rotations_that_change_with_the_text_are_refused():
     with pytest.raises(ValueError, match="ordinary cache"):
         latent_cache(with_rope(rope_type="dynamic", factor=2.0))
+    factors = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    with pytest.raises(ValueError, match="ordinary cache"):
+        latent_cache(with_rope(**LONG | {"short_factor": factors, "long_factor": factors[::-1]}))
 
 
 def test_a_cache_of_another_model_is_refused():

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lib.models.checkpoint import CONFIG, is_checkpoint
-from lib.primitives.anatomy import head_size
+from lib.primitives.anatomy import has_fixed_rotation, head_size
 
 TOKENIZER = "tokenizer.json"
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -28,7 +28,7 @@ DTYPES = {  # ours -> torch's, and GGUF's names for a tensor and for a file of i
     "bfloat16": (torch.bfloat16, "BF16", "MOSTLY_BF16"),
     "float32": (torch.float32, "F32", "ALL_F32"),
 }
-ROPE_TYPES = ("default", "linear", "llama3")  # those that do no more than divide each frequency by a constant
+ROPE_TYPES = ("default", "linear", "llama3", "longrope")  # those that can do no more than divide each frequency by a constant
 
 # A byte-level tokenizer first splits text into words by a regular expression; GGUF stores only a name for it.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,7 +49,7 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     _check_arguments(folder, out, dtype)
-    gguf = _library()
+    gguf = library()
     model = _empty_model(folder)
     tensors, factors = _stored_tensors(folder, model), _rope_factors(model)
     writer = gguf.GGUFWriter(None, _architecture(model.config, factors))
@@ -77,11 +77,11 @@ def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
             raise FileNotFoundError(f"{folder} has no {name}: give a model folder in the Hugging Face format, with its tokenizer")
 
 
-def _library():
+def library():
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("GGUF files are written by the package gguf: pip install -e '.[gguf]'") from error
+        raise ModuleNotFoundError("GGUF files are read and written by the package gguf: pip install -e '.[gguf]'") from error
     return gguf
 
 
@@ -113,6 +113,8 @@ def _empty_model(folder: Path) -> nn.Module:
         raise ValueError(f"activation {config.hidden_act!r} cannot be written: readers of GGUF apply silu in every such model")
     if (kind := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
         raise ValueError(f"rotary scaling {kind!r} is not translated to GGUF: supported are {', '.join(ROPE_TYPES)}")
+    if kind == "longrope" and not (has_fixed_rotation(config) and config.rope_parameters.get("attention_factor") == 1.0):
+        raise ValueError("rotary scaling 'longrope' is translated only with the same factors for all lengths, and attention 1")
     with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
         return AutoModelForCausalLM.from_config(config)
 
@@ -146,12 +148,14 @@ def _stored_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, tup
 
 def _rope_factors(model: nn.Module) -> torch.Tensor:
     """The divisor of each rotary frequency, [head size / 2] in float32: ones, unless the model's context was extended."""
-    used, size = model.model.rotary_emb.inv_freq.double(), head_size(model.config)
-    plain = model.config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    used, size, rope = model.model.rotary_emb.inv_freq, head_size(model.config), model.config.rope_parameters
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2).float() / size)  # rounded as transformers rounds them
     if used.shape != plain.shape:
         raise ValueError(f"only {2 * len(used)} of the {size} coordinates of a head are rotated: readers of GGUF rotate all")
-    factors = plain / used
-    return torch.where((factors - 1).abs() < 1e-5, 1.0, factors).float()
+    if rope["rope_type"] == "longrope":  # a model that was read from a GGUF file: the very factors of that file
+        return torch.tensor(rope["short_factor"], dtype=torch.float32)
+    factors = (plain.double() / used.double()).float()
+    return torch.where((factors - 1).abs() < 1e-5, 1.0, factors)
 
 
 # --- the header ---------------------------------------------------------------------------------------------------------
@@ -206,10 +210,22 @@ def _add_tokenizer(writer, folder: Path, config) -> None:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    _add_special_tokens(writer, tokenizer, config)
+    _add_special_tokens(writer, tokenizer, config, _stop_tokens(folder, config))
 
 
-def _add_special_tokens(writer, tokenizer, config) -> None:
+def _stop_tokens(folder: Path, config) -> list[int]:
+    """The tokens at which transformers ends a text: those of generation_config.json, or of the config if there is none."""
+    file = folder / "generation_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else config.eos_token_id
+    return [] if found is None else found if isinstance(found, list) else [found]
+
+
+def _add_special_tokens(writer, tokenizer, config, stops: list[int]) -> None:
+    """Special tokens, where a tokenizer puts them, and the chat template.
+
+    GGUF has three places for tokens that end a text: the tokenizer's own is `eos`, the others are `eot` and `eom` in their
+    order. Raises ValueError for more of them.
+    """
     ids = {}
     for name in ("bos", "eos", "unk", "pad"):
         own, declared = (getattr(source, f"{name}_token_id", None) for source in (tokenizer, config))
@@ -217,6 +233,11 @@ def _add_special_tokens(writer, tokenizer, config) -> None:
         if chosen is not None:
             ids[name] = chosen[0] if isinstance(chosen, list) else chosen
             getattr(writer, f"add_{name}_token_id")(ids[name])
+    others = [token for token in dict.fromkeys(stops) if token != ids.get("eos")]
+    if len(others) > 2:
+        raise ValueError(f"generation stops at the tokens {[ids.get('eos'), *others]}, but GGUF has places for three")
+    for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add(token)
     bare, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     for bos, eos in itertools.product((False, True), repeat=2):
         if whole == [ids.get("bos")] * bos + bare + [ids.get("eos")] * eos:

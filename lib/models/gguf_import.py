@@ -1,7 +1,9 @@
 """Read a GGUF file as a plain float32 model: dequantised once into a cache of the user, and loaded from there later.
 
-transformers can dequantise GGUF, but takes a minute for it. The cache holds ordinary safetensors folders, named by the SHA-256
-of the GGUF file that they were made from, so that files of the same name are not confused.
+The cache holds ordinary safetensors folders, named by the SHA-256 of the GGUF file that they were made from, so that files of
+the same name are not confused. transformers reads the tokenizer and the plain numbers of the configuration. Its reader of weights
+is not used, because it leaves out what it has no place for, such as rotary factors and biases of a `llama`. Here, every tensor of
+the file and every key on its heads and its rotation is used, or the file is refused.
 """
 
 from __future__ import annotations
@@ -15,12 +17,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lib.evaluation.console import no_progress_bars
 from lib.models.checkpoint import fingerprint
+from lib.models.gguf_export import library
 
 GEMMA = "gemma-3-270m"
-CONVERSION = 1  # raise when the conversion changes: folders of another number are made again
+CONVERSION = 2  # raise when the conversion changes: folders of another number are made again
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}  # GGUF's name -> transformers'
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, [head size / 2]
+REQUIRED = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)  # fmt: skip
+STOP_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+# What transformers assumes of a Gemma 3, whatever its file says; the one of 27 billion parameters has other heads.
+GEMMA3 = {"attention.key_length": 256, "attention.sliding_window_pattern": 6, "rope.freq_base_swa": 10000.0}
 _GEMMA_LICENCE = "Gemma Terms of Use, ai.google.dev/gemma/terms; Q4_K_M weights"
 
 
@@ -78,7 +91,7 @@ def _converted(name: str, digest: str, source: Callable[[Path], Path], licence: 
             return target
         print(f"{name}: the converted copy {problem}; it is made again", flush=True)
     with _partial_folder(target) as partial:
-        print(f"{name}: converting its GGUF file once, about a minute ({licence})", flush=True)
+        print(f"{name}: converting its GGUF file once, about a minute for a large vocabulary ({licence})", flush=True)
         gguf, folder = source(partial), partial / "model"
         _convert(gguf, folder)
         files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
@@ -130,36 +143,218 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise `gguf` into a plain Hugging Face folder with tokenizer, and read it back to check that it is the same."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _convert(path: Path, folder: Path) -> None:
+    """Write the model and tokenizer of the GGUF file `path` as a plain folder, and read it back to check that it is the same."""
+    from transformers import AutoModelForCausalLM
 
-    try:
-        with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"reading GGUF files needs the extra `gguf`: pip install 'pared-down[gguf]' ({error})"
-        ) from error
-    except Exception as error:  # damaged files raise errors of many types
-        raise ValueError(
-            f"{gguf.name} cannot be read as a model ({type(error).__name__}: {error}): the file is damaged or cut short, or "
-            "transformers does not support its architecture. Nothing was cached"
-        ) from error
-    # Write it as an ordinary float32 model, if there is room.
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(gguf.parent if folder.parent == gguf.parent else folder.parent).free
+    reader, settings, tokenizer = _parts(path)
+    model = _empty_model(path, reader, settings)
+    places = _places(path, reader, model)
+    needed = sum(4 * parameter.numel() for parameter in model.parameters())
+    free = shutil.disk_usage(folder.parent).free
     if needed > free:
-        raise OSError(f"{gguf.name} needs {needed / 1e6:,.0f} MB in {cache_folder()}, but {free / 1e6:,.0f} MB are free")
-    # save_pretrained raises for a model that is still marked as quantised.
-    model.hf_quantizer = None
-    for forgotten in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, forgotten):
-            delattr(model.config, forgotten)
+        raise OSError(f"{path.name} needs {needed / 1e6:,.0f} MB in {cache_folder()}, but {free / 1e6:,.0f} MB are free")
+    _fill(path, reader, model, places)
+    del reader  # it holds an object for each token
     with no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        written = fingerprint(model)
+        del model  # two copies need not fit into memory
         again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if fingerprint(again) != fingerprint(model):
-        raise ValueError(f"{gguf.name}: the converted model does not read back as it was written. Nothing was cached")
+    if fingerprint(again) != written:
+        raise ValueError(f"{path.name}: the converted model does not read back as it was written. Nothing was cached")
+
+
+# --- what the file says -------------------------------------------------------------------------------------------------
+
+
+def _parts(path: Path) -> tuple:
+    """The file's reader, the settings that transformers finds in it, by their names in a config, and the tokenizer.
+
+    Raises ModuleNotFoundError without the package gguf, ValueError for a damaged file or an architecture that is not known.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    gguf = library()
+    with _damage_named(path):
+        reader = gguf.GGUFReader(path)
+        architecture = _architecture(reader)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{path.name} is of architecture {architecture!r}, which is not read here: known are {', '.join(ARCHITECTURES)}"
+        )
+    with _damage_named(path), no_progress_bars():
+        settings, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return reader, settings, tokenizer
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn the errors that damaged files raise, which are of many types, into a ValueError with the file's name."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{path.name} cannot be read as a model ({type(error).__name__}: {error}): the file is damaged or cut short, or "
+            "transformers does not know its kind. Nothing was cached"
+        ) from error
+
+
+def _architecture(reader) -> str:
+    return reader.fields["general.architecture"].contents()
+
+
+def _keys(path: Path, reader) -> dict:
+    """The file's keys with their values, without the name of the architecture in front, and without lists.
+
+    Raises ValueError for the lack of one that transformers would replace by its default, which is that of another model.
+    """
+    prefix = f"{_architecture(reader)}."
+    single = {name: field for name, field in reader.fields.items() if len(field.data) == 1}
+    keys = {name.removeprefix(prefix): field.contents() for name, field in single.items()}
+    if lacking := [name for name in REQUIRED if name not in keys]:
+        raise ValueError(f"{path.name} has no single value for {prefix}{lacking[0]}: it is damaged, or of an unknown kind")
+    for name, known in GEMMA3.items() if prefix == "gemma3." else ():
+        if keys.get(name, known) != known:
+            raise ValueError(f"{path.name} has {prefix}{name} {keys[name]}, and only {known} is supported")
+    return keys
+
+
+def _config(path: Path, reader, settings: dict):
+    """The config of the file's network: `settings` of transformers' reader, and what that one leaves out or guesses.
+
+    Raises ValueError, naming the key, for what a config cannot express.
+    """
+    from transformers import CONFIG_MAPPING
+
+    keys, kind = _keys(path, reader), ARCHITECTURES[_architecture(reader)]
+    heads = keys["attention.head_count"]
+    size = keys.get("attention.key_length", keys["embedding_length"] // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if keys.get(name, size) != size:
+            raise ValueError(f"{path.name} has {name} {keys[name]} for heads of size {size}, which no config here can express")
+    settings = {name: value for name, value in settings.items() if name not in ("model_type", "rope_theta")}
+    settings |= {"head_dim": size, "num_key_value_heads": keys.get("attention.head_count_kv", heads)}
+    for name, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        settings[f"{name}_token_id"] = keys.get(f"tokenizer.ggml.{stored}_token_id")
+    rope = _rope(keys, _rope_divisors(path, reader, keys, size))
+    if kind == "gemma3_text":  # its scaling is for the layers that see the whole text
+        rope = {"sliding_attention": {"rope_type": "default", "rope_theta": GEMMA3["rope.freq_base_swa"]}, "full_attention": rope}
+    if kind == "llama":
+        kind, biases = _biases(reader)
+        settings |= biases
+    with _damage_named(path):
+        return CONFIG_MAPPING[kind](**settings | {"rope_parameters": rope})
+
+
+def _biases(reader) -> tuple[str, dict]:
+    """The config of a `llama` and its settings, by the biases that the file has.
+
+    Biases on q, k and v alone are a Qwen 2, which has the same parameters; a Llama has them on the output of attention as well.
+    """
+    layers = {tensor.name.split(".")[-2] for tensor in reader.tensors if tensor.name.endswith(".bias")}
+    if layers == {"attn_q", "attn_k", "attn_v"}:
+        return "qwen2", {}
+    return "llama", {"attention_bias": "attn_output" in layers, "mlp_bias": "ffn_down" in layers}
+
+
+def _rope_divisors(path: Path, reader, keys: dict, size: int) -> torch.Tensor:
+    """What each rotary frequency is divided by, [head size / 2] in float32: ones, if the context was never extended."""
+    kind = keys.get("rope.scaling.type", "linear")  # the default of llama.cpp
+    if kind not in ("none", "linear") or keys.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise ValueError(f"{path.name} has rope.scaling.type {kind!r}, or an attn_factor: only none and linear are supported")
+    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0  # zero means that there is none
+    own = [_dequantised(path, tensor) for tensor in reader.tensors if tensor.name == ROPE_FACTORS]
+    divisors = own[0] if own else torch.ones(size // 2)
+    if divisors.shape != (size // 2,):
+        raise ValueError(f"{path.name}: {ROPE_FACTORS} has shape {tuple(divisors.shape)} for heads of size {size}")
+    return divisors if kind == "none" else divisors * factor
+
+
+def _rope(keys: dict, divisors: torch.Tensor) -> dict:
+    """transformers' rope_parameters for plain frequencies that are divided by `divisors`, [head size / 2].
+
+    LongRoPE with the same factors for short and long texts, and attention that is not scaled, is nothing but fixed divisors.
+    """
+    plain = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}
+    factors = divisors.tolist()
+    if set(factors) == {1.0}:
+        return plain
+    if len(set(factors)) == 1:
+        return plain | {"rope_type": "linear", "factor": factors[0]}
+    length = {"original_max_position_embeddings": keys["context_length"], "factor": 1.0, "attention_factor": 1.0}
+    return plain | length | {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+
+
+# --- the network --------------------------------------------------------------------------------------------------------
+
+
+def _empty_model(path: Path, reader, settings: dict) -> nn.Module:
+    """The model of the file without weights; generation with it stops at every stop token of the file."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = _config(path, reader, settings)
+    with _damage_named(path), init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # parameters on the meta device were made one by one, tied ones too
+    keys = _keys(path, reader)
+    stops = list(dict.fromkeys(keys[name] for name in STOP_KEYS if name in keys))
+    if stops:
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    return model
+
+
+def _places(path: Path, reader, model: nn.Module) -> dict[str, str]:
+    """Name of the tensor in the file -> name of the parameter. Raises ValueError, naming the first, if they do not fit."""
+    gguf, architecture = library(), _architecture(reader)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
+    parameters = dict(model.named_parameters())  # a tied head is no parameter of its own
+    places = {names.get_name(name, (".weight", ".bias")): name for name in parameters}
+    shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
+    if architecture == "llama":
+        shapes.pop(ROPE_FACTORS, None)  # it is in the config
+    for name in shapes:
+        if name not in places:
+            raise ValueError(f"{path.name}: no module of a {architecture} takes the tensor {name}")
+    for name, place in places.items():
+        if name not in shapes:
+            raise ValueError(f"{path.name} lacks the tensor {name} of a {architecture} with its settings")
+        if shapes[name] != (shape := tuple(parameters[place].shape)):
+            raise ValueError(f"{path.name}: tensor {name} has shape {shapes[name]} and should have {shape}")
+    return places
+
+
+def _fill(path: Path, reader, model: nn.Module, places: dict[str, str]) -> None:
+    """Give the model the file's tensors, in float32."""
+    architecture, config, tensors = _architecture(reader), model.config, {}
+    for tensor in reader.tensors:
+        if tensor.name not in places:
+            continue
+        value = _dequantised(path, tensor)
+        for part, heads in ((".attn_q.", config.num_attention_heads), (".attn_k.", config.num_key_value_heads)):
+            if architecture == "llama" and part in tensor.name:
+                value = _halves(value, heads)
+        if architecture == "gemma3" and tensor.name.endswith("norm.weight"):
+            value = value - 1  # a file holds the whole gain, transformers what is added to 1
+        tensors[places[tensor.name]] = value
+    model.load_state_dict(tensors, strict=False, assign=True)  # a tied head is not among them
+    model.tie_weights()
+
+
+def _dequantised(path: Path, tensor) -> torch.Tensor:
+    """The tensor in float32. Raises ValueError for a type that the package gguf cannot dequantise."""
+    try:
+        return torch.tensor(library().quants.dequantize(tensor.data, tensor.tensor_type))
+    except NotImplementedError as error:
+        raise ValueError(f"{path.name}: tensor {tensor.name} cannot be read ({error})") from error
+
+
+def _halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of q or k, [heads · size, ...], from the rotary layout of a GGUF `llama` to that of transformers.
+
+    A `llama` rotates coordinates 2i and 2i + 1 of a head together, transformers rotates i and i + size/2.
+    """
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lib.primitives.anatomy import Anatomy
+from lib.primitives.anatomy import Anatomy, has_fixed_rotation
 from lib.primitives.surgery import LowRankLinear
 
 POSITION_BYTES = 4  # int32
@@ -134,7 +134,7 @@ class LatentCache(DynamicCache):
 
     def _rotated(self, attention: nn.Module, keys: torch.Tensor, new: int) -> torch.Tensor:
         """Keys [batch, heads, tokens, head size] of the past, rotated to their positions; `new` tokens came after them."""
-        if self.rotary is None:
+        if self.rotary is None or keys.shape[-2] == 0:  # long RoPE cannot turn no positions
             return keys
         positions = self.layers[-1].keys[:, 0, -(keys.shape[-2] + new) : -new, 0]
         per_type = (attention.layer_type,) if isinstance(self.rotary.rope_type, dict) else ()  # Gemma 3 has two rotations
@@ -221,12 +221,9 @@ def _rotary(anatomy: Anatomy) -> nn.Module | None:
     """The module that turns positions into rotations, None where there is none (OPT). Raises ValueError for one with a state."""
     decoder, _, _ = anatomy.family.blocks.rpartition(".")
     rotary = getattr(anatomy.get(decoder), "rotary_emb", None)
-    if rotary is not None:
-        kinds = rotary.rope_type.values() if isinstance(rotary.rope_type, dict) else [rotary.rope_type]
-        for kind in kinds:
-            if kind == "longrope" or "dynamic" in kind:
-                raise ValueError(
-                    f"rotations of type {kind!r} change with the length of the text: the ordinary cache keeps old keys as they "
-                    "were rotated, while a latent cache would rotate them anew. Use the ordinary cache"
-                )
+    if rotary is not None and not has_fixed_rotation(anatomy.model.config):
+        raise ValueError(
+            f"rotations of type {rotary.rope_type!r} change with the length of the text: the ordinary cache keeps old keys as "
+            "they were rotated, while a latent cache would rotate them anew. Use the ordinary cache"
+        )
     return rotary

@@ -144,6 +144,14 @@ def head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def has_fixed_rotation(config) -> bool:
+    """Whether positions are rotated in the same way in texts of every length: not by dynamic or by real long RoPE."""
+    rope = config.rope_parameters
+    rotations = [rope] if "rope_type" in rope else rope.values()  # Gemma 3 has two
+    dynamic = any("dynamic" in rotation["rope_type"] for rotation in rotations)
+    return not dynamic and all(rotation.get("short_factor") == rotation.get("long_factor") for rotation in rotations)
+
+
 @dataclass
 class Anatomy:
     """A model seen through its family record. Holds no weights of its own."""
