@@ -69,15 +69,21 @@ def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     Raises ValueError, naming the part, for a model that no stock class can hold; otherwise as `save`.
     """
     if edits := getattr(model, "edits", None):
-        names = [edit["edit"] for edit in edits]
-        if set(names) == {"low-rank"}:
-            way = "multiply its factors with invoke merge-to-dense (lib.primitives.low_rank.merge_to_dense)"
-        else:
-            way = "compress with method slicegpt-stock, whose result is stock"
-        raise ValueError(
-            f"not a stock model: {', '.join(names)} changed its shapes. Save it with lib.models.checkpoint.save, or {way}"
-        )
+        raise ValueError(f"not a stock model: {way_to_stock(edits)}. Or save it with lib.models.checkpoint.save")
     return _write(model, tokenizer, folder, STOCK_WEIGHTS, {})
+
+
+def way_to_stock(edits: list[dict]) -> str:
+    """Why edits keep a model from being stock, and what to do instead."""
+    done = {edit.get("edit") for edit in edits}
+    if "slicegpt" in done:
+        return "slicegpt added shortcuts to it. Compress with method slicegpt-stock, which needs none"
+    if done == {"low-rank"}:
+        return "its matrices are low-rank, in two factors. Multiply them with invoke merge-to-dense"
+    return (
+        "structured pruning left its blocks unequally wide, or with heads or biases that its class does not have. Compress with a "
+        "method that leaves all blocks equally wide, such as wanda-sp"
+    )
 
 
 def _write(model: nn.Module, tokenizer, folder: str | Path, pattern: str, provenance: dict) -> Path:

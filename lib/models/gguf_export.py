@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lib.models.checkpoint import CONFIG, is_checkpoint
+from lib.models.checkpoint import is_checkpoint, read_record, way_to_stock
+from lib.models.folder import CONFIG, GENERATION, Place, config_of, empty_model, places_of, plain, read, stored_tensors
+from lib.models.output import check_output, written_whole
 from lib.primitives.anatomy import has_fixed_rotation, head_size
+from lib.primitives.checks import choose_one
 
 TOKENIZER = "tokenizer.json"
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -51,27 +51,22 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     _check_arguments(folder, out, dtype)
     gguf = library()
     model = _empty_model(folder)
-    tensors, factors = _stored_tensors(folder, model), _rope_factors(model)
+    places, factors = places_of(model, folder), _rope_factors(model)
     writer = gguf.GGUFWriter(None, _architecture(model.config, factors))
     writer.add_name(folder.resolve().name)
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][2]])
     _add_shape(writer, model.config)
     _add_tokenizer(writer, folder, model.config)
-    with _written_whole(out) as partial, contextlib.closing(writer):
-        _write(writer, partial, tensors, model.config, factors, dtype)
+    with written_whole(out) as partial, contextlib.closing(writer):
+        _write(writer, partial, model, places, factors, dtype)
     return out
 
 
 def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r} for a GGUF file: choose one of {', '.join(DTYPES)}")
-    if out.exists():
-        raise FileExistsError(f"{out} exists: choose another output file, or remove this one first")
+    choose_one("dtype of a GGUF file", dtype, DTYPES)
+    check_output(out)
     if is_checkpoint(folder):
-        raise ValueError(
-            f"{folder} is a compressed model of this suite, and no GGUF architecture has its shortcuts: compress with method "
-            "slicegpt-stock, whose result is a stock model, and convert that folder"
-        )
+        raise ValueError(f"no GGUF architecture is the model in {folder}: {way_to_stock(read_record(folder)['edits'])}")
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: give a model folder in the Hugging Face format, with its tokenizer")
@@ -85,28 +80,12 @@ def library():
     return gguf
 
 
-@contextlib.contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    """A new file to write into; it is renamed to `out` at the end, or removed if anything fails."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        partial.rename(out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 # --- what the folder holds ----------------------------------------------------------------------------------------------
 
 
 def _empty_model(folder: Path) -> nn.Module:
     """The model of config.json without weights. Raises ValueError for one that readers of GGUF would run differently."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = plain(config_of(folder))
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"model type {config.model_type!r} has no GGUF export here: supported are {', '.join(MODEL_TYPES)}")
     if config.hidden_act != "silu":
@@ -115,35 +94,7 @@ def _empty_model(folder: Path) -> nn.Module:
         raise ValueError(f"rotary scaling {kind!r} is not translated to GGUF: supported are {', '.join(ROPE_TYPES)}")
     if kind == "longrope" and not (has_fixed_rotation(config) and config.rope_parameters.get("attention_factor") == 1.0):
         raise ValueError("rotary scaling 'longrope' is translated only with the same factors for all lengths, and attention 1")
-    with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
-        return AutoModelForCausalLM.from_config(config)
-
-
-def _stored_tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Path, tuple]]:
-    """File and shape of every tensor by name, in the model's order. Raises ValueError if they do not fit config.json."""
-    found = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118, not a dict
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): export or download the model again") from error
-        for name, part in parts.items():
-            if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(f"tensor {name} in {path} is quantised to {part.get_dtype()}: convert the model before that")
-            found[name] = path, tuple(part.get_shape())
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:  # readers use the embedding if no head is stored
-        for names in (found, expected):
-            names.pop("lm_head.weight", None)
-    shapes = {name: shape for name, (_, shape) in found.items()}
-    if wrong := sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name)):
-        name = wrong[0]
-        raise ValueError(
-            f"the weights in {folder} do not fit its {CONFIG}: {name} has shape {shapes.get(name)} and should have "
-            f"{expected.get(name)} ({len(wrong)} tensors differ). Export or download the model again"
-        )
-    return {name: found[name] for name in expected}
+    return empty_model(config)
 
 
 def _rope_factors(model: nn.Module) -> torch.Tensor:
@@ -215,7 +166,7 @@ def _add_tokenizer(writer, folder: Path, config) -> None:
 
 def _stop_tokens(folder: Path, config) -> list[int]:
     """The tokens at which transformers ends a text: those of generation_config.json, or of the config if there is none."""
-    file = folder / "generation_config.json"
+    file = folder / GENERATION
     found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else config.eos_token_id
     return [] if found is None else found if isinstance(found, list) else [found]
 
@@ -359,16 +310,17 @@ def _interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _write(writer, path: Path, tensors: dict[str, tuple], config, factors: torch.Tensor, dtype: str) -> None:
+def _write(writer, path: Path, model: nn.Module, places: dict[str, Place], factors: torch.Tensor, dtype: str) -> None:
     """The whole file: keys, the list of tensors, then each tensor, read from its safetensors file just before it is written."""
     import gguf
 
     # 1. Names, shapes and types of all tensors, and the keys.
-    kind, matrix = DTYPES[dtype][:2]
+    config, (kind, matrix, _) = model.config, DTYPES[dtype]
+    shapes = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], config.num_hidden_layers)
     if stretched := not factors.eq(1).all():
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.numpy().dtype, factors.nbytes)
-    for name, (_, shape) in tensors.items():
+    for name, shape in shapes.items():
         stored = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else matrix]
         size = torch.Size(shape).numel() * (4 if len(shape) == 1 else kind.itemsize)
         writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), shape, None, size, raw_dtype=stored)
@@ -378,9 +330,8 @@ def _write(writer, path: Path, tensors: dict[str, tuple], config, factors: torch
     # 2. The tensors in the same order.
     if stretched:
         writer.write_tensor_data(factors.numpy())
-    for name, (file, shape) in tensors.items():
-        with safe_open(file, framework="pt") as shard:
-            value = shard.get_tensor(name).to(torch.float32 if len(shape) == 1 else kind)
+    for name, shape in shapes.items():
+        value = read(places[name]).to(torch.float32 if len(shape) == 1 else kind)
         if not torch.isfinite(value).all():
             raise ValueError(f"tensor {name} holds NaN, or numbers too large for {dtype}: use bfloat16 or float32")
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):

@@ -21,6 +21,7 @@ from torch import nn
 
 from lib.evaluation.console import no_progress_bars
 from lib.models.checkpoint import fingerprint
+from lib.models.folder import empty_model
 from lib.models.gguf_export import library
 
 GEMMA = "gemma-3-270m"
@@ -293,14 +294,9 @@ def _rope(keys: dict, divisors: torch.Tensor) -> dict:
 
 def _empty_model(path: Path, reader, settings: dict) -> nn.Module:
     """The model of the file without weights; generation with it stops at every stop token of the file."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config = _config(path, reader, settings)
-    with _damage_named(path), init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.tie_weights()  # parameters on the meta device were made one by one, tied ones too
-    keys = _keys(path, reader)
+    config, keys = _config(path, reader, settings), _keys(path, reader)
+    with _damage_named(path):
+        model = empty_model(config, torch.float32)
     stops = list(dict.fromkeys(keys[name] for name in STOP_KEYS if name in keys))
     if stops:
         model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
