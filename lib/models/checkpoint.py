@@ -81,8 +81,8 @@ def way_to_stock(edits: list[dict]) -> str:
     if done == {"low-rank"}:
         return "its matrices are low-rank, in two factors. Multiply them with invoke merge-to-dense"
     return (
-        "structured pruning left its blocks unequally wide, or with heads or biases that its class does not have. Compress with a "
-        "method that leaves all blocks equally wide, such as wanda-sp"
+        "structured pruning left its blocks unequally wide, or with heads or biases that its class does not have. Compress with "
+        "a method that leaves all blocks equally wide, such as wanda-sp"
     )
 
 
