@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import check_share, kept_share
+from lib.primitives.checks import check_settings, check_share, kept_share
 from lib.primitives.moments import walk
 from lib.primitives.structured import channels, ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
 from lib.primitives.surgery import shape_shell
@@ -23,6 +23,9 @@ from lib.primitives.surgery import shape_shell
 class Settings:
     attention: bool = True  # key-value groups compete too; False: neurons only
     compensate: bool = True  # add the mean of the removed channels as a bias
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -36,7 +37,7 @@ from lib.papers.sliced_network import (
 )
 from lib.primitives.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
 from lib.primitives.calibration import ResidualStream, inputs_of
-from lib.primitives.checks import check_inplace, check_share, choose_one, exact
+from lib.primitives.checks import COUNTS, FROM_ZERO, check_inplace, check_settings, check_share, choose_one, exact
 from lib.primitives.cost import count
 from lib.primitives.linalg import (
     add_gram,
@@ -93,17 +94,18 @@ class Settings:
     drop_below: float = 0.0
     seed: int = 0  # of the random orientation
     precision: str = "float64"  # of the eigendecompositions
+    ONLY_WITH: ClassVar = {
+        "seed": ("orientation", ("random",)), "ratio": ("schedule", SCHEDULES), "round_interval": ("schedule", SCHEDULES),
+    }  # fmt: skip
 
     def __post_init__(self):
-        for name, known in CHOICES.items():
-            choose_one(name, getattr(self, name), known)
+        check_settings(self, **CHOICES, round_interval=COUNTS, schedule=COUNTS, drop_below="[0, inf]", seed=FROM_ZERO)
         if self.layout:
             choose_one("layout", self.layout, LAYOUTS)
-        if not isinstance(self.schedule, tuple):
+        if not (self.schedule and isinstance(self.schedule, tuple)):
             choose_one("schedule", self.schedule, SCHEDULES)
-        _check_interval(self.round_interval)
         if self.layout == "global":
-            raise ValueError("layout 'global' has one basis for all junctions: use global_axes and slice_globally")
+            raise ValueError("layout 'global' has one basis for all junctions: use method slicegpt-global, or slice_globally")
         if self.statistics == "dense" and self.compensate:
             raise ValueError("compensation is measured on the sliced stream: use statistics 'sliced'")
         if self.statistics == "dense" and self.output_norms in ESTIMATES:
@@ -541,7 +543,7 @@ class Rounding:
     round_interval: int = Settings.round_interval
 
     def __post_init__(self):
-        _check_interval(self.round_interval)
+        check_settings(self, round_interval=COUNTS)
 
 
 def stock_sweep(

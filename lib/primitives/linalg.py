@@ -373,5 +373,5 @@ def sparsity(ratio: float, pattern: str) -> Sparsity:
         return ratio
     n, m = pattern_of(pattern)
     if abs(1 - n / m - ratio) > 1e-6:
-        raise ValueError(f"pattern {pattern} removes {1 - n / m:.4g} of the weights, not {ratio}: use --ratio {1 - n / m:.4g}")
+        raise ValueError(f"pattern {pattern} removes {1 - n / m:.4g} of the weights, not {ratio}: use ratio {1 - n / m:.4g}")
     return n, m
