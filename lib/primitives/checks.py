@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from fractions import Fraction
 
 # Intervals of settings.
@@ -59,7 +59,7 @@ def _within(number: float, interval: str) -> bool:
 
 
 def _wanted(name: str, value: object, kind: object, rule: str | Iterable, example: object) -> str:
-    """What is wrong with the value of a setting, what it can be, and its default or a pair of numbers as an example."""
+    """What is wrong with the value of a setting, what it can be, and an example: its default or a pair of numbers."""
     where = f" in {rule}" if isinstance(rule, str) and rule != ANY else ""
     if where.endswith(", inf)") and where.startswith(" in ["):
         where = f" of at least {rule[1:-6]}"
@@ -71,7 +71,8 @@ def _wanted(name: str, value: object, kind: object, rule: str | Iterable, exampl
         example = f"[{', '.join(map(str, example or (0, 1)))}]"
     elif isinstance(example, bool):
         example = "yes" if example else "no"
-    return f"{name} is {value!r}: give {' or '.join(given)}, as in {name}={example}"
+    shown = "" if example is MISSING else f", as in {name}={example}"
+    return f"{name} is {value!r}: give {' or '.join(given)}{shown}"
 
 
 def check_share(share: float, what: str = "ratio", example: str = "0.2 removes a fifth of the parameters") -> None:
