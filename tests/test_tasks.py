@@ -342,8 +342,8 @@ GENERATE = ("generate", "--model", "wiki-a-opt", "--prompt")
 def test_values_that_cannot_be_are_one_line_before_a_model_is_loaded(invoked, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PARED_DATA_DIR", raising=False)
-    monkeypatch.setattr("lib.models.load.load", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("lib.compress.load", lambda *_: pytest.fail("loaded"))
+    for place in ("lib.compress.load", "lib.models.load.load"):  # in this order, because the first imports the second
+        monkeypatch.setattr(place, lambda *_: pytest.fail("loaded"))
     said = invoked(*arguments)
     assert message in said
     assert len(said.splitlines()) == 1
@@ -379,7 +379,7 @@ def test_what_has_no_effect_is_said(invoked, tmp_path):
     few = ("--model", "wiki-a-llama", "--samples", "2", "--length", "16", "--ratio", "20%")
     said = invoked("compress", *few, "--out", str(tmp_path / "a"), "--method", "cfsp", "--set", "multiple=1000")
     assert "0.0% of the model really removed" in said
-    assert said.splitlines()[-1].startswith("nothing was removed: ")
+    assert "\nnothing was removed: the ratio is too small" in said
     said = invoked("compress", *few, "--out", str(tmp_path / "b"), "--set", "seed=3")
     assert said.splitlines()[0] == "seed has no effect: slicegpt reads it only with orientation=random"
     assert "slicegpt at 20%" in said

@@ -558,7 +558,7 @@ def check_widths(dense: Anatomy, widths: Sequence[int], layout: str) -> None:
     if len(widths) != wanted or not whole:
         raise ValueError(f"this model has {wanted} junctions of width {d}: give as many widths from 1 to {d}, not {list(widths)}")
     if layout == "tied" and (not dense.model.config.tie_word_embeddings or widths[-1] != d):
-        raise ValueError("layout 'tied' is for a model whose head shares the embedding table, at full width: use low-rank")
+        raise ValueError("layout 'tied' is for a model whose head shares the embedding table, at full width: use layout=low-rank")
     if layout == "global" and (len(set(widths[:-1])) > 1 or widths[-1] not in (widths[0], d)):
         raise ValueError("layout 'global' has one basis: give every junction the same width (the head may be of full width)")
 

@@ -107,9 +107,9 @@ class Settings:
         if self.layout == "global":
             raise ValueError("layout 'global' has one basis for all junctions: use method slicegpt-global, or slice_globally")
         if self.statistics == "dense" and self.compensate:
-            raise ValueError("compensation is measured on the sliced stream: use statistics 'sliced'")
+            raise ValueError("compensation is measured on the sliced stream: use statistics=sliced")
         if self.statistics == "dense" and self.output_norms in ESTIMATES:
-            raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics 'sliced'")
+            raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics=sliced")
 
     def layout_for(self, model: nn.Module, widths: Sequence[int]) -> str:
         """The layout for a model and its widths, of which the last one says whether the head is sliced."""

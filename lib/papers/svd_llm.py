@@ -160,7 +160,7 @@ class Settings:
         if self.order == "compressed" and self.variant != "W":
             raise ValueError(
                 f"variant {self.variant} refits to drifted inputs, but order 'compressed' has truncated for those very inputs "
-                "already: use order 'original', or variant W"
+                "already: use order=original, or variant=W"
             )
 
 
