@@ -98,7 +98,12 @@ def named_values(settings: list[str]) -> dict:
         if not equals:
             raise Exit(f"--set takes NAME=VALUE, not {setting!r}", code=2)
         sexagesimal = re.fullmatch(r"\d+:\d+", value)  # YAML 1.1 reads the pattern 2:4 in base 60, as 124
-        found[name] = value if sexagesimal else yaml.safe_load(value)
+        try:
+            found[name] = value if sexagesimal else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise Exit(
+                f"--set {setting} cannot be read: give a word, a number or a list, as in --set {name}=[0,1]", code=2
+            ) from error
     return found
 
 

@@ -72,6 +72,21 @@ def test_bad_ratios_fail_before_the_work(method, monkeypatch):
         sweep(method, tiny("llama"), token_ids(), [0.2, 1.5])
 
 
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("slicegpt", {}), ("slicegpt", {"schedule": [99] * 7}), ("slicegpt-stock", {}), ("slicegpt-global", {}), ("svd-llm", {}),
+        ("svd-llm", {"allocation": "loss"}), ("svd-llm", {"order": "compressed"}), ("svd", {}), ("fwsvd", {}), ("asvd", {}),
+        ("asvd", {"search": True}), ("afr", {}), ("llm-pruner", {}), ("fpt", {}), ("comp", {}), ("flap", {}), ("lorap", {}),
+        ("flap", {"attention": False}), ("wanda-sp", {}), ("magnitude-neurons", {}), ("random-neurons", {}),
+    ],
+)  # fmt: skip
+def test_ratios_that_leave_nothing_fail_before_the_work(method, values, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("a model ran"))
+    with pytest.raises(ValueError, match=r"leave|most|whole|[Bb]udget|few|junctions|below|nothing|search"):
+        make(method, tiny("llama"), token_ids(), 0.99 if method in ("asvd", "slicegpt") else 0.999, **values)
+
+
 def test_unknown_settings_are_named():
     with pytest.raises(ValueError, match="unknown method 'slice': choose one of slicegpt, "):
         settings_of("slice", {})

@@ -326,6 +326,7 @@ GENERATE = ("generate", "--model", "wiki-a-opt", "--prompt")
         ((*COMPRESS, "--length", "-5"), "--length is -5: give a whole number of at least 2"),
         ((*COMPRESS, "--seed", "-1"), "--seed is -1: give a whole number of at least 0"),
         ((*COMPRESS, "--method", "fpt", "--set", "tuning=maybe"), "tuning is 'maybe': give yes or no"),
+        ((*COMPRESS, "--set", "schedule=[24, 16"), "--set schedule=[24, 16 cannot be read: give a word, a number or a list"),
         ((*COMPRESS, "--set", "layout=global"), "use method slicegpt-global"),
         ((*EVALUATE, "--corpus", "c4"), "for test use wiki-a, wikitext2, ptb"),
         ((*EVALUATE, "--corpus", "nowhere.txt"), "nowhere.txt does not exist"),

@@ -149,6 +149,8 @@ def sweep(
     ids, spared = ids[: settings.samples, : settings.length], settings.protect
     spared = protected(len(half_names(model))) if spared is None else spared
     check_blocks(spared, len(half_names(model)))
+    for ratio in ratios:
+        choose(in_order(ffn_widths(model)), ratio, spared)  # raises now rather than after the gradients
     neurons = unit_scores(model, ids, settings.importance)
     heads = unit_scores(model, ids, settings.importance, "attention", settings.fold) if groups else []
     for ratio in ratios:

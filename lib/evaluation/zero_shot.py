@@ -39,7 +39,8 @@ def tasks_named(text: str) -> tuple[str, ...]:
 
     Raises ValueError for an unknown name and a list without names, FileNotFoundError for a missing file.
     """
-    names, folder = tuple(name.strip() for name in text.split(",") if name.strip()), data_folder()
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    folder = data_folder()
     if not names:
         raise ValueError(f"{text!r} names no task: give names separated by commas, such as {TASK}, {', '.join(LOCAL_TASKS)}")
     for name in names:

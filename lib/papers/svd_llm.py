@@ -184,6 +184,9 @@ def sweep(
     dense = matrices(model)
     # 1. Ranks.
     if settings.allocation == "loss":
+        flat = {name: torch.ones(min(layer.weight.shape)) for name, layer in dense.items()}
+        for ratio in ratios:
+            allocate_by_type(model, flat, ratio)  # raises now rather than after the pass
         found = spectra(model, ids)
         plans = [allocate_by_type(model, found, ratio) for ratio in ratios]
     else:
