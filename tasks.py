@@ -30,24 +30,26 @@ def profiles() -> list[str]:
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
+class Number(invoke.Argument):
+    """An option that answers what is no number with one line of advice, where invoke's own reading ends in a traceback."""
+
+    def set_value(self, value, cast=True):
+        read = ratio_of if self.name == "ratio" else number
+        super().set_value(read(self.name, self.kind, value) if cast else value, cast=False)
+
+
 class Task(invoke.Task):
-    """A task that answers a number it cannot read with one line, where invoke's own reading of `--samples x` is a traceback."""
+    """A task whose options with numbers are of class `Number`; invoke has no place to say so."""
 
     def get_arguments(self, *args, **kwargs):
         arguments = super().get_arguments(*args, **kwargs)
         for argument in arguments:
             if argument.kind in (int, float):
-                argument.kind = reader(argument.name, argument.kind)
+                argument.__class__ = Number
         return arguments
 
 
 task = functools.partial(invoke.task, klass=Task)
-
-
-def reader(name: str, kind: type):
-    """A function that reads the text of an option: a share for `--ratio`, otherwise a number of this kind."""
-    read = ratio_of if name == "ratio" else number
-    return lambda text: read(name, kind, text)
 
 
 def number(name: str, kind: type, text: str) -> int | float:
@@ -71,11 +73,11 @@ def ratio_of(name: str, kind: type, text: str) -> float:
     raise Exit(f"--{name} takes a share from 0 to 1, without 1 itself, not {text!r}: write 25% or 0.25 for a quarter", code=2)
 
 
-def at_least(least: int, **options: int) -> None:
+def at_least(least: int, **options: float) -> None:
     """Exit for options below the least number that makes sense."""
     for name, value in options.items():
         if value < least:
-            raise Exit(f"--{name} is {value}: give a whole number of at least {least}", code=2)
+            raise Exit(f"--{name} is {value}: give at least {least}", code=2)
 
 
 def choose(kind: str, value: str, known: list[str]) -> str:

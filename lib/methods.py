@@ -68,10 +68,11 @@ class Method:
 
     sweep: (model, ids [samples, length], ratios, settings, progress) -> (ratio, model) one by one; what serves every ratio is
     computed once, and the given model stays intact. consumes: `sweep` also takes `inplace=True` and may then use up the model,
-    for one ratio. settings: a frozen dataclass that checks itself; its fields are what `--set` takes. presets: other starting
-    points than its defaults. shape: (model, ratio) -> compressed model on the meta device, with default settings. on_disk:
-    (model, ids, ratio, settings, note) -> a walk over a model whose weights are on disk. takes: what an earlier method may have
-    left; every method takes stock models.
+    for one ratio. settings: a frozen dataclass that checks itself; its fields are what `--set` takes, and its ONLY_WITH, where it
+    has one, says which of them are read only with certain values of another. presets: other starting points than its defaults.
+    shape: (model, ratio) -> compressed model on the meta device, with default settings. on_disk: (model, ids, ratio, settings,
+    note) -> a walk over a model whose weights are on disk. takes: what an earlier method may have left; every method takes stock
+    models.
     """
 
     name: str

@@ -322,21 +322,21 @@ GENERATE = ("generate", "--model", "wiki-a-opt", "--prompt")
         ),
         ((*COMPRESS, "--samples", "x"), "--samples takes a whole number, not 'x'"),
         ((*COMPRESS, "--seed", "2.5"), "--seed takes a whole number, not '2.5'"),
-        ((*COMPRESS, "--samples", "0"), "--samples is 0: give a whole number of at least 1"),
-        ((*COMPRESS, "--length", "-5"), "--length is -5: give a whole number of at least 2"),
-        ((*COMPRESS, "--seed", "-1"), "--seed is -1: give a whole number of at least 0"),
+        ((*COMPRESS, "--samples", "0"), "--samples is 0: give at least 1"),
+        ((*COMPRESS, "--length", "-5"), "--length is -5: give at least 2"),
+        ((*COMPRESS, "--seed", "-1"), "--seed is -1: give at least 0"),
         ((*COMPRESS, "--method", "fpt", "--set", "tuning=maybe"), "tuning is 'maybe': give yes or no"),
         ((*COMPRESS, "--set", "schedule=[24, 16"), "--set schedule=[24, 16 cannot be read: give a word, a number or a list"),
         ((*COMPRESS, "--set", "layout=global"), "use method slicegpt-global"),
         ((*EVALUATE, "--corpus", "c4"), "for test use wiki-a, wikitext2, ptb"),
         ((*EVALUATE, "--corpus", "nowhere.txt"), "nowhere.txt does not exist"),
         ((*EVALUATE, "--tasks", " , "), "names no task: give names separated by commas, such as wiki_a_continuation"),
-        ((*EVALUATE, "--windows", "-1"), "--windows is -1: give a whole number of at least 0"),
-        ((*EVALUATE, "--limit", "-1"), "--limit is -1: give a whole number of at least 0"),
-        ((*EVALUATE, "--length", "1"), "--length is 1: give a whole number of at least 2"),
+        ((*EVALUATE, "--windows", "-1"), "--windows is -1: give at least 0"),
+        ((*EVALUATE, "--limit", "-1"), "--limit is -1: give at least 0"),
+        ((*EVALUATE, "--length", "1"), "--length is 1: give at least 2"),
         ((*GENERATE, ""), "--prompt is empty"),
-        ((*GENERATE, "The", "--tokens", "0"), "--tokens is 0: give a whole number of at least 1"),
-        ((*GENERATE, "The", "--tokens", "-1"), "--tokens is -1: give a whole number of at least 1"),
+        ((*GENERATE, "The", "--tokens", "0"), "--tokens is 0: give at least 1"),
+        ((*GENERATE, "The", "--tokens", "-1"), "--tokens is -1: give at least 1"),
         (("plan", "--profile", "workshop", "--tflops", "x"), "--tflops takes a number, not 'x'"),
     ],
 )
@@ -361,6 +361,10 @@ def test_names_of_tasks_are_checked_before_a_model_is_loaded(monkeypatch, tmp_pa
     with pytest.raises(Exit, match="has no piqa/validation.jsonl.gz"):
         tasks.evaluate.body(None, "wiki-a-llama", tasks="piqa")
     assert tasks_named(" wiki_a_continuation ,lambada_openai, ") == ("wiki_a_continuation", "lambada_openai")
+
+
+def test_the_help_still_says_which_options_are_numbers(invoked):
+    assert "-s INT, --samples=INT" in invoked("--help", "compress")
 
 
 @pytest.mark.parametrize("text", ["0.25", "25%", "25 %", " 25% "])

@@ -281,7 +281,7 @@ def _hub_rows(name: str, split: str) -> tuple[list[str], str]:
             shard = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
             if split not in shard:
                 raise ValueError(
-                    f"corpus 'c4' has only train, validation, no {split}: for {split} use {_with_split(split, False)}"
+                    f"corpus 'c4' has only train, validation, no {split}: for {split} use {_with_split(split, local=False)}"
                 )
             table = datasets.load_dataset(spec.hub_id, data_files={split: shard[split]}, split=split)
         elif name == "alpaca":  # one published split; the SliceGPT code cuts it 80/10/10 by two seeded draws
