@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
 import re
 import shlex
@@ -10,7 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from invoke import Exit, task
+import invoke
+from invoke import Exit
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS, RESULTS, SITE = ROOT / "notebooks", ROOT / "results", ROOT / "site"
@@ -25,6 +28,56 @@ def papers() -> list[str]:
 
 def profiles() -> list[str]:
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+class Number(invoke.Argument):
+    """An option that answers what is no number with one line of advice, where invoke's own reading ends in a traceback."""
+
+    def set_value(self, value, cast=True):
+        read = ratio_of if self.name == "ratio" else number
+        super().set_value(read(self.name, self.kind, value) if cast else value, cast=False)
+
+
+class Task(invoke.Task):
+    """A task whose options with numbers are of class `Number`; invoke has no place to say so."""
+
+    def get_arguments(self, *args, **kwargs):
+        arguments = super().get_arguments(*args, **kwargs)
+        for argument in arguments:
+            if argument.kind in (int, float):
+                argument.__class__ = Number
+        return arguments
+
+
+task = functools.partial(invoke.task, klass=Task)
+
+
+def number(name: str, kind: type, text: str) -> int | float:
+    """The number that an option is given. Exit with advice for anything else, NaN and infinity included."""
+    try:
+        found = kind(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise Exit(f"--{name} takes a {'whole ' if kind is int else ''}number, not {text!r}", code=2)
+    return found
+
+
+def ratio_of(name: str, kind: type, text: str) -> float:
+    """The share that an option is given: 0.25, 25% or 25 %. Exit with advice for anything else."""
+    percent = text.strip().endswith("%")
+    with contextlib.suppress(ValueError):
+        found = kind(text.strip().removesuffix("%")) / (100 if percent else 1)
+        if 0 <= found < 1:
+            return found
+    raise Exit(f"--{name} takes a share from 0 to 1, without 1 itself, not {text!r}: write 25% or 0.25 for a quarter", code=2)
+
+
+def at_least(least: int, **options: float) -> None:
+    """Exit for options below the least number that makes sense."""
+    for name, value in options.items():
+        if value < least:
+            raise Exit(f"--{name} is {value}: give at least {least}", code=2)
 
 
 def choose(kind: str, value: str, known: list[str]) -> str:
@@ -47,7 +100,12 @@ def named_values(settings: list[str]) -> dict:
         if not equals:
             raise Exit(f"--set takes NAME=VALUE, not {setting!r}", code=2)
         sexagesimal = re.fullmatch(r"\d+:\d+", value)  # YAML 1.1 reads the pattern 2:4 in base 60, as 124
-        found[name] = value if sexagesimal else yaml.safe_load(value)
+        try:
+            found[name] = value if sexagesimal else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise Exit(
+                f"--set {setting} cannot be read: give a word, a number or a list, as in --set {name}=[0,1]", code=2
+            ) from error
     return found
 
 
@@ -193,8 +251,7 @@ def plan(c, profile, gpu="A100", tflops=0.0):
 
     choose("profile", profile, profiles())
     choose("device", gpu, list(DEVICES))
-    if tflops < 0:
-        raise Exit(f"--tflops is a number of operations a second, in trillions, not {tflops}", code=2)
+    at_least(0, tflops=tflops)
     found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
     parameters = {paper: full_parameters(paper, profile) for paper in papers_of(profile, "")}
     print("\n".join(checked(lambda: list(report(found, parameters, gpu, tflops * 1e12)))))
@@ -269,8 +326,8 @@ def checked(run):
         "model": "wiki-a-llama, wiki-a-opt, a local folder, or a hub id",
         "out": "new folder for the compressed model",
         "method": "slicegpt, svd-llm, afr, comp, or a rival: `invoke methods` describes all of them",
-        "ratio": "how much to remove, in the method's own sense (slicegpt: slicing level; svd-llm: share of the matrices' "
-        "parameters; afr: of the neurons; comp: of the blocks' parameters; sparsegpt, wanda: share of zeros)",
+        "ratio": "how much to remove, such as 0.25 or 25%, in the method's own sense (slicegpt: slicing level; svd-llm: share of "
+        "the matrices' parameters; afr: of the neurons; comp: of the blocks' parameters; sparsegpt, wanda: share of zeros)",
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
         "data-dir": "folder with benchmark and calibration files, used instead of the hub",
@@ -287,14 +344,19 @@ def compress(
     from lib.compress import compress as compress_model
     from lib.compress import with_saved_widths
     from lib.evaluation.text import Calibration
-    from lib.methods import settings_of
+    from lib.methods import METHODS, without_effect
     from lib.models.load import positions_of
 
     settings = named_values(set or [])
+    at_least(1, samples=samples)
+    at_least(2, length=length or 2)
+    at_least(0, seed=seed)
 
     def work():
         use_data_dir(data_dir)
-        settings_of(method, with_saved_widths(method, settings))  # before they become arguments beside those of `compress`
+        # Checks the settings before they become arguments beside those of `compress`.
+        for sentence in without_effect(method, with_saved_widths(method, settings)):
+            print(sentence, flush=True)
         draw = Calibration(corpus, samples, length or min(2048, positions_of(model)), seed)
         return compress_model(model, out, method, ratio, draw, device, dtype, streamed, **settings)
 
@@ -303,6 +365,8 @@ def compress(
         f"{model}, {method} at {ratio:.0%}: {row['params']:,} parameters, {row['removed_model']:.1%} of the model really removed "
         f"({row['dense_bytes'] / 1e6:.1f} to {row['bytes'] / 1e6:.1f} MB), saved in {out}"
     )
+    if ratio > 0 and row["removed_model"] == 0 and "zero" not in METHODS[method].removes:
+        print("nothing was removed: the ratio is too small, or a step or a limit in the settings too large, for this model")
 
 
 @task
@@ -324,9 +388,9 @@ def methods(c):
         "model": "a name or folder, compressed or not",
         "corpus": "text whose test split is scored",
         "length": "tokens per window (default: the model's positions, at most 2048)",
-        "windows": "score only the first windows (default: all)",
+        "windows": "score only the first windows (default: 0, all)",
         "tasks": "zero-shot tasks of lm-eval, separated by commas (wiki_a_continuation needs no network)",
-        "limit": "score only the first documents of each task (default: all)",
+        "limit": "score only the first documents of each task (default: 0, all)",
         "device": "cpu, cuda, or auto, which spreads the blocks of a large model over all GPUs and main memory",
         "data-dir": "folder with benchmark and calibration files, used instead of the hub",
     }
@@ -335,17 +399,21 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
     """Print the perplexity of a model, compressed or not, and its zero-shot accuracy on the given tasks."""
     from lib.evaluation.perplexity import perplexity
     from lib.evaluation.text import load_corpus, tokens_of
-    from lib.evaluation.zero_shot import zero_shot
-    from lib.models.load import load, spread
+    from lib.evaluation.zero_shot import tasks_named, zero_shot
+    from lib.models.load import load, positions_of, spread
+
+    at_least(0, windows=windows, limit=limit)
+    at_least(2, length=length or 2)
 
     def work():
         use_data_dir(data_dir)
+        text, names = load_corpus(corpus, "test"), tasks_named(tasks) if tasks else ()
         network, tokenizer = load(model, "cpu" if device == "auto" else device, dtype)
         network = spread(network) if device == "auto" else network
-        window = length or min(2048, network.config.max_position_embeddings)
-        found = perplexity(network, tokens_of(load_corpus(corpus, "test"), tokenizer), window, windows or None)
+        window = length or min(2048, positions_of(model))
+        found = perplexity(network, tokens_of(text, tokenizer), window, windows or None)
         print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")
-        for row in zero_shot(network, tokenizer, tuple(tasks.split(",")), limit or None) if tasks else ():
+        for row in zero_shot(network, tokenizer, names, limit or None) if names else ():
             first = f" (limit {row['limit']})" if row["limit"] else ""
             normed = "" if row["acc_norm"] is None else f", by length {row['acc_norm']:.3f}"  # lm-eval's acc_norm
             print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f}{normed}, {row['documents']} documents{first}")
@@ -358,9 +426,17 @@ def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
     """Continue a prompt greedily with a model, compressed or not."""
     from lib.models.load import load
 
+    at_least(1, tokens=tokens)
+    if not prompt.strip():
+        raise Exit("--prompt is empty: give the beginning of a text to continue", code=2)
+
     def work():
         network, tokenizer = load(model, device, dtype)
         ids = tokenizer(prompt, return_tensors="pt").to(network.device)
+        given, positions = ids.input_ids.shape[1], getattr(network.config, "max_position_embeddings", math.inf)
+        if given + tokens > positions:
+            fits = f"at most {positions - given} new tokens fit" if given < positions else "use a shorter prompt"
+            raise ValueError(f"the model has {positions} positions, and the prompt takes {given} of them: {fits}")
         out = network.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0)
         print(tokenizer.decode(out[0], skip_special_tokens=True))
 

@@ -5,7 +5,7 @@ To add a method, write one file with a `sweep` and a `Settings`, and one record 
 
 from __future__ import annotations
 
-import types
+import contextlib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,6 +30,7 @@ from lib.baselines import (
 )
 from lib.papers import afr, comp, slicegpt, svd_llm
 from lib.primitives import layerwise, low_rank
+from lib.primitives.anatomy import Anatomy
 from lib.primitives.checks import check_inplace, check_share, choose_one
 from lib.primitives.structured import shape_without_neurons
 
@@ -44,6 +45,10 @@ OF_STREAM = "the stream's directions"
 OF_WEIGHTS = "the weights"
 
 TEXT, GRADIENTS, NOTHING = "text", "text and gradients", "nothing"
+
+# What earlier methods may have left of a model that is not stock, see `changes`.
+SLICED, FACTORED_ATTENTION, FACTORED_FFN = "a sliced stream", "two-factor layers in attention", "two-factor layers in FFNs"
+UNEQUAL = "blocks of unequal widths or with new biases"
 
 # Where a result can be loaded.
 ANYWHERE = "any runtime"
@@ -63,9 +68,11 @@ class Method:
 
     sweep: (model, ids [samples, length], ratios, settings, progress) -> (ratio, model) one by one; what serves every ratio is
     computed once, and the given model stays intact. consumes: `sweep` also takes `inplace=True` and may then use up the model,
-    for one ratio. settings: a frozen dataclass that checks itself; its fields are what `--set` takes. presets: other starting
-    points than its defaults. shape: (model, ratio, settings) -> compressed model on the meta device, of the size that the
-    method leaves. on_disk: (model, ids, ratio, settings, note) -> a walk over a model whose weights are on disk.
+    for one ratio. settings: a frozen dataclass that checks itself; its fields are what `--set` takes, and its ONLY_WITH, where it
+    has one, says which of them are read only with certain values of another. presets: other starting points than its defaults.
+    shape: (model, ratio, settings) -> compressed model on the meta device, of the size that the method leaves. on_disk: (model,
+    ids, ratio, settings, note) -> a walk over a model whose weights are on disk. takes: what an earlier method may have left; every
+    method takes stock models.
     """
 
     name: str
@@ -80,11 +87,12 @@ class Method:
     on_disk: Callable[..., layerwise.Walk] | None = None
     consumes: bool = False
     presets: Mapping[str, object] = field(default_factory=dict)
+    takes: tuple[str, ...] = (UNEQUAL,)
 
 
 def neuron_method(name: str, sweep: Callable, settings: type, needs: str, paper: str, **more) -> Method:
     """A method that removes FFN neurons only."""
-    known = {"shape": shape_without_neurons} | more
+    known = {"shape": shape_without_neurons, "takes": (UNEQUAL, FACTORED_ATTENTION)} | more
     return Method(name, sweep, settings, "FFN neurons", OF_NEURONS, needs, paper, EQUAL_WIDTHS, **known)
 
 
@@ -111,11 +119,11 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "slicegpt-stock", slicegpt.stock_sweep, slicegpt.Rounding, "directions of the residual stream, without shortcuts",
-            OF_STREAM, TEXT, _ABLATED, ANYWHERE, slicegpt.stock_shape, consumes=True,
+            OF_STREAM, TEXT, _ABLATED, ANYWHERE, slicegpt.stock_shape, consumes=True, takes=(),
         ),
         Method(
             "slicegpt-global", slicegpt.global_sweep, slicegpt.Rounding, "directions of the residual stream, the same everywhere",
-            OF_STREAM, TEXT, _ABLATED, ANYWHERE, slicegpt.stock_shape, consumes=True,
+            OF_STREAM, TEXT, _ABLATED, ANYWHERE, slicegpt.stock_shape, consumes=True, takes=(),
         ),
         _ranks("svd-llm", svd_llm.sweep, svd_llm.Settings, TEXT, "SVD-LLM, arXiv 2403.07378", on_disk=svd_llm.on_disk),
         _ranks("svd", svd.sweep, NoSettings, NOTHING, "plain SVD"),
@@ -128,6 +136,7 @@ METHODS: dict[str, Method] = {
         Method(
             "llm-pruner", llm_pruner.sweep, llm_pruner.Settings, "FFN neurons and groups of heads of the inner blocks", OF_INNER,
             GRADIENTS, "LLM-Pruner, arXiv 2305.11627", THIS_SUITE, llm_pruner.shape, consumes=True,
+            takes=(UNEQUAL, FACTORED_ATTENTION),
         ),
         Method(
             "fpt", fpt.sweep, fpt.Settings, "FFN neurons and groups of heads", OF_BLOCKS, GRADIENTS, "FPT, arXiv 2204.09656",
@@ -135,7 +144,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "comp", comp.sweep, comp.Settings, "blocks, then FFN neurons", OF_BLOCKS, TEXT, "COMP, arXiv 2501.15255",
-            EQUAL_WIDTHS, comp.shape, comp.on_disk,
+            EQUAL_WIDTHS, comp.shape, comp.on_disk, takes=(UNEQUAL, FACTORED_ATTENTION),
         ),
         Method(
             "shortgpt", shortgpt.sweep, shortgpt.Settings, "blocks", OF_BLOCKS, TEXT, "ShortGPT, arXiv 2403.03853", ANYWHERE,
@@ -144,11 +153,11 @@ METHODS: dict[str, Method] = {
         neuron_method("cfsp", cfsp.sweep, cfsp.Settings, TEXT, "CFSP, arXiv 2409.13199"),
         Method(
             "flap", flap.sweep, flap.Settings, "FFN neurons and groups of heads", OF_COMPETING, TEXT, "FLAP, arXiv 2312.11983",
-            THIS_SUITE, flap.shape,
+            THIS_SUITE, flap.shape, takes=(UNEQUAL, FACTORED_ATTENTION),
         ),
         Method(
             "lorap", lorap.sweep, lorap.Settings, "ranks of attention, FFN neurons", OF_HALVES, TEXT, "LoRAP, arXiv 2404.09695",
-            THIS_SUITE, lorap.shape,
+            THIS_SUITE, lorap.shape, takes=(UNEQUAL, FACTORED_ATTENTION),
         ),
         neuron_method("wanda-sp", wanda.sweep_neurons, NoSettings, TEXT, "Wanda-sp, arXiv 2312.11983"),
         neuron_method("magnitude-neurons", magnitude.sweep_neurons, magnitude.Settings, NOTHING, "a control"),
@@ -175,7 +184,8 @@ def on_disk_method(name: str) -> Method:
 def settings_of(name: str, values: Mapping[str, object]) -> object:
     """The settings record of a method with some fields changed, `preset` naming its starting point where there are several.
 
-    Raises ValueError for an unknown method, field or preset, for a value of another type, and as the record itself does.
+    Yes, no, true, false, 1 and 0 stand for true and false. Raises ValueError for an unknown method, field or preset, and as the
+    record itself does for a value of another type or out of range.
     """
     method, values = method_named(name), dict(values)
     start = method.settings()
@@ -184,36 +194,62 @@ def settings_of(name: str, values: Mapping[str, object]) -> object:
         preset = values.pop("preset", next(iter(method.presets)))
         choose_one(f"preset of {name}", preset, method.presets)
         start, known = method.presets[preset], ["preset", *known]
-    types_ = typing.get_type_hints(method.settings)
+    hints = typing.get_type_hints(method.settings)
     for key, value in values.items():
         choose_one(f"setting of {name}", key, known)
-        if value is None and getattr(start, key) == "":
-            value = values[key] = ""  # `--set layout=` in YAML
-        if not _fits(value, types_[key]):
-            raise ValueError(
-                f"{key} of {name} is {value!r}: give {_in_words(types_[key])}, as in --set {key}={getattr(start, key)}"
-            )
-        if isinstance(value, list):
-            values[key] = tuple(value)
+        values[key] = _as_meant(value, hints[key])
     return replace(start, **values)
 
 
-def _fits(value: object, kind: object) -> bool:
-    """Whether a value, as YAML or a caller gives it, is of the kind that a field is annotated with."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(_fits(part, typing.get_args(kind)[0]) for part in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+YES_OR_NO = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
-def _in_words(kind: object) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
-    if typing.get_origin(kind) is tuple:
-        return "a list"
-    return " or ".join(words.get(part, "a list") for part in typing.get_args(kind) or (kind,))
+def _as_meant(value: object, kind: object) -> object:
+    """A value, as YAML or a caller gives it, in the form that a field of this kind holds; the record checks it."""
+    if kind is bool:
+        return YES_OR_NO.get(str(value).lower(), value)
+    if kind is str and value is None:  # `--set layout=` in YAML
+        return ""
+    if kind is float and isinstance(value, str):  # 1e-3 and inf, which YAML reads as words
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def without_effect(name: str, values: Mapping[str, object]) -> list[str]:
+    """A sentence for every setting that is given, and for the ratio, where the other settings leave it without effect."""
+    settings = settings_of(name, values)
+    return [
+        f"{key} has no effect: {name} reads it only with {other}={' or '.join(map(str, wanted))}"
+        for key, (other, wanted) in getattr(settings, "ONLY_WITH", {}).items()
+        if (key in values or key == "ratio") and getattr(settings, other) not in wanted
+    ]
+
+
+def changes(model: nn.Module) -> list[str]:
+    """What earlier methods have left of a model that no stock class can hold; empty for a stock model."""
+    found = []
+    for edit in getattr(model, "edits", []):
+        if edit["edit"] == "low-rank":
+            half = Anatomy(model).family.attention
+            inside = [name.endswith((*half.readers, half.writer)) for name in edit["ranks"]]
+            found += [FACTORED_ATTENTION] * any(inside) + [FACTORED_FFN] * (not all(inside))
+        else:
+            found.append({"slicegpt": SLICED, "structured": UNEQUAL}[edit["edit"]])
+    return found
+
+
+def check_changes(model: nn.Module, method: Method, settings: object) -> None:
+    """Raise ValueError for a method that cannot work on what earlier methods have left of a model."""
+    # Methods for neurons that also cut or factor attention need it in ordinary layers.
+    attention = bool(getattr(settings, "attention", False)) or not getattr(settings, "mlp_only", True)
+    taken = set(method.takes) - ({FACTORED_ATTENTION} if attention else set())
+    if hindered := [change for change in changes(model) if change not in taken]:
+        merge = any("two-factor" in change for change in hindered)
+        raise ValueError(
+            f"{method.name} cannot work on a compressed model with {' and '.join(hindered)}: start from the dense model"
+            + (", or multiply the factors first with `invoke merge-to-dense`" if merge else "")
+        )
 
 
 def sweep(
@@ -229,12 +265,13 @@ def sweep(
 
     ids: calibration tokens [samples, length]; values: fields of the method's settings. The given model stays intact.
     Results may share tensors with it and with each other, so copy a result before you write into it. inplace: the model may
-    be used up, which saves memory; for one ratio. Raises ValueError as `settings_of` and the method do.
+    be used up, which saves memory; for one ratio. Raises ValueError as `settings_of`, `check_changes` and the method do.
     """
     method, settings = method_named(name), settings_of(name, values)
     check_inplace(inplace, ratios)
     for ratio in ratios:
         check_share(ratio)
+    check_changes(model, method, settings)
     options = {"inplace": True} if inplace and method.consumes else {}
     return method.sweep(model, ids, ratios, settings, progress, **options)
 

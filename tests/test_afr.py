@@ -401,7 +401,9 @@ def test_llm_pruner_block_range_and_counts():
     assert ffn_widths(llm_pruner.prune(model, IDS, 0.5, attention=False, protect=())) == [24] * 3
     for wrong, message in (
         ({"importance": "third"}, "unknown importance"), ({"fold": "zigzag"}, "unknown fold"),
-        ({"samples": 0}, "samples must be at least 1"), ({"length": 1}, "length must be at least 2, or None"),
+        ({"samples": 0}, "samples is 0: give a whole number of at least 1 or null"),
+        ({"length": 1}, "length is 1: give a whole number of at least 2 or null"),
+        ({"protect": (3,)}, "cannot protect block 3: the model has blocks 0 to 2"), ({"protect": (-1,)}, "protect is"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             llm_pruner.prune(model, IDS, 0.5, **wrong)

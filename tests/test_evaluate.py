@@ -105,6 +105,14 @@ def test_windows_beyond_the_positions_are_refused():
             perplexity(tiny("llama"), torch.zeros(200, dtype=torch.long), **settings)
 
 
+def test_models_without_a_longest_sequence_take_any_window():
+    model = Counting()
+    with pytest.raises(ValueError, match="8 positions"):
+        perplexity(model, torch.arange(40) % 4, length=20)
+    model.config = type("Config", (), {})  # as in BLOOM, MPT and Mamba
+    assert perplexity(model, torch.arange(40) % 4, length=20).perplexity == pytest.approx(4 / 3)
+
+
 def test_continuation_questions_are_fair():
     documents = continuation_documents()
     assert len(documents) > 200

@@ -663,13 +663,13 @@ def test_levels_outside_the_range(level, sweep_of):
         (dict(layout="sparse"), "low-rank, dense"),
         (dict(layout="global"), "slice_globally"),
         (dict(schedule="rising"), "constant, variance"),
-        (dict(schedule=[24] * 6 + [32]), "constant, variance"),
+        (dict(schedule=[24] * 6 + [32]), "give a word or a tuple, each part a whole number of at least 1"),
         (dict(signal="cooked"), "raw, normalised"),
         (dict(orientation="north"), "pca, random"),
         (dict(statistics="none"), "sliced, dense"),
         (dict(precision="float16"), "float64, float32"),
         (dict(output_norms="fold"), "refuse, exact, metric, fitted"),
-        (dict(round_interval=0), "not a positive number"),
+        (dict(round_interval=0), "round_interval is 0: give a whole number of at least 1, as in round_interval=8"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(settings, message):

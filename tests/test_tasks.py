@@ -10,9 +10,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from invoke import Exit
+from invoke import Collection, Exit, Program
 
 import tasks
+from lib.evaluation.zero_shot import tasks_named
 from lib.methods import METHODS
 from lib.suite.profiles import read_profile
 from lib.suite.runs import local_state, relink, tidy
@@ -293,6 +294,102 @@ def test_a_mistake_of_the_user_is_one_line_and_one_of_the_program_a_traceback():
 def test_settings_named_like_options_are_unknown_settings(tmp_path, name):
     with pytest.raises(Exit, match=f"unknown setting of comp {name!r}: choose one of "):
         tasks.compress.body(None, "wiki-a-llama", str(tmp_path / "out"), method="comp", set=[f"{name}=1"])
+
+
+@pytest.fixture
+def invoked(capfd):
+    """Run a command as `invoke` does, errors of the parser included; returns what it prints."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        Program(namespace=Collection.from_module(tasks)).run(["invoke", *arguments], exit=False)
+        said = capfd.readouterr()
+        return (said.out + said.err).strip()
+
+    return run
+
+
+COMPRESS, EVALUATE = ("compress", "--model", "wiki-a-llama", "--out", "out"), ("evaluate", "--model", "wiki-a-llama")
+GENERATE = ("generate", "--model", "wiki-a-opt", "--prompt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ((*COMPRESS, "--ratio", wrong), f"not '{wrong}': write 25% or 0.25")
+            for wrong in ("abc", "25", "-1", "100%", "nan", "%")
+        ),
+        ((*COMPRESS, "--samples", "x"), "--samples takes a whole number, not 'x'"),
+        ((*COMPRESS, "--seed", "2.5"), "--seed takes a whole number, not '2.5'"),
+        ((*COMPRESS, "--samples", "0"), "--samples is 0: give at least 1"),
+        ((*COMPRESS, "--length", "-5"), "--length is -5: give at least 2"),
+        ((*COMPRESS, "--seed", "-1"), "--seed is -1: give at least 0"),
+        ((*COMPRESS, "--method", "fpt", "--set", "tuning=maybe"), "tuning is 'maybe': give yes or no"),
+        ((*COMPRESS, "--set", "schedule=[24, 16"), "--set schedule=[24, 16 cannot be read: give a word, a number or a list"),
+        ((*COMPRESS, "--set", "layout=global"), "use method slicegpt-global"),
+        ((*EVALUATE, "--corpus", "c4"), "for test use wiki-a, wikitext2, ptb"),
+        ((*EVALUATE, "--corpus", "nowhere.txt"), "nowhere.txt does not exist"),
+        ((*EVALUATE, "--tasks", " , "), "names no task: give names separated by commas, such as wiki_a_continuation"),
+        ((*EVALUATE, "--windows", "-1"), "--windows is -1: give at least 0"),
+        ((*EVALUATE, "--limit", "-1"), "--limit is -1: give at least 0"),
+        ((*EVALUATE, "--length", "1"), "--length is 1: give at least 2"),
+        ((*GENERATE, ""), "--prompt is empty"),
+        ((*GENERATE, "The", "--tokens", "0"), "--tokens is 0: give at least 1"),
+        ((*GENERATE, "The", "--tokens", "-1"), "--tokens is -1: give at least 1"),
+        (("plan", "--profile", "workshop", "--tflops", "x"), "--tflops takes a number, not 'x'"),
+    ],
+)
+def test_values_that_cannot_be_are_one_line_before_a_model_is_loaded(invoked, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PARED_DATA_DIR", raising=False)
+    for place in ("lib.compress.load", "lib.models.load.load"):  # in this order, because the first imports the second
+        monkeypatch.setattr(place, lambda *_: pytest.fail("loaded"))
+    said = invoked(*arguments)
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_tasks_are_checked_before_a_model_is_loaded(monkeypatch, tmp_path):
+    known = type("Index", (), {"task_index": {"lambada_openai": None}})
+    monkeypatch.setattr("lib.evaluation.zero_shot.task_manager", lambda every: known)
+    monkeypatch.setattr("lib.models.load.load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(Exit, match="unknown task 'hellswag': it is none of arc_easy"):
+        tasks.evaluate.body(None, "wiki-a-llama", tasks="wiki_a_continuation, hellswag")
+    monkeypatch.setenv("PARED_DATA_DIR", str(tmp_path))
+    with pytest.raises(Exit, match="has no piqa/validation.jsonl.gz"):
+        tasks.evaluate.body(None, "wiki-a-llama", tasks="piqa")
+    assert tasks_named(" wiki_a_continuation ,lambada_openai, ") == ("wiki_a_continuation", "lambada_openai")
+
+
+def test_the_help_still_says_which_options_are_numbers(invoked):
+    assert "-s INT, --samples=INT" in invoked("--help", "compress")
+
+
+@pytest.mark.parametrize("text", ["0.25", "25%", "25 %", " 25% "])
+def test_a_ratio_may_be_a_percentage(text):
+    assert tasks.ratio_of("ratio", float, text) == 0.25
+
+
+def test_generating_beyond_the_positions_says_what_fits(invoked):
+    assert invoked(*GENERATE, "The", "--tokens", "256") == (
+        "the model has 256 positions, and the prompt takes 1 of them: at most 255 new tokens fit"
+    )
+    assert invoked(*GENERATE, "The " * 300, "--tokens", "1").endswith("of them: use a shorter prompt")
+    assert invoked(*GENERATE, "The", "--tokens", "2").startswith("The")
+
+
+def test_what_has_no_effect_is_said(invoked, tmp_path):
+    few = ("--model", "wiki-a-llama", "--samples", "2", "--length", "16", "--ratio", "20%")
+    said = invoked("compress", *few, "--out", str(tmp_path / "a"), "--method", "cfsp", "--set", "multiple=1000")
+    assert "0.0% of the model really removed" in said
+    assert "\nnothing was removed: the ratio is too small" in said
+    said = invoked("compress", *few, "--out", str(tmp_path / "b"), "--set", "seed=3")
+    assert said.splitlines()[0] == "seed has no effect: slicegpt reads it only with orientation=random"
+    assert "slicegpt at 20%" in said
+    assert "nothing was removed" not in said
+    assert "nothing" not in invoked("compress", *few, "--out", str(tmp_path / "c"), "--method", "wanda")  # sets weights to zero
 
 
 def test_every_method_is_listed_with_its_settings(capsys):

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -98,15 +100,100 @@ def test_text_files_are_split_in_order(tmp_path):
     file.write_text("  \n\n")
     with pytest.raises(ValueError, match="at least 10"):
         load_corpus(str(file))
-    with pytest.raises(FileNotFoundError, match="existing .txt"):
+    with pytest.raises(FileNotFoundError, match="does not exist: give the path of an existing .txt"):
         load_corpus(str(tmp_path / "none.txt"))
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        load_corpus(str(tmp_path / "folder.txt"))
+
+
+PLAIN = "\n\n".join(f"Paragraph {i} of Zürich.\nIts second line." for i in range(12))
+
+
+def test_byte_order_mark_and_line_ends_change_nothing(tmp_path):
+    _, tokenizer = load("wiki-a-llama")
+    written = {"plain": PLAIN, "mark": "\ufeff" + PLAIN, "crlf": PLAIN.replace("\n", "\r\n"), "cr": PLAIN.replace("\n", "\r")}
+    found = []
+    for name, content in written.items():
+        (tmp_path / f"{name}.txt").write_bytes(content.encode())
+        found.append(load_corpus(str(tmp_path / f"{name}.txt")))
+    assert len({corpus.sha256 for corpus in found}) == 1
+    assert len({tuple(tokens_of(corpus, tokenizer).tolist()) for corpus in found}) == 1
+    assert found[0].rows[0] == "Paragraph 0 of Zürich.\nIts second line."
+
+
+@pytest.mark.parametrize(
+    ("encoding", "place", "guess"),
+    [("latin1", 16, "latin1"), ("utf-16", 0, "utf-16"), ("utf-16le", 1, "utf-16le"), ("utf-16be", 0, "utf-16be")],
+)
+def test_other_encodings_are_refused_with_a_remedy_that_works(tmp_path, encoding, place, guess):
+    (tmp_path / "old.txt").write_bytes(PLAIN.encode(encoding))
+    with pytest.raises(
+        ValueError, match=rf"old.txt is not UTF-8 text, as byte \d+ shows: convert it with `iconv -f {guess} "
+    ) as refused:
+        load_corpus(str(tmp_path / "old.txt"))
+    if encoding != "utf-16":  # whose first zero comes behind the mark
+        assert f"byte {place} shows" in str(refused.value)
+    if shutil.which("iconv"):
+        subprocess.run(str(refused.value).split("`")[1], shell=True, check=True, cwd=tmp_path)
+        assert load_corpus(str(tmp_path / "new.txt")).rows[0] == "Paragraph 0 of Zürich.\nIts second line."
+
+
+def test_files_of_a_data_directory_are_read_in_the_same_way(tmp_path, data_dir):
+    data_dir(tmp_path)
+    (tmp_path / "ptb").mkdir()
+    file = tmp_path / "ptb" / "ptb.test.txt"
+    file.write_bytes("\ufeff no it was n't \r\n black monday \r\n".encode())
+    assert load_corpus("ptb", "test").rows == (" no it was n't ", " black monday ")
+    file.write_bytes("no caf\xe9".encode("latin1"))
+    with pytest.raises(ValueError, match="byte 6 shows: convert it with `iconv -f latin1"):
+        load_corpus("ptb", "test")
+    (tmp_path / "calibration").mkdir()
+    packed = tmp_path / "calibration" / "c4_pf_decoding.jsonl.gz"
+    for content, message in (
+        (gzip.compress(b'{"text": "x"}\n')[:-9], "cannot be read .*damaged, fetch it again"),
+        (gzip.compress(b'{"text": "caf\xe9"}\n'), "not UTF-8 text, as byte 13 shows: it is damaged"),
+        (gzip.compress(b'{"text": "x"}\n{"text"'), "line 2 is not a JSON record"),
+        (gzip.compress(b'{"text": "x"}\n[1]\n'), "line 2 has a list, but c4 needs 'text'"),
+        (gzip.compress(b'{"text": "x"}\n{"url": "y"}\n'), r"line 2 has columns \['url'\], but c4 needs 'text'"),
+    ):
+        packed.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_corpus("c4", "train")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text(PLAIN)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")  # root may read everything
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError, match="mine.txt may not be read: change its permissions"):
+        load_corpus(str(tmp_path / "mine.txt"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"length": 1}, {"seed": -1}, {"rule": "best"}, {"samples": 2.5}, {"corpus": 3}]
+)
+def test_draws_that_cannot_be_are_refused_by_name(wrong):
+    [name] = wrong
+    with pytest.raises(ValueError, match=name):
+        text.Calibration(**{"corpus": "wiki-a", "samples": 2, "length": 8} | wrong)
 
 
 def test_data_directory_errors_name_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv(text.DATA_DIR_VARIABLE, str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"wikitext-2-raw/wiki.test.raw.*test split of wikitext2"):
         load_corpus("wikitext2", "test")
-    with pytest.raises(ValueError, match="no test split"):
+    with pytest.raises(
+        ValueError, match="has only train, validation in .*, no test: for test use wiki-a, wikitext2, ptb, or a .txt"
+    ):
+        load_corpus("c4", "test")
+    monkeypatch.delenv(text.DATA_DIR_VARIABLE)
+    with pytest.raises(
+        ValueError, match="has only train, validation, no test: for test use wiki-a, wikitext2, ptb, alpaca, or a"
+    ):
         load_corpus("c4", "test")
     monkeypatch.setenv(text.DATA_DIR_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -14,7 +14,7 @@ from torch import nn
 
 from lib.primitives.anatomy import replaced, shared_inputs
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import kept_share
+from lib.primitives.checks import check_settings, kept_share
 from lib.primitives.losses import sequence_losses
 from lib.primitives.low_rank import (
     Ranks,
@@ -35,6 +35,9 @@ CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # removed shares tha
 class Settings:
     alpha: float = 0.5  # power of the activations' size; 0 is plain SVD
     search: bool = False  # choose ranks by the paper's search instead of one ratio for all matrices
+
+    def __post_init__(self):
+        check_settings(self, alpha="[0, 10]")
 
 
 def mean_magnitudes(model: nn.Module, ids: torch.Tensor) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
@@ -69,6 +72,10 @@ def sweep(
     authors' code draws random ones.
     """
     plans = [uniform_ranks(model, ratio) for ratio in ratios]
+    if settings.search:
+        every = {(name, max(CANDIDATES)): 0.0 for name in matrices(model)}
+        for ratio in ratios:
+            search_ranks(every, shapes(model), ratio)  # raises now rather than after the trials
     found = list(roots(model, ids, settings.alpha))
     if settings.search:
         trials = sensitivities(model, ids, found, progress)

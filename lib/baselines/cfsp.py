@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import check_share, choose_one, kept_share
+from lib.primitives.checks import COUNTS, check_settings, check_share, kept_share
 from lib.primitives.moments import measure, turning_angle
 from lib.primitives.structured import keep_highest, remove_neurons
 
@@ -29,9 +29,7 @@ class Settings:
     multiple: int = 1  # widths are rounded to it
 
     def __post_init__(self):
-        choose_one("fine", self.fine, ("code", "eq8"))
-        if self.multiple < 1:
-            raise ValueError(f"widths are multiples of a positive number, not of {self.multiple}: use 1 for any width")
+        check_settings(self, fine=("code", "eq8"), multiple=COUNTS)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,18 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import check_share, kept_share
+from lib.primitives.checks import check_settings, kept_share
 from lib.primitives.moments import walk
-from lib.primitives.structured import channels, ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
+from lib.primitives.structured import (
+    channels,
+    ffn_widths,
+    group_params,
+    in_order,
+    kv_groups,
+    neuron_params,
+    remove_groups,
+    remove_neurons,
+)
 from lib.primitives.surgery import shape_shell
 
 
@@ -23,6 +32,9 @@ from lib.primitives.surgery import shape_shell
 class Settings:
     attention: bool = True  # key-value groups compete too; False: neurons only
     compensate: bool = True  # add the mean of the removed channels as a bias
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -140,8 +152,9 @@ def sweep(
     Least fluctuation goes first, with bias compensation. ratio: of the parameters of the units that compete. Raises ValueError,
     before any work, for a ratio outside [0, 1) and for ids that cannot be used.
     """
+    units = in_order(ffn_widths(model)), in_order(kv_groups(model)) if settings.attention else []
     for ratio in ratios:
-        check_share(ratio)
+        choose(model, *units, ratio)  # raises now rather than after the pass
     found = scores(model, ids, attention=settings.attention)
     for ratio in ratios:
         yield ratio, cut(model, found, ratio, compensate=settings.compensate)

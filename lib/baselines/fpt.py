@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from torch import nn
 from lib.papers.mask_tuning import Sums, acceptable
 from lib.primitives.anatomy import Anatomy, Half, attention_half, mlp_half
 from lib.primitives.calibration import ResidualStream, check_calibration, inputs_of, run_seeing
-from lib.primitives.checks import kept_share
+from lib.primitives.checks import check_settings, kept_share
 from lib.primitives.cost import count
 from lib.primitives.linalg import at_least_float32
 from lib.primitives.losses import sequence_losses
@@ -394,6 +395,10 @@ class Settings:
     rearrangement: bool = True  # the second step
     tuning: bool = True  # the third step
     literal: bool = False  # the released solver
+    ONLY_WITH: ClassVar = {"literal": ("tuning", (True,))}
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 def sweep(

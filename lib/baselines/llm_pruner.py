@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy, half_names, head_size
 from lib.primitives.calibration import check_calibration
-from lib.primitives.checks import check_inplace, check_share, choose_one, exact
+from lib.primitives.checks import COUNTS, FROM_ZERO, check_blocks, check_inplace, check_settings, check_share, choose_one, exact
 from lib.primitives.gradients import Passes, each_gradient, summed
 from lib.primitives.losses import at_least_float32
 from lib.primitives.structured import (
@@ -47,13 +48,10 @@ class Settings:
     samples: int | None = 10  # used part of the calibration set: 10 x 64 as in the reference script; None for all of it
     length: int | None = 64
     protect: tuple[int, ...] | None = None  # blocks that stay whole; None: the outer ones, see `protected`
+    ONLY_WITH: ClassVar = {"fold": ("attention", (True,))}
 
     def __post_init__(self):
-        choose_one("importance", self.importance, IMPORTANCES)
-        choose_one("fold", self.fold, FOLDS)
-        for name, least in (("samples", 1), ("length", 2)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, or None for all of the calibration set, not {value}")
+        check_settings(self, importance=IMPORTANCES, fold=FOLDS, samples=COUNTS, length="[2, inf)", protect=FROM_ZERO)
 
 
 def channel_scores(model: nn.Module, ids: torch.Tensor, names: Sequence[str], importance: str = "first") -> dict[str, list]:
@@ -150,6 +148,9 @@ def sweep(
     groups = kv_groups(model) if settings.attention else []  # raises now if q, k and v are one matrix
     ids, spared = ids[: settings.samples, : settings.length], settings.protect
     spared = protected(len(half_names(model))) if spared is None else spared
+    check_blocks(spared, len(half_names(model)))
+    for ratio in ratios:
+        choose(in_order(ffn_widths(model)), ratio, spared)  # raises now rather than after the gradients
     neurons = unit_scores(model, ids, settings.importance)
     heads = unit_scores(model, ids, settings.importance, "attention", settings.fold) if groups else []
     for ratio in ratios:

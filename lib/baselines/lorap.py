@@ -16,7 +16,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import exact, kept_share
+from lib.primitives.checks import check_settings, exact, kept_share
 from lib.primitives.low_rank import block_name, factored, put, rank_for, replay
 from lib.primitives.moments import measure
 from lib.primitives.structured import cut_neurons, describe, ffn_widths, kept_count, separate_readers, shape_without_neurons
@@ -28,6 +28,9 @@ SPARED = 0.01
 @dataclass(frozen=True)
 class Settings:
     mlp_only: bool = False  # attention stays dense
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 def neuron_scores(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import choose_one
+from lib.primitives.checks import check_settings
 from lib.primitives.layerwise import check_prunable, replace_layers
 from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
 from lib.primitives.structured import remove_neurons, uniform
@@ -60,7 +60,7 @@ class Settings:
     order: int = 2  # of the norm: 1 or 2
 
     def __post_init__(self):
-        choose_one("order", self.order, (1, 2))
+        check_settings(self, order=(1, 2))
 
 
 def sweep_neurons(

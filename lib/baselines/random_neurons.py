@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lib.primitives.checks import FROM_ZERO, check_settings
 from lib.primitives.structured import ffn_widths, remove_neurons, uniform
 
 
@@ -19,6 +20,9 @@ def scores(model: nn.Module, generator: torch.Generator) -> list[torch.Tensor]:
 @dataclass(frozen=True)
 class Settings:
     seed: int = 0  # of the draw
+
+    def __post_init__(self):
+        check_settings(self, seed=FROM_ZERO)
 
 
 def sweep(

@@ -11,7 +11,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import check_inplace, check_share, choose_one
+from lib.primitives.checks import check_inplace, check_settings, check_share
 from lib.primitives.layer_importance import layer_scores, lowest
 from lib.primitives.structured import remove_blocks
 from lib.primitives.surgery import shape_shell, shell
@@ -46,7 +46,7 @@ class Settings:
     after_norm: bool = False  # score the last block behind the final norm, as the published code does
 
     def __post_init__(self):
-        choose_one("choice", self.choice, ("one-shot", "iterative", "angular"))
+        check_settings(self, choice=("one-shot", "iterative", "angular"))
 
 
 def chosen_blocks(model: nn.Module, ids: torch.Tensor, count: int, settings: Settings = Settings()) -> list[int]:

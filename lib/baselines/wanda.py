@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import check_share
 from lib.primitives.layerwise import SQUARES, pruning
 from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
 from lib.primitives.moments import walk
-from lib.primitives.structured import remove_neurons, uniform
+from lib.primitives.structured import ffn_widths, in_order, remove_neurons, uniform
 from lib.primitives.surgery import linear
 
 
@@ -63,7 +62,7 @@ def sweep_neurons(
     ids: [samples, tokens]; there are no settings. Raises ValueError, before any work, for a ratio outside [0, 1).
     """
     for ratio in ratios:
-        check_share(ratio)
+        uniform(in_order(ffn_widths(model)), ratio)  # raises now rather than after the pass
     found = neuron_scores(model, ids)
     for ratio in ratios:
         yield ratio, remove_neurons(model, uniform(found, ratio))

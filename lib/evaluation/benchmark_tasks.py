@@ -8,7 +8,6 @@ hub's own data sets are used.
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.evaluation.text import DATA_DIR_VARIABLE
+from lib.evaluation.text import DATA_DIR_VARIABLE, read_text
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,8 @@ def local_files(task: str, folder: Path) -> dict[str, Path]:
             found[split] = existing[0]
         elif not found:
             raise FileNotFoundError(
-                f"data directory {folder} has no {names[0]}, the {split} split of {task}: add that file, or unset "
-                f"{DATA_DIR_VARIABLE} to use the hub"
+                f"data directory {folder} has no {names[0]}, the {split} split of {task}: add that file, or leave out "
+                f"--data-dir and {DATA_DIR_VARIABLE} to use the hub"
             )
     return found
 
@@ -117,12 +116,7 @@ def local_files(task: str, folder: Path) -> dict[str, Path]:
 @functools.lru_cache(maxsize=8)
 def _checked_documents(task: str, path: Path, modified: int) -> tuple[dict, ...]:
     spec, documents = LOCAL_TASKS[task], []
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, fetch it again") from error
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path} is empty: {task} needs one JSON document a line")
     for number, line in enumerate(lines, 1):
@@ -195,6 +189,12 @@ def _with_documents(name: str, documents: dict[str, Sequence[dict]], manager):
     return ConfigurableTask(config=config | {"custom_dataset": lambda **_: table})
 
 
+def check_known(name: str, manager) -> None:
+    """Raise ValueError for a name that is not in lm-eval's index."""
+    if name not in manager.task_index:
+        raise ValueError(f"unknown task {name!r}: it is none of {', '.join(LOCAL_TASKS)}, and lm-eval has no task of that name")
+
+
 def hub_task(name: str, manager):
     """lm-eval's task `name` from the hub: a Task or a Group.
 
@@ -202,8 +202,7 @@ def hub_task(name: str, manager):
     """
     import datasets
 
-    if name not in manager.task_index:
-        raise ValueError(f"unknown task {name!r}: it is none of {', '.join(LOCAL_TASKS)}, and lm-eval has no task of that name")
+    check_known(name, manager)
     try:
         found = manager.load([name])
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:

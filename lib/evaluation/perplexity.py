@@ -34,8 +34,8 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, length: int, limit: int |
     tokens: ids [n_tokens] of the joined text; the tail shorter than a window is dropped; `limit` keeps the first windows.
     Log-softmax is float32 whatever the model's dtype. Raises ValueError if the window exceeds the model's positions.
     """
-    positions = model.config.max_position_embeddings
-    if length > positions:
+    positions = getattr(model.config, "max_position_embeddings", None)  # BLOOM and Mamba take any length
+    if positions is not None and length > positions:
         raise ValueError(f"windows of {length} tokens exceed the model's {positions} positions: use shorter windows")
     if length < 2 or (limit is not None and limit < 1):
         raise ValueError(f"{limit or 'all'} windows of {length} tokens score nothing: use at least 1 window of 2 tokens")

@@ -8,18 +8,22 @@ calibration set.
 from __future__ import annotations
 
 import bz2
+import codecs
 import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
+import shlex
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from lib.primitives.checks import choose_one
+from lib.primitives.checks import COUNTS, FROM_ZERO, check_settings, choose_one
 
 DATA_DIR_VARIABLE = "PARED_DATA_DIR"
 SPLITS = ("train", "validation", "test")
@@ -52,14 +56,16 @@ def load_corpus(name: str, split: str = "train") -> Corpus:
     otherwise; the corpus keeps the same name and rows either way. The paragraphs of a .txt file are
     split in order, the first 80 % to train, 10 % each to validation and test.
 
-    Raises ValueError for an unknown name or split or an empty corpus, FileNotFoundError for a missing file.
+    Raises ValueError for an unknown name or split, an empty corpus or a file that is not UTF-8, FileNotFoundError for a missing
+    file, PermissionError for one that may not be read.
     """
     name = "wikitext2" if name == "wikitext-2" else name
     choose_one("split", split, SPLITS)
     if str(name).endswith(".txt"):
         path = Path(name).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"no text file {path}: give the path of an existing .txt file")
+            found = "is a folder" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"the text file {path} {found}: give the path of an existing .txt file")
         rows, source = _text_file_rows(path, split), path.name
     elif name == "wiki-a":
         rows, source = _wiki_a_rows(split), WIKI_DUMP
@@ -73,6 +79,41 @@ def load_corpus(name: str, split: str = "train") -> Corpus:
         raise ValueError(f"corpus {name!r} ({split}) from {source} is empty: nothing to calibrate or evaluate on")
     digest = hashlib.sha256(SEPARATOR.join(rows).encode()).hexdigest()
     return Corpus(str(name), split, tuple(rows), source, digest)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, packed by gzip where its name ends in .gz, without byte order mark, with line ends \\n.
+
+    Raises ValueError, with the place and a remedy, for other encodings and damaged files, PermissionError for a file that may not
+    be read.
+    """
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except PermissionError as error:
+        raise PermissionError(f"{path} may not be read: change its permissions (`chmod +r`), or give another file") from error
+    except (OSError, EOFError, zlib.error) as error:  # of gzip
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, fetch it again") from error
+    place = data.find(b"\0")  # UTF-16 of plain English is valid UTF-8, in which every second character is a zero
+    if place < 0:
+        try:
+            return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            place = error.start
+    raise ValueError(f"{path} is not UTF-8 text, as byte {place} shows: {_remedy(path, data, place)}")
+
+
+def _remedy(path: Path, data: bytes, place: int) -> str:
+    """What to do about a file that is not UTF-8, as its byte `place` shows."""
+    if path.suffix == ".gz":
+        return "it is damaged, fetch it again"
+    encoding = "latin1"
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        encoding = "utf-16"
+    elif data[place] == 0:
+        encoding = "utf-16le" if place % 2 else "utf-16be"
+    command = f"iconv -f {encoding} -t utf-8 {shlex.quote(path.name)} > new{path.suffix}"
+    return f"convert it with `{command}`, where -f names its encoding, probably {encoding}"
 
 
 # --- wiki-a: real encyclopedic English that arrives with the gensim wheel ------------------------------------------
@@ -193,23 +234,42 @@ def _local_rows(name: str, split: str, folder: Path) -> tuple[list[str], str]:
         raise FileNotFoundError(f"data directory {folder} does not exist: set {DATA_DIR_VARIABLE} or --data-dir to a folder")
     if split not in HUB_CORPORA[name].files:
         held = ", ".join(HUB_CORPORA[name].files)
-        raise ValueError(f"corpus {name!r} has no {split} split in a data directory: choose one of {held}")
+        raise ValueError(
+            f"corpus {name!r} has only {held} in a data directory, no {split}: for {split} use {_with_split(split, local=True)}"
+        )
     relative = HUB_CORPORA[name].files[split]
     path = folder / relative
     if not path.is_file():
         raise FileNotFoundError(
-            f"data directory {folder} has no {relative}, the {split} split of {name}: add that file, or unset "
+            f"data directory {folder} has no {relative}, the {split} split of {name}: add that file, or leave out --data-dir and "
             f"{DATA_DIR_VARIABLE} to use the hub"
         )
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" not in path.name:
-            return _lines_as_rows(name, file), relative
-        records = [json.loads(line) for line in file if line.strip()]
+    lines = io.StringIO(read_text(path))
+    if ".jsonl" not in path.name:
+        return _lines_as_rows(name, lines), relative
+    return [_row(line, name, f"{relative}, line {i}") for i, line in enumerate(lines, 1) if line.strip()], relative
+
+
+def _row(line: str, name: str, place: str) -> str:
+    """The text of a line of a JSON file of the corpus `name`."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not a JSON record ({error}): fetch the file again") from error
     column = HUB_CORPORA[name].column
-    if records and column not in records[0] and "instruction" not in records[0]:
-        raise ValueError(f"{relative} has columns {sorted(records[0])}, but {name} needs {column!r}")
-    return [r[column] if column in r else _alpaca_text(r) for r in records], relative
+    if isinstance(record, dict) and column in record:
+        return record[column]
+    if not isinstance(record, dict) or not {"instruction", "output"} <= set(record):
+        held = f"columns {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise ValueError(f"{place} has {held}, but {name} needs {column!r}")
+    return _alpaca_text(record)
+
+
+def _with_split(split: str, local: bool) -> str:
+    """The corpora that have a split, in words; local: in a data directory."""
+    on_hub = {"c4": ("train", "validation")}  # the others have all three there
+    known = [name for name, spec in HUB_CORPORA.items() if split in (spec.files if local else on_hub.get(name, SPLITS))]
+    return f"{', '.join(['wiki-a', *known])}, or a .txt file"
 
 
 def _hub_rows(name: str, split: str) -> tuple[list[str], str]:
@@ -220,7 +280,9 @@ def _hub_rows(name: str, split: str) -> tuple[list[str], str]:
         if name == "c4":  # hundreds of gigabytes: only the first shard, as every paper does
             shard = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
             if split not in shard:
-                raise ValueError("corpus 'c4' has no test split: choose train or validation")
+                raise ValueError(
+                    f"corpus 'c4' has only train, validation, no {split}: for {split} use {_with_split(split, local=False)}"
+                )
             table = datasets.load_dataset(spec.hub_id, data_files={split: shard[split]}, split=split)
         elif name == "alpaca":  # one published split; the SliceGPT code cuts it 80/10/10 by two seeded draws
             whole = datasets.load_dataset(spec.hub_id, split="train").train_test_split(test_size=0.2, seed=42)
@@ -247,7 +309,7 @@ def _lines_as_rows(name: str, file) -> list[str]:
 
 
 def _text_file_rows(path: Path, split: str) -> list[str]:
-    rows = [p.strip("\n") for p in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")) if p.strip()]
+    rows = [p.strip("\n") for p in re.split(r"\n\s*\n", read_text(path)) if p.strip()]
     if len(rows) < 10:
         raise ValueError(
             f"{path.name} has {len(rows)} paragraphs: at least 10, separated by blank lines, are needed to split it into train, "
@@ -347,13 +409,19 @@ def train_text(name: str) -> Corpus:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a calibration set is drawn: corpus (its train split), number and length of samples, seed, sampling rule."""
+    """How a calibration set is drawn: corpus (its train split), number and length of samples, seed, sampling rule.
+
+    Raises ValueError for values that cannot be.
+    """
 
     corpus: str
     samples: int
     length: int
     seed: int = 0
     rule: str = "rows"
+
+    def __post_init__(self):
+        check_settings(self, samples=COUNTS, length="[2, inf)", seed=FROM_ZERO, rule=SAMPLING_RULES)
 
     def record(self) -> dict:
         return asdict(self) | {"sha256": train_text(self.corpus).sha256}

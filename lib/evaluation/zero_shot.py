@@ -7,7 +7,15 @@ from pathlib import Path
 
 from torch import nn
 
-from lib.evaluation.benchmark_tasks import LOCAL_TASKS, data_folder, hub_task, local_task, task_manager
+from lib.evaluation.benchmark_tasks import (
+    LOCAL_TASKS,
+    check_known,
+    data_folder,
+    hub_task,
+    local_files,
+    local_task,
+    task_manager,
+)
 from lib.evaluation.console import quiet
 from lib.evaluation.continuation import TASK, continuation_task
 
@@ -26,6 +34,23 @@ def _no_bars():
         task.tqdm = bar
 
 
+def tasks_named(text: str) -> tuple[str, ...]:
+    """The tasks of a list separated by commas, every one known to lm-eval, with its file where a data directory is set.
+
+    Raises ValueError for an unknown name and a list without names, FileNotFoundError for a missing file.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    folder = data_folder()
+    if not names:
+        raise ValueError(f"{text!r} names no task: give names separated by commas, such as {TASK}, {', '.join(LOCAL_TASKS)}")
+    for name in names:
+        if name in LOCAL_TASKS and folder is not None:
+            local_files(name, folder)
+        elif name not in (TASK, *LOCAL_TASKS):
+            check_known(name, task_manager(True))  # reads lm-eval's index, which takes half a minute
+    return names
+
+
 def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), limit: int | None = None) -> list[dict]:
     """Zero-shot accuracy by lm-eval: one row per task with `task, metric, acc, acc_norm, stderr, documents, limit, ...`.
 
@@ -42,7 +67,7 @@ def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), lim
         # 1. The tasks, and the model as lm-eval needs it.
         folder, manager = data_folder(), task_manager(not set(tasks) <= {TASK, *LOCAL_TASKS})
         built = {name: _build_task(name, manager, folder) for name in tasks}
-        positions = model.config.max_position_embeddings
+        positions = getattr(model.config, "max_position_embeddings", None)
         settings = dict(batch_size=BATCH, max_length=positions, softmax_dtype="float32")
         lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, **settings)
         loaded = manager.load(list(built.values()))

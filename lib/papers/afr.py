@@ -20,8 +20,8 @@ from torch import nn
 
 from lib.papers import mixtures
 from lib.primitives.anatomy import half_names
-from lib.primitives.checks import check_inplace, check_share, choose_one
-from lib.primitives.gradients import SCORES, Passes, each_gradient
+from lib.primitives.checks import COUNTS, FROM_ZERO, check_blocks, check_inplace, check_settings, choose_one
+from lib.primitives.gradients import FEATURES, LOSSES, SCORES, VIEWS, Passes, each_gradient
 from lib.primitives.linalg import at_least_float32
 from lib.primitives.structured import ffn_widths, globally, kv_groups, remove_groups, remove_neurons, uniform
 
@@ -50,18 +50,18 @@ class Settings:
     attention: float = 0.0  # share of the key-value groups that goes as well; ours
 
     def __post_init__(self):
-        known_values = {
-            "aggregation": AGGREGATIONS, "vector": VECTORS, "accumulation": ACCUMULATIONS, "z": STANDARDS, "stage": STAGES,
-            "snip_power": (1, 2), "allocation": ALLOCATIONS,
-        }  # fmt: skip
-        for name, known in known_values.items():
-            choose_one(name, getattr(self, name), known)
+        check_settings(
+            self, aggregation=AGGREGATIONS, vector=VECTORS, accumulation=ACCUMULATIONS, scores=SCORES, loss=LOSSES,
+            features=FEATURES, view=VIEWS, z=STANDARDS, stage=STAGES, snip_power=(1, 2), batch=COUNTS, allocation=ALLOCATIONS,
+            protect=FROM_ZERO, attention="[0, 1)",
+        )  # fmt: skip
+        self.passes()  # raises where no score is asked for
         if self.stage != "neuron" and (self.accumulation == "per_sample" or self.snip_power != 1 or self.z != "model"):
-            raise ValueError(f"stage {self.stage} standardises summed weight scores: use sum_grad, z 'model' and SNIP power 1")
-        self.passes()  # raises for what the backward passes do not know
-        check_share(self.attention, "attention", "0.2 removes a fifth of the groups")
+            raise ValueError(
+                f"stage {self.stage} standardises summed weight scores: use accumulation=sum_grad, z=model and snip_power=1"
+            )
         if self.protect and self.allocation != "uniform":
-            raise ValueError("one threshold over all blocks cannot spare protected ones: use allocation 'uniform'")
+            raise ValueError("one threshold over all blocks cannot spare protected ones: use allocation=uniform")
 
     def passes(self) -> Passes:
         """The settings of the backward passes."""
@@ -327,8 +327,7 @@ def sweep(
     if settings.protect:
         choose = functools.partial(choose, protect=settings.protect)
     plain = [torch.zeros(n) for n in ffn_widths(model)]
-    if unknown := set(settings.protect) - set(range(len(plain))):
-        raise ValueError(f"cannot protect block {min(unknown)}: the model has blocks 0 to {len(plain) - 1}")
+    check_blocks(settings.protect, len(plain))
     for ratio in ratios:
         choose(plain, ratio)  # raises now rather than after the scoring
     if settings.attention:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -24,13 +24,14 @@ from torch import nn
 from lib.papers.mask_tuning import LARGEST, METRICS, SEQUENTIAL, Sums, System, acceptable, removals
 from lib.primitives.anatomy import Anatomy, Family, whole_block
 from lib.primitives.calibration import Batch, ResidualStream, resident, run_seeing
-from lib.primitives.checks import check_share, choose_one, exact
-from lib.primitives.layer_importance import check_score, layer_scores, lowest
+from lib.primitives.checks import COUNTS, FROM_ZERO, check_settings, check_share, exact
+from lib.primitives.layer_importance import BLOCK_SCORES, layer_scores, lowest
 from lib.primitives.layerwise import Walk, go
 from lib.primitives.structured import cut_neurons, describe, ffn_widths, globally, remove_blocks, remove_neurons, unit_params
 from lib.primitives.surgery import shape_shell, shell
 
 CHOICES = {
+    "layer_score": BLOCK_SCORES,
     "selection": ("one-shot", "iterative"),
     "allocation": ("importance", "uniform", "global"),
     "reference": ("residual", "teacher", "same input"),
@@ -59,24 +60,23 @@ class Settings:
     gamma: float = 1.0  # of C2
     epsilon: float = 0.01  # ridge of the multipliers, relative to H_ii
     tune: bool = True
-    variance_bound: float = 0.1
+    variance_bound: float = 0.1  # of the multipliers of a block; infinity switches the check off
     checks: int = 8  # of the variance, per block
     reference: str = "residual"  # teacher's output with the residual's error repaired; or: teacher, same input
     drop_first: bool = True  # leave each sequence's first token, whose activations are massive, out of the sums
     rounds: int = 4
     precision: str = "float64"  # of the n x n matrices; or: float32
     seed: int = 0  # of the random control
+    ONLY_WITH: ClassVar = {
+        "alpha": ("allocation", ("importance",)), "gamma": ("metric", ("C2",)), "seed": ("metric", ("random",)),
+        "variance_bound": ("tune", (True,)), "checks": ("tune", (True,)),
+    }  # fmt: skip
 
     def __post_init__(self):
-        check_score(self.layer_score)
-        for name, known in CHOICES.items():
-            choose_one(name, getattr(self, name), known)
-        if not 0 <= self.rho <= 1 or not 0 < self.largest_cut < 1:
-            raise ValueError(f"rho is a share in [0, 1] and largest_cut one in (0, 1), not {self.rho} and {self.largest_cut}")
-        if not self.epsilon > 0 or not self.variance_bound > 0:
-            raise ValueError("epsilon and variance_bound must be positive; variance_bound=math.inf switches the check off")
-        if min(self.multiple, self.checks, self.rounds) < 1:
-            raise ValueError("multiple, checks and rounds count from 1")
+        check_settings(
+            self, **CHOICES, rho="[0, 1]", alpha="[0, 10]", largest_cut="(0, 1)", multiple=COUNTS, gamma="[0, 10]",
+            epsilon="(0, 1e+06]", variance_bound="(0, inf]", checks=COUNTS, rounds=COUNTS, seed=FROM_ZERO,
+        )  # fmt: skip
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------------
@@ -478,6 +478,8 @@ def check(model: nn.Module, ratio: float, settings: Settings) -> None:
     middle = [i for i in range(len(shape.params)) if i not in ends]
     lowest([0.0] * len(shape.params), count, ends)
     neurons_to_cut(shape, middle[:count], ratio, settings)
+    if count and hasattr(model, "edits"):
+        remove_blocks(shape_shell(model), middle[:count], inplace=True)  # raises now where edits name blocks by number
 
 
 def decide(model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings) -> Plan:

@@ -527,9 +527,9 @@ def check_sliceable(model: nn.Module, output_norms: str = "refuse") -> None:
         raise ValueError(
             f"SliceGPT cannot rotate {model.config.model_type}: this model normalises the outputs of attention and MLP before "
             "it adds them to the stream (sandwich norms), and a rotation behind the gain of such a norm changes its scale. "
-            "Use a method that does not rotate the stream, or one of our extensions of SliceGPT: output_norms=exact (keeps the "
-            "writers whole, so that few parameters are saved), or output_norms=metric or fitted (folds the gain into the writer "
-            "and estimates the scale, which is an approximation once something is deleted)"
+            "Use a method that does not rotate the stream, or method slicegpt with one of our extensions: output_norms=exact "
+            "(keeps the writers whole, so that few parameters are saved), or output_norms=metric or fitted (folds the gain into "
+            "the writer and estimates the scale, which is an approximation once something is deleted)"
         )
     for i, block in enumerate(anatomy.blocks if output_norms == "metric" else ()):
         for name in norms:
@@ -558,7 +558,7 @@ def check_widths(dense: Anatomy, widths: Sequence[int], layout: str) -> None:
     if len(widths) != wanted or not whole:
         raise ValueError(f"this model has {wanted} junctions of width {d}: give as many widths from 1 to {d}, not {list(widths)}")
     if layout == "tied" and (not dense.model.config.tie_word_embeddings or widths[-1] != d):
-        raise ValueError("layout 'tied' is for a model whose head shares the embedding table, at full width: use low-rank")
+        raise ValueError("layout 'tied' is for a model whose head shares the embedding table, at full width: use layout=low-rank")
     if layout == "global" and (len(set(widths[:-1])) > 1 or widths[-1] not in (widths[0], d)):
         raise ValueError("layout 'global' has one basis: give every junction the same width (the head may be of full width)")
 

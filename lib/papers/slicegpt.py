@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -37,7 +38,7 @@ from lib.papers.sliced_network import (
 )
 from lib.primitives.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
 from lib.primitives.calibration import ResidualStream, inputs_of
-from lib.primitives.checks import check_inplace, check_share, choose_one, exact
+from lib.primitives.checks import COUNTS, FROM_ZERO, check_inplace, check_settings, check_share, choose_one, exact
 from lib.primitives.cost import count
 from lib.primitives.linalg import (
     add_gram,
@@ -94,21 +95,22 @@ class Settings:
     drop_below: float = 0.0
     seed: int = 0  # of the random orientation
     precision: str = "float64"  # of the eigendecompositions
+    ONLY_WITH: ClassVar = {
+        "seed": ("orientation", ("random",)), "ratio": ("schedule", SCHEDULES), "round_interval": ("schedule", SCHEDULES),
+    }  # fmt: skip
 
     def __post_init__(self):
-        for name, known in CHOICES.items():
-            choose_one(name, getattr(self, name), known)
+        check_settings(self, **CHOICES, round_interval=COUNTS, schedule=COUNTS, drop_below="[0, inf]", seed=FROM_ZERO)
         if self.layout:
             choose_one("layout", self.layout, LAYOUTS)
-        if not isinstance(self.schedule, tuple):
+        if not (self.schedule and isinstance(self.schedule, tuple)):
             choose_one("schedule", self.schedule, SCHEDULES)
-        _check_interval(self.round_interval)
         if self.layout == "global":
-            raise ValueError("layout 'global' has one basis for all junctions: use global_axes and slice_globally")
+            raise ValueError("layout 'global' has one basis for all junctions: use method slicegpt-global, or slice_globally")
         if self.statistics == "dense" and self.compensate:
-            raise ValueError("compensation is measured on the sliced stream: use statistics 'sliced'")
+            raise ValueError("compensation is measured on the sliced stream: use statistics=sliced")
         if self.statistics == "dense" and self.output_norms in ESTIMATES:
-            raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics 'sliced'")
+            raise ValueError("the scale of output norms is estimated on the sliced stream: use statistics=sliced")
 
     def layout_for(self, model: nn.Module, widths: Sequence[int]) -> str:
         """The layout for a model and its widths, of which the last one says whether the head is sliced."""
@@ -543,7 +545,7 @@ class Rounding:
     round_interval: int = Settings.round_interval
 
     def __post_init__(self):
-        _check_interval(self.round_interval)
+        check_settings(self, round_interval=COUNTS)
 
 
 def stock_sweep(

@@ -22,7 +22,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, shared_inputs
 from lib.primitives.calibration import ResidualStream, check_calibration
-from lib.primitives.checks import check_share, choose_one
+from lib.primitives.checks import check_settings, check_share
 from lib.primitives.finetune import LoRA, Recovered, recover
 from lib.primitives.layerwise import Walk
 from lib.primitives.linalg import add_gram, decompose_outputs, eigenvalue_roots, refit, root_of, singular_values
@@ -156,12 +156,11 @@ class Settings:
     allocation: str = "uniform"  # one ratio for all matrices; or: loss (unequal ranks, see `allocate_by_type`)
 
     def __post_init__(self):
-        for name, known in (("variant", VARIANTS), ("order", ORDERS), ("allocation", ALLOCATIONS)):
-            choose_one(name, getattr(self, name), known)
+        check_settings(self, variant=VARIANTS, order=ORDERS, allocation=ALLOCATIONS)
         if self.order == "compressed" and self.variant != "W":
             raise ValueError(
                 f"variant {self.variant} refits to drifted inputs, but order 'compressed' has truncated for those very inputs "
-                "already: use order 'original', or variant W"
+                "already: use order=original, or variant=W"
             )
 
 
@@ -185,6 +184,9 @@ def sweep(
     dense = matrices(model)
     # 1. Ranks.
     if settings.allocation == "loss":
+        flat = {name: torch.ones(min(layer.weight.shape)) for name, layer in dense.items()}
+        for ratio in ratios:
+            allocate_by_type(model, flat, ratio)  # raises now rather than after the pass
         found = spectra(model, ids)
         plans = [allocate_by_type(model, found, ratio) for ratio in ratios]
     else:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, shared_inputs
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import check_inplace
+from lib.primitives.checks import check_inplace, check_settings
 from lib.primitives.linalg import Sparsity, add_gram, add_squares, check_sparsity, pattern_of, sparsity
 from lib.primitives.surgery import shell
 
@@ -152,6 +152,7 @@ class Pattern:
     pattern: str = ""  # like 2:4, which keeps 2 of 4 consecutive weights; empty: the share given by the ratio
 
     def __post_init__(self):
+        check_settings(self)
         if self.pattern:
             pattern_of(self.pattern)
 

@@ -305,7 +305,8 @@ def inverse_factor(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     diagonal += damping * diagonal.mean() + (diagonal == 0)
     reversed_factor, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if failed:
-        raise ValueError(f"the Gram matrix is singular at damping {damping}: use more calibration tokens, or 0.01 and above")
+        more = "" if damping >= 0.01 else ", or a damping of 0.01 or more"
+        raise ValueError(f"the Gram matrix is singular at damping {damping}: use more calibration tokens{more}")
     identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
     return torch.linalg.solve_triangular(reversed_factor.flip(0, 1), identity, upper=True)
 
@@ -373,5 +374,5 @@ def sparsity(ratio: float, pattern: str) -> Sparsity:
         return ratio
     n, m = pattern_of(pattern)
     if abs(1 - n / m - ratio) > 1e-6:
-        raise ValueError(f"pattern {pattern} removes {1 - n / m:.4g} of the weights, not {ratio}: use --ratio {1 - n / m:.4g}")
+        raise ValueError(f"pattern {pattern} removes {1 - n / m:.4g} of the weights, not {ratio}: use ratio {1 - n / m:.4g}")
     return n, m

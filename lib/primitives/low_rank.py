@@ -66,7 +66,7 @@ def rank_for(m: int, n: int, ratio: float) -> int:
         raise ValueError("ratio 0 leaves the matrix dense: it has no rank to choose")
     k = int(m * n * kept / (m + n))
     if k < 1:
-        raise ValueError(f"removing {ratio:.0%} of a {m} x {n} matrix leaves no rank: use a lower ratio, or keep it dense")
+        raise ValueError(f"removing {ratio:.0%} of a {m} x {n} matrix leaves no rank: use a lower ratio")
     return k
 
 
