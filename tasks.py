@@ -18,6 +18,7 @@ from invoke import Exit
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS, RESULTS, SITE = ROOT / "notebooks", ROOT / "results", ROOT / "site"
 PROFILES = NOTEBOOKS / "params"
+DTYPE = "float32, bfloat16, float16 or float64 (default: the model's own)"
 FORMER = {"structured_afr": "afr", "on_device_pruning": "comp"}  # former names of papers, which commands still take
 
 
@@ -331,6 +332,7 @@ def checked(run):
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
         "data-dir": "folder with benchmark and calibration files, used instead of the hub",
+        "dtype": DTYPE,
         "streamed": "read a local folder block by block, for models larger than memory (comp, svd-llm, sparsegpt, wanda)",
         "set": "a setting of the method, NAME=VALUE; may be repeated, as in --set layout=dense --set schedule=variance",
     },
@@ -338,7 +340,7 @@ def checked(run):
 )
 def compress(
     c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, device="cpu",
-    dtype="float32", data_dir="", set=None, streamed=False,
+    dtype="", data_dir="", set=None, streamed=False,
 ):  # fmt: skip
     """Compress a model and save it as a folder for evaluate and generate (with slicegpt-stock: for any runtime)."""
     from lib.compress import compress as compress_model
@@ -358,7 +360,7 @@ def compress(
         for sentence in without_effect(method, with_saved_widths(method, settings)):
             print(sentence, flush=True)
         draw = Calibration(corpus, samples, length or min(2048, positions_of(model)), seed)
-        return compress_model(model, out, method, ratio, draw, device, dtype, streamed, **settings)
+        return compress_model(model, out, method, ratio, draw, device, dtype or None, streamed, **settings)
 
     row = checked(work)
     print(
@@ -391,11 +393,12 @@ def methods(c):
         "windows": "score only the first windows (default: 0, all)",
         "tasks": "zero-shot tasks of lm-eval, separated by commas (wiki_a_continuation needs no network)",
         "limit": "score only the first documents of each task (default: 0, all)",
+        "dtype": DTYPE,
         "device": "cpu, cuda, or auto, which spreads the blocks of a large model over all GPUs and main memory",
         "data-dir": "folder with benchmark and calibration files, used instead of the hub",
     }
 )
-def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="float32", data_dir=""):
+def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="", data_dir=""):
     """Print the perplexity of a model, compressed or not, and its zero-shot accuracy on the given tasks."""
     from lib.evaluation.perplexity import perplexity
     from lib.evaluation.text import load_corpus, tokens_of
@@ -408,9 +411,9 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
     def work():
         use_data_dir(data_dir)
         text, names = load_corpus(corpus, "test"), tasks_named(tasks) if tasks else ()
-        network, tokenizer = load(model, "cpu" if device == "auto" else device, dtype)
-        network = spread(network) if device == "auto" else network
         window = length or min(2048, positions_of(model))
+        network, tokenizer = load(model, "cpu" if device == "auto" else device, dtype or None)
+        network = spread(network) if device == "auto" else network
         found = perplexity(network, tokens_of(text, tokenizer), window, windows or None)
         print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")
         for row in zero_shot(network, tokenizer, names, limit or None) if names else ():
@@ -421,8 +424,8 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
     checked(work)
 
 
-@task(help={"model": "a name or folder, compressed or not", "prompt": "text to continue", "tokens": "new tokens"})
-def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
+@task(help={"model": "a name or folder, compressed or not", "prompt": "text to continue", "tokens": "new tokens", "dtype": DTYPE})
+def generate(c, model, prompt, tokens=40, device="cpu", dtype=""):
     """Continue a prompt greedily with a model, compressed or not."""
     from lib.models.load import load
 
@@ -431,7 +434,7 @@ def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
         raise Exit("--prompt is empty: give the beginning of a text to continue", code=2)
 
     def work():
-        network, tokenizer = load(model, device, dtype)
+        network, tokenizer = load(model, device, dtype or None)
         ids = tokenizer(prompt, return_tensors="pt").to(network.device)
         given, positions = ids.input_ids.shape[1], getattr(network.config, "max_position_embeddings", math.inf)
         if given + tokens > positions:
@@ -443,15 +446,23 @@ def generate(c, model, prompt, tokens=40, device="cpu", dtype="float32"):
     checked(work)
 
 
-@task(help={"model": "folder of a model compressed by svd-llm, svd, fwsvd or asvd", "out": "new folder for the stock model"})
-def merge_to_dense(c, model, out, device="cpu", dtype="float32"):
+@task(
+    help={
+        "model": "folder of a model compressed by svd-llm, svd, fwsvd or asvd",
+        "out": "new folder for the stock model",
+        "dtype": DTYPE,
+    }
+)
+def merge_to_dense(c, model, out, device="cpu", dtype=""):
     """Multiply the factors of a low-rank model and save a stock folder for any runtime, as large as the dense model."""
     from lib.models.checkpoint import export
     from lib.models.load import load
+    from lib.models.output import check_output
     from lib.primitives.low_rank import merge_to_dense as merge
 
     def work():
-        network, tokenizer = load(model, device, dtype)
+        check_output(out)
+        network, tokenizer = load(model, device, dtype or None)
         return export(merge(network), tokenizer, out)
 
     print(f"{model}: factors multiplied, stock model saved in {checked(work)}")

@@ -12,7 +12,7 @@ from torch import nn
 from lib.evaluation.console import Progress
 from lib.evaluation.process import package_versions
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks
-from lib.methods import Method, make, method_named, on_disk_method, settings_of
+from lib.methods import Method, check_changes, make, method_named, on_disk_method, settings_of
 from lib.models import disk
 from lib.models.checkpoint import check_readable, export, fingerprint, is_checkpoint, read_record, save
 from lib.models.folder import config_of, positions
@@ -51,6 +51,7 @@ def compress(
     check_share(ratio)
     with reserved(Path(out).expanduser()) as out:
         network, tokenizer = _open(model, device, dtype, streamed)
+        check_changes(network, record, settings)
         check_finished(record, settings, network, ratio, out)
         draw = calibration or Calibration("wiki-a", 128, min(2048, positions(network.config)))
         check_length(Anatomy(network), draw.length)  # raises now, before many long sequences are drawn

@@ -71,8 +71,8 @@ class Method:
     for one ratio. settings: a frozen dataclass that checks itself; its fields are what `--set` takes, and its ONLY_WITH, where it
     has one, says which of them are read only with certain values of another. presets: other starting points than its defaults.
     shape: (model, ratio, settings) -> compressed model on the meta device, of the size that the method leaves. on_disk: (model,
-    ids, ratio, settings, note) -> a walk over a model whose weights are on disk. takes: what an earlier method may have left; every
-    method takes stock models.
+    ids, ratio, settings, note) -> a walk over a model whose weights are on disk. takes: what an earlier method may have left;
+    every method takes stock models.
     """
 
     name: str

@@ -485,7 +485,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tokeni
 
 @pytest.mark.parametrize(
     ("method", "way"),
-    [("slicegpt", "method slicegpt-stock"), ("svd", "invoke merge-to-dense"), ("flap", "equally wide, such as")],
+    [("slicegpt", "slicegpt-stock"), ("svd", "merge-to-dense"), ("flap", "such as wanda-sp")],
 )
 def test_compressed_models_of_this_suite_are_refused_with_a_way(tmp_path, tokenizer, method, way):
     folder = save(make(method, tiny("llama", vocab_size=ROWS), token_ids(), 0.25), tokenizer, tmp_path / "m")
