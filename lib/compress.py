@@ -15,8 +15,8 @@ from lib.evaluation.text import Calibration, load_corpus, sample_blocks
 from lib.methods import Method, check_changes, make, method_named, on_disk_method, settings_of
 from lib.models import disk
 from lib.models.checkpoint import check_readable, export, fingerprint, is_checkpoint, read_record, save
-from lib.models.folder import config_of, positions
-from lib.models.load import load, load_tokenizer, locate, torch_dtype, usable_device
+from lib.models.folder import config_of, load_tokenizer, positions
+from lib.models.load import load, locate, torch_dtype, usable_device
 from lib.models.output import check_output, reserved
 from lib.papers import slicegpt
 from lib.primitives.anatomy import Anatomy, family_of

@@ -12,6 +12,7 @@ from lib.compress import compress
 from lib.evaluation.text import Calibration
 from lib.models.checkpoint import export
 from lib.models.disk import model_on_disk
+from lib.models.gguf_export import to_gguf
 from lib.models.load import load, locate
 from lib.primitives.low_rank import merge_to_dense
 from tests.conftest import tiny, token_ids
@@ -66,6 +67,15 @@ def lose_a_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def lose_a_token(folder):
+    said = json.loads((folder / "tokenizer.json").read_text())
+    pair = said["model"]["merges"][-1]
+    del said["model"]["vocab"][
+        pair if isinstance(pair, str) and pair in said["model"]["vocab"] else "".join(pair).replace(" ", "")
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+
+
 DAMAGES = {
     "half a file": (cut_file, "model.safetensors is missing, cut short or damaged"),
     "an empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "missing, cut short or damaged"),
@@ -92,6 +102,23 @@ DAMAGES = {
     "compressed-tensors": (quantised("compressed-tensors", config_groups={}), r"quantised \(compressed-tensors\)"),
     "MXFP4": (quantised("mxfp4"), r"quantised \(mxfp4\)"),
     "FP8 with measured activations": (quantised("fp8", activation_scheme="static"), r"quantised \(fp8\)"),
+    "a type that is a list": (lambda f: edit(f, model_type=["llama"]), r"names the model type \['llama'\]"),
+    "a dtype that is none": (lambda f: edit(f, dtype=True), "has dtype True, in which no model works"),
+    "blocks without end": (lambda f: edit(f, num_hidden_layers=2**63), "has num_hidden_layers 9223372036854775808: models have"),
+    "more tokens than memory": (lambda f: edit(f, vocab_size=10**12), "has vocab_size 1000000000000: models have"),
+    "fewer heads than none": (lambda f: edit(f, num_attention_heads=-4), "has num_attention_heads -4"),
+    "no share": (lambda f: edit(f, attention_dropout=float("nan")), "has attention_dropout nan: it is a share"),
+    "a rotation of more than all": (
+        lambda f: edit(f, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}),
+        "has partial_rotary_factor 1.5: it is a share",
+    ),
+    "a window of less than nothing": (lambda f: edit(f, sliding_window=-3), "has sliding_window -3"),
+    "a tie of two matrices": (
+        lambda f: edit(f, tie_word_embeddings=True), "lm_head.weight in .* is another matrix than model.embed_tokens.weight",
+    ),
+    "a tokenizer of wrong merges": (lose_a_token, "tokenizer in .* cannot be read: Token `.*` out of vocabulary"),
+    "a padding that is a word": (lambda f: edit(f, "generation_config.json", pad_token_id="12"), "generation_config.json"),
+    "a stop that is no token": (lambda f: edit(f, "generation_config.json", eos_token_id={}), r"names the eos_token_id \{\}"),
     "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer in .* cannot be read"),
     "no tokenizer": (lambda f: [(f / name).unlink() for name in TOKENIZER], "has no tokenizer files"),
     "a broken generation config": (lambda f: (f / "generation_config.json").write_text("["), "generation_config.json cannot be"),
@@ -110,6 +137,33 @@ def test_refused_alike_before_any_weight_is_read(tmp_path, monkeypatch, damage, 
     if not streamed:
         with pytest.raises(ValueError, match=message):
             load(str(folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+EXPORTS = (
+    "a tie of two matrices",
+    "a tokenizer of wrong merges",
+    "a padding that is a word",
+    "a stop that is no token",
+    "blocks without end",
+)
+
+
+@pytest.mark.parametrize("damage", EXPORTS)
+def test_refused_alike_by_the_export(tmp_path, damage):
+    folder = folder_of(dense(), tmp_path / "dense")
+    change, message = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        to_gguf(folder, tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_numbers_that_gguf_cannot_hold(tmp_path):
+    folder = folder_of(dense(), tmp_path / "dense")
+    edit(folder, rms_norm_eps=1e300)
+    with pytest.raises(ValueError, match="a number in the configuration of .* has no place in GGUF"):
+        to_gguf(folder, tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 

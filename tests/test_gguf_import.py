@@ -105,6 +105,27 @@ def test_damaged_files_leave_nothing_behind(llama, cache, tmp_path):
     assert held(cache) == []
 
 
+def test_tensors_that_share_their_bytes_are_refused(llama, cache, tmp_path):
+    """An offset is a word of its own in a file: another one is the place of another tensor."""
+    content = bytearray(llama[1].read_bytes())
+    third = gguf.GGUFReader(llama[1]).tensors[2].field
+    end = third.offset + sum(part.nbytes for part in third.parts)
+    content[end - 8 : end] = bytes(8)
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match="does not begin where the one before it ends"):
+        load(str(tmp_path / "m.gguf"))
+    assert held(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("*.block_count", 2**31), ("*.attention.head_count", 0), ("*.attention.head_count", "four")]
+)
+def test_impossible_numbers_are_refused(llama, cache, tmp_path, key, value):
+    with pytest.raises(ValueError, match="m.gguf"):
+        load(str(rewritten(llama[1], tmp_path / "m.gguf", keys={key: value})))
+    assert held(cache) == []
+
+
 def test_a_full_disk_leaves_nothing_behind(llama, cache, monkeypatch):
     usage = gguf_import.shutil.disk_usage(cache.parents[2])
     monkeypatch.setattr(gguf_import.shutil, "disk_usage", lambda _: usage._replace(free=1000))

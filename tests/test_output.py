@@ -146,6 +146,25 @@ def test_a_full_disk_while_streaming_says_what_stays(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_a_job_that_was_cut_short_is_in_nobodys_way(tmp_path):
+    """A kill or a full disk before the first block is finished: there is nothing to go on from."""
+    partial_of(tmp_path / "out").mkdir()
+    (partial_of(tmp_path / "out") / "job.json").write_text('{"model": "/')
+    compress(locate("wiki-a-llama"), tmp_path / "out", "wanda", 0.5, FEW, streamed=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_is_full_from_the_beginning(tmp_path, monkeypatch):
+    def write(file, text, **_):
+        file.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", write)
+    with pytest.raises(OSError, match="No space is left for .*out, and nothing is left of it"):
+        compress(locate("wiki-a-llama"), tmp_path / "out", "wanda", 0.5, FEW, streamed=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_really_full_disk_is_named(small_disk):
     """The writer's own error has the number by which it is recognised (numpy's had not)."""
     shapes = {"a": torch.ones(10**5)}

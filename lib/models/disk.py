@@ -199,8 +199,8 @@ def compress_on_disk(
         _return_freed_memory()
         model = model_on_disk(source, dtype)
         partial = partial_of(out)
-        state = _open(partial, _job(source, ids, model.dtype, resume or {}), resume is not None)
         try:
+            state = _open(partial, _job(source, ids, model.dtype, resume or {}), resume is not None)
             # 2. Walk over the blocks, from the last finished one on, as often as the method needs it.
             walk = walk_of(model, ids, state.get("note", {}))
             walk.report = progress
@@ -253,8 +253,8 @@ def _job(source: Path, ids: torch.Tensor, dtype: torch.dtype, run: dict) -> dict
 
 def _open(folder: Path, job: dict, resume: bool) -> dict:
     """Make the partial folder, or come back to it; returns the saved state, empty for a new one."""
-    if folder.exists() and not (resume and (folder / JOB).is_file()):
-        shutil.rmtree(folder)  # left over by a run that was killed
+    if folder.exists() and not (resume and (folder / STATE).is_file()):
+        shutil.rmtree(folder)  # left over by a run that was killed before a block was finished: its job may be cut short, too
     if folder.exists():
         earlier = json.loads((folder / JOB).read_text())
         other = [name for name in job if earlier.get(name) != job[name]]

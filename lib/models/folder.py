@@ -1,4 +1,4 @@
-"""What a model folder says before a weight is read: its configuration, and the name, shape and file of every tensor.
+"""What a model folder says before its weights are read: configuration, tokenizer, and the name, shape and file of every tensor.
 
 Whatever cannot become the model that was meant is refused here, for every path of the suite alike: loading into memory,
 compressing from disk, and export.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from lib.evaluation.console import no_progress_bars
+
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 # Other names of tensors in files: the beginning of the name in the present class -> that in the file. Files without the prefix of
 # the whole model ("layers.0" for "model.layers.0") are known too, for all families.
 OTHER_NAMES = {"gpt_neox": {"lm_head.": "embed_out."}}
 # Tables that are computed, which old files store.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
+
+# The most that a configuration may count of each. A larger number is damage, and would take hours or all memory to build.
+LARGEST = {"num_hidden_layers": 1000, "n_layer": 1000} | dict.fromkeys(
+    ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "head_dim", "num_attention_heads",
+     "num_key_value_heads", "max_position_embeddings", "sliding_window", "n_embd", "n_inner", "n_head", "n_positions"), 2**24,
+)  # fmt: skip
 
 SCALE = "_scale_inv"  # behind the name of a weight in FP8: the factor of each of its tiles
 
@@ -49,6 +59,8 @@ def config_of(source: str | Path):
         if isinstance(error, OSError):
             raise
         raise ValueError(f"the configuration of {source} cannot be read: {_reason(error)}") from error
+    if not (config.dtype is None or (isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point)):
+        raise ValueError(f"{source}/{CONFIG} has dtype {config.dtype!r}, in which no model works")
     if hasattr(config, "text_config") or hasattr(config, "vision_config"):
         raise ValueError(f"{source} is of type {config.model_type!r}, for more than text: give a folder of its text model alone")
     _check_quantisation(source, config)
@@ -64,14 +76,28 @@ def _check_code(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}/{CONFIG} cannot be read: {_reason(error)}") from error
     kind = said.get("model_type") if isinstance(said, dict) else None
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own = " It needs code of its own, which is never run here." if isinstance(said, dict) and "auto_map" in said else ""
         raise ValueError(f"{folder}/{CONFIG} names the model type {kind!r}, which transformers does not know.{own}")
+    check_numbers(f"{folder}/{CONFIG}", said)
+
+
+def check_numbers(where: str, said: dict) -> None:
+    """Raise ValueError for numbers that no model has, before a class tries to build one, or fails when the model is run."""
+    for name, value in said.items():
+        if isinstance(value, dict):
+            check_numbers(where, value)
+        if type(value) not in (int, float):
+            continue
+        if name in LARGEST and not 1 <= value <= LARGEST[name]:
+            raise ValueError(f"{where} has {name} {value}: models have 1 to {LARGEST[name]:,}")
+        if name.endswith(("dropout", "pdrop", "rotary_factor", "rotary_pct")) and not 0 <= value <= 1:
+            raise ValueError(f"{where} has {name} {value}: it is a share from 0 to 1")
 
 
 def _reason(error: Exception) -> str:
-    """The words of an error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The words of an error in one line; some carry the stack of another language, which is cut off."""
+    return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__
 
 
 def quantised(config) -> dict | None:
@@ -128,6 +154,10 @@ def take_generation_config(model: nn.Module, folder: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # the library raises errors of many types for values that it does not expect
             raise ValueError(f"{folder / GENERATION} cannot be read: {_reason(error)}") from error
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            said = getattr(model.generation_config, name)
+            if not all(type(token) is int for token in (said if isinstance(said, list) else [said]) if token is not None):
+                raise ValueError(f"{folder / GENERATION} names the {name} {said!r}, which is no number of a token")
 
 
 def positions(config) -> int:
@@ -136,6 +166,28 @@ def positions(config) -> int:
     if not isinstance(found, int):
         raise ValueError(f"the configuration of this {config.model_type} model does not name its positions: give --length")
     return found
+
+
+# --- the tokenizer ------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: str | Path):
+    """The tokenizer of a folder or hub id. Raises ValueError for a folder where it is missing or damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        with no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the library raises errors of many types, and without files it asks for other packages
+        if not Path(source).is_dir():
+            raise
+        if not any((Path(source) / file).is_file() for file in TOKENIZERS):
+            tokenizer = None
+        else:
+            raise ValueError(f"the tokenizer in {source} cannot be read: {_reason(error)}") from error
+    if tokenizer is None or len(tokenizer) < 2:
+        raise ValueError(f"the model folder {source} has no tokenizer files: add those of the original model")
+    return tokenizer
 
 
 # --- the tensors --------------------------------------------------------------------------------------------------------
@@ -187,7 +239,8 @@ def headers(folder: Path) -> dict[str, Header]:
 def places_of(model: nn.Module, folder: Path) -> dict[str, Place]:
     """The place of every tensor of a model (`stored_tensors`), in its order. Meta tensors suffice.
 
-    Raises ValueError that names the first tensor which is missing, has another shape, is quantised, or belongs to no module.
+    Raises ValueError that names the first tensor which is missing, has another shape, is quantised, or belongs to no module, and
+    a head that is stored beside the embedding to which the configuration ties it, but is another matrix.
     """
     wanted, found = stored_tensors(model), headers(folder)
     places, used = {}, set()
@@ -209,7 +262,24 @@ def places_of(model: nn.Module, folder: Path) -> dict[str, Place]:
     for name in sorted(found.keys() - used - aliases):
         if not COMPUTED.search(name):
             raise ValueError(f"{name} in {found[name].file} belongs to no part of the model in {CONFIG}: is it of another model?")
+    _check_ties(model, wanted, places, found)
     return places
+
+
+def _check_ties(model: nn.Module, wanted: dict, places: dict[str, Place], found: dict[str, Header]) -> None:
+    """Raise ValueError for a tensor that a tie of the configuration would replace by another one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    firsts = {id(value): name for name, value in reversed(parameters.items())}
+    for name in parameters.keys() - wanted.keys():
+        stored = next((other for other in _names(name, model) if other in found), None)
+        first = places[firsts[id(parameters[name])]]
+        if stored is None or stored == first.name:
+            continue
+        if not torch.equal(read(Place(found[stored].file, stored)).float(), read(first).float()):
+            raise ValueError(
+                f"{stored} in {found[stored].file} is another matrix than {first.name}, although {CONFIG} ties the two: set "
+                "tie_word_embeddings to false there, or get the model again"
+            )
 
 
 def name_in_stock(name: str, model: nn.Module) -> str:

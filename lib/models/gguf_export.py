@@ -10,13 +10,26 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import struct
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lib.models.checkpoint import is_checkpoint, read_record, way_to_stock
-from lib.models.folder import CONFIG, GENERATION, Place, config_of, empty_model, places_of, plain, read, stored_tensors
+from lib.models.folder import (
+    CONFIG,
+    GENERATION,
+    Place,
+    config_of,
+    empty_model,
+    load_tokenizer,
+    places_of,
+    plain,
+    read,
+    stored_tensors,
+    take_generation_config,
+)
 from lib.models.output import check_output, written_whole
 from lib.primitives.anatomy import has_fixed_rotation, head_size
 from lib.primitives.checks import choose_one
@@ -51,6 +64,7 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     _check_arguments(folder, out, dtype)
     gguf = library()
     model = _empty_model(folder)
+    take_generation_config(model, folder)  # raises for a damaged file
     places, factors = places_of(model, folder), _rope_factors(model)
     writer = gguf.GGUFWriter(None, _architecture(model.config, factors))
     writer.add_name(folder.resolve().name)
@@ -58,8 +72,11 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     _add_shape(writer, model.config)
     _add_tokenizer(writer, folder, model.config)
     check_output(out, sum(value.numel() for value in model.parameters()) * DTYPES[dtype][0].itemsize)
-    with written_whole(out) as partial, contextlib.closing(writer):
-        _write(writer, partial, model, places, factors, dtype)
+    try:
+        with written_whole(out) as partial, contextlib.closing(writer):
+            _write(writer, partial, model, places, factors, dtype)
+    except (struct.error, OverflowError) as error:  # each key has a type of its own
+        raise ValueError(f"a number in the configuration of {folder} has no place in GGUF: {error}") from error
     return out
 
 
@@ -144,9 +161,7 @@ def _add_tokenizer(writer, folder: Path, config) -> None:
     normalise text, while a Qwen 2 composes accents first (NFC), so text with decomposed accents differs. Readers put a space
     before every text of a SentencePiece model, while some tokenizer files do not if it starts with one.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     _check_bpe(spec)
     merges = spec["model"]["merges"]

@@ -21,7 +21,7 @@ from torch import nn
 
 from lib.evaluation.console import no_progress_bars
 from lib.models.checkpoint import fingerprint
-from lib.models.folder import empty_model
+from lib.models.folder import check_numbers, empty_model
 from lib.models.gguf_export import library
 
 GEMMA = "gemma-3-270m"
@@ -149,13 +149,15 @@ def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     reader, settings, tokenizer = _parts(path)
-    model = _empty_model(path, reader, settings)
-    places = _places(path, reader, model)
+    with _damage_named(path):
+        model = _empty_model(path, reader, settings)
+        places = _places(path, reader, model)
     needed = sum(4 * parameter.numel() for parameter in model.parameters())
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise OSError(f"{path.name} needs {needed / 1e6:,.0f} MB in {cache_folder()}, but {free / 1e6:,.0f} MB are free")
-    _fill(path, reader, model, places)
+    with _damage_named(path):
+        _fill(path, reader, model, places)
     del reader  # it holds an object for each token
     with no_progress_bars():
         model.save_pretrained(folder)
@@ -185,6 +187,7 @@ def _parts(path: Path) -> tuple:
         raise ValueError(
             f"{path.name} is of architecture {architecture!r}, which is not read here: known are {', '.join(ARCHITECTURES)}"
         )
+    _check_layout(path, reader)
     with _damage_named(path), no_progress_bars():
         settings, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -197,10 +200,23 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(path.name):  # a refusal from here, which says more
+            raise
         raise ValueError(
             f"{path.name} cannot be read as a model ({type(error).__name__}: {error}): the file is damaged or cut short, or "
             "transformers does not know its kind. Nothing was cached"
         ) from error
+
+
+def _check_layout(path: Path, reader) -> None:
+    """Raise ValueError for tensors that do not lie one behind the other, as llama.cpp demands: they would be bytes of others."""
+    expected = reader.data_offset
+    for tensor in reader.tensors:
+        if tensor.data_offset != expected:
+            raise ValueError(
+                f"{path.name}: tensor {tensor.name} does not begin where the one before it ends: the file is damaged"
+            )
+        expected += -(-tensor.n_bytes // reader.alignment) * reader.alignment
 
 
 def _architecture(reader) -> str:
@@ -246,8 +262,8 @@ def _config(path: Path, reader, settings: dict):
     if kind == "llama":
         kind, biases = _biases(reader)
         settings |= biases
-    with _damage_named(path):
-        return CONFIG_MAPPING[kind](**settings | {"rope_parameters": rope})
+    check_numbers(path.name, settings)
+    return CONFIG_MAPPING[kind](**settings | {"rope_parameters": rope})
 
 
 def _biases(reader) -> tuple[str, dict]:
@@ -295,8 +311,7 @@ def _rope(keys: dict, divisors: torch.Tensor) -> dict:
 def _empty_model(path: Path, reader, settings: dict) -> nn.Module:
     """The model of the file without weights; generation with it stops at every stop token of the file."""
     config, keys = _config(path, reader, settings), _keys(path, reader)
-    with _damage_named(path):
-        model = empty_model(config, torch.float32)
+    model = empty_model(config, torch.float32)
     stops = list(dict.fromkeys(keys[name] for name in STOP_KEYS if name in keys))
     if stops:
         model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]

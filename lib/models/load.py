@@ -19,6 +19,7 @@ from lib.models.folder import (
     SINGLE,
     config_of,
     empty_model,
+    load_tokenizer,
     places_of,
     plain,
     positions,
@@ -33,7 +34,6 @@ from lib.primitives.surgery import cast
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("wiki-a-llama", "wiki-a-opt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def load(name: str, device: str = "cpu", dtype: str | torch.dtype | None = torch.float32) -> tuple[nn.Module, object]:
@@ -70,7 +70,9 @@ def _dense(source: str, config, dtype: torch.dtype | None) -> nn.Module:
     said, folder = quantised(config), Path(source)
     dtype = dtype or config.dtype or torch.float32
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        places_of(empty_model(plain(copy.deepcopy(config))), folder)  # raises now, before any weight is read
+        shapes = empty_model(plain(copy.deepcopy(config)))
+        take_generation_config(shapes, folder)  # raises for a damaged file, which transformers passes over or stumbles on
+        places_of(shapes, folder)  # raises now, before any weight is read
     how = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if said else {}
     try:
         with no_progress_bars():
@@ -86,7 +88,7 @@ def _dense(source: str, config, dtype: torch.dtype | None) -> nn.Module:
     if said:
         forget_quantisation(cast(model, dtype))  # transformers leaves tensors that are not FP8 in their own dtype
     if folder.is_dir():
-        take_generation_config(model, folder)  # raises for a damaged file, which transformers passes over
+        take_generation_config(model, folder)
     return model
 
 
@@ -96,25 +98,6 @@ def forget_quantisation(model: nn.Module) -> None:
     for forgotten in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, forgotten):
             delattr(model.config, forgotten)
-
-
-def load_tokenizer(source: str):
-    """The tokenizer of a folder or hub id. Raises ValueError for a folder where it is missing or damaged."""
-    from transformers import AutoTokenizer
-
-    try:
-        with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the library raises errors of many types, and without files it asks for other packages
-        if not Path(source).is_dir():
-            raise
-        if not any((Path(source) / file).is_file() for file in TOKENIZERS):
-            tokenizer = None
-        else:
-            raise ValueError(f"the tokenizer in {source} cannot be read: {error}") from error
-    if tokenizer is None or len(tokenizer) < 2:
-        raise ValueError(f"the model folder {source} has no tokenizer files: add those of the original model")
-    return tokenizer
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import check_calibration
+from lib.primitives.checks import COUNTS, FROM_ZERO, check_settings
 from lib.primitives.losses import mean_loss
 from lib.primitives.surgery import parameter, shell
 
@@ -44,16 +45,9 @@ class LoRA:
     seed: int = 0  # ours
 
     def __post_init__(self):
-        counts = ("rank", "batch", "evaluate_every", "patience")
-        for name in counts if self.steps is None else (*counts, "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use at least 1")
-        for name in ("alpha", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: use a positive number")
-        if not 0 <= self.dropout < 1 or self.weight_decay < 0 or self.warmup < 0:
-            given = f"dropout {self.dropout}, weight_decay {self.weight_decay}, warmup {self.warmup}"
-            raise ValueError(f"dropout must be in [0, 1), weight_decay and warmup not negative: {given}")
+        counts = dict.fromkeys(("rank", "steps", "batch", "evaluate_every", "patience"), COUNTS)
+        not_negative = dict.fromkeys(("weight_decay", "warmup", "seed"), FROM_ZERO)
+        check_settings(self, alpha="(0, inf)", lr="(0, inf)", dropout="[0, 1)", betas="[0, 1)", **counts, **not_negative)
 
     def planned_steps(self, samples: int) -> int:
         """Steps of a run over `samples` sequences. Raises ValueError if the warm-up would not end within them."""
