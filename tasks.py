@@ -162,6 +162,7 @@ def full_parameters(paper: str, profile: str) -> dict:
         "paper": "only this notebook (default: all that the profile runs)",
         "profile": "parameter file in notebooks/params (default: workshop)",
         "force": "compute everything again, even results that are up to date",
+        "reuse": "start from the measurements in the results that are there, where the code that made them is unchanged",
         "jobs": "notebooks that run side by side, on one thread each (default: one per core for profile workshop without --set, "
         "whose models gain little from a second thread, otherwise 1); tables of speed are more reliable with 1",
         "data-dir": "folder with benchmark and calibration files, used instead of the hub",
@@ -171,7 +172,7 @@ def full_parameters(paper: str, profile: str) -> dict:
     },
     iterable=["set"],
 )
-def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="", cluster="", set=None):
+def reproduce(c, paper="", profile="workshop", force=False, reuse=False, jobs=0, data_dir="", cluster="", set=None):
     """Write every table and figure of the papers into results/; an interrupted run continues where it stopped."""
     from lib.suite.pages import SHOWN, write_pages
     from lib.suite.profiles import check_machine, read_profile
@@ -187,7 +188,7 @@ def reproduce(c, paper="", profile="workshop", force=False, jobs=0, data_dir="",
     for name, reason in about.about.get("refused", {}).items():
         print(f"{name} ({profile}) is not run: {reason}", flush=True)
     label = f"{profile}-custom" if set else profile
-    runs = [Run(NOTEBOOKS / f"{name}.ipynb", parameters, RESULTS, label) for name, parameters in chosen.items()]
+    runs = [Run(NOTEBOOKS / f"{name}.ipynb", parameters, RESULTS, label, reuse) for name, parameters in chosen.items()]
     if not cluster or cluster.startswith("local"):
         checked(lambda: check_machine(about, chosen))
     if cluster:

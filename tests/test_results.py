@@ -5,11 +5,12 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 
 from lib.evaluation.console import Progress
 from lib.suite import results
-from lib.suite.results import Ledger, Results, content_key, markdown, write_atomically
+from lib.suite.results import Ledger, Results, content_key, ledger_lines, markdown, write_atomically
 
 
 def test_a_cell_is_computed_once_per_settings(tmp_path):
@@ -29,24 +30,8 @@ def test_a_cell_is_computed_once_per_settings(tmp_path):
 
 def test_other_code_is_another_computation(tmp_path, monkeypatch):
     key = content_key({"level": 0.1})
-    monkeypatch.setattr(results, "code_version", lambda: "other")
+    monkeypatch.setattr(results, "code_version", lambda modules: "other")
     assert content_key({"level": 0.1}) != key
-
-
-def test_code_version_covers_every_source_file(tmp_path, monkeypatch):
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "weights.bin").write_bytes(b"1")
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    versions = []
-    for text in ("x = 1\n", "x = 2\n"):
-        (tmp_path / "lib" / "a.py").write_text(text)
-        results.code_version.cache_clear()
-        versions.append(results.code_version())
-    (tmp_path / "lib" / "weights.bin").write_bytes(b"2")  # an embedded model trained again
-    results.code_version.cache_clear()
-    versions.append(results.code_version())
-    results.code_version.cache_clear()
-    assert len(set(versions)) == 3
 
 
 def test_a_failing_cell_leaves_nothing_behind(tmp_path):
@@ -133,7 +118,7 @@ def test_tables_and_manifest(tmp_path):
     assert "| m | 0.25 | 1,234,567 | 12.35 |" in (tmp_path / "toy/tables/t.md").read_text()
     manifest = run.finish({"levels": [0.25]})
     assert json.loads((tmp_path / "toy/manifest.json").read_text()) == manifest
-    assert set(manifest["files"]) == {"tables/t.csv", "tables/t.md"}
+    assert set(manifest["files"]) == {"tables/t.csv", "tables/t.md", "raw.parquet"}
     assert str(tmp_path) not in json.dumps(manifest)
 
 
@@ -182,3 +167,17 @@ def test_markdown_of_gaps_and_pipes():
 
     shown = markdown(pd.DataFrame([{"a": "x|y", "b": None, "c": float("nan"), "d": True, "e": 0.123456, "f": 3.0}]))
     assert shown.splitlines()[2] == "| x\\|y |  |  | True | 0.1235 | 3 |"
+
+
+def test_every_measurement_is_kept(tmp_path):
+    """What a run asked for is in one file, with the settings that identify it, and comes back as the ledger had it."""
+    run = Results("toy", tmp_path / "toy.partial")
+    for i in range(3):
+        run.cell(lambda i=i: {"losses": [0.1 * i, 2.5], "note": None}, level=i / 10, nested={"a": [1, "b"]})
+    manifest = run.finish({})
+    raw = pd.read_parquet(tmp_path / "toy.partial" / "raw.parquet")
+    assert [json.loads(text)["level"] for text in raw.settings] == [0.0, 0.1, 0.2]
+    assert json.loads(raw.result[2]) == {"losses": [0.2, 2.5], "note": None}
+    assert "raw.parquet" in manifest["files"]
+    (tmp_path / "again.jsonl").write_text(ledger_lines(tmp_path / "toy.partial" / "raw.parquet"))
+    assert Ledger(tmp_path / "again.jsonl").records == run.ledger.records

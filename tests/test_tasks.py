@@ -400,3 +400,33 @@ def test_every_method_is_listed_with_its_settings(capsys):
     assert "--set takes preset, aggregation, vector" in said  # afr
     assert said.count("runs with --streamed") == 4
     assert "--set takes nothing" in said  # plain SVD
+
+
+def test_a_run_starts_from_the_measurements_of_earlier_results(project, capfd):
+    """Without a ledger, as in a fresh clone: nothing is measured again with --reuse, everything without it or with other code."""
+    tasks.reproduce.body(None, paper="toy")
+    (project / "results" / "workshop" / "toy.ledger.jsonl").unlink()
+    first = json.loads((project / "results/workshop/toy/manifest.json").read_text())
+    capfd.readouterr()
+    tasks.reproduce.body(None, paper="toy", reuse=True)
+    assert "worked" not in capfd.readouterr().out
+    again = json.loads((project / "results/workshop/toy/manifest.json").read_text())
+    assert (again["cells_computed"], again["cells_from_ledger"]) == (0, first["cells_computed"])
+    assert again["files"]["tables/t.csv"] == first["files"]["tables/t.csv"]
+    (project / "results" / "workshop" / "toy.ledger.jsonl").unlink()
+    tasks.reproduce.body(None, paper="toy")
+    assert capfd.readouterr().out.count("worked") == 4
+    (project / "results" / "workshop" / "toy.ledger.jsonl").unlink()
+    notebook = nbformat.read(project / "notebooks/toy.ipynb", as_version=4)
+    notebook.cells[1].source += "\n# other code"
+    nbformat.write(notebook, project / "notebooks/toy.ipynb")
+    tasks.reproduce.body(None, paper="toy", reuse=True)
+    assert capfd.readouterr().out.count("worked") == 4
+
+
+def test_measurements_that_cannot_be_read_are_named(project, capfd):
+    tasks.reproduce.body(None, paper="toy")
+    (project / "results" / "workshop" / "toy.ledger.jsonl").unlink()
+    (project / "results/workshop/toy/raw.parquet").write_bytes(b"no parquet")
+    with pytest.raises(Exit, match="raw.parquet holds no measurements"):
+        tasks.reproduce.body(None, paper="toy", reuse=True)

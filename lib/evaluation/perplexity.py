@@ -21,6 +21,7 @@ class Perplexity:
     tokens: int  # scored: length - 1 in each window
     windows: int
     length: int
+    losses: tuple[float, ...]  # summed loss of each window in nats, from which differences between models get their intervals
     definition: str = "exp of the mean next-token loss in nats, non-overlapping windows, first token of each unscored"
 
     def record(self) -> dict:
@@ -41,9 +42,9 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, length: int, limit: int |
         raise ValueError(f"{limit or 'all'} windows of {length} tokens score nothing: use at least 1 window of 2 tokens")
     blocks = windows(tokens, length)[:limit]
     device = next(model.parameters()).device
-    total = sum(_next_token_loss(model, ids.to(device)) for ids in blocks.split(batch))
+    losses = torch.cat([_next_token_losses(model, ids.to(device)) for ids in blocks.split(batch)])
     scored = blocks.shape[0] * (length - 1)
-    return Perplexity(float(torch.tensor(total / scored, dtype=torch.float64).exp()), scored, blocks.shape[0], length)
+    return Perplexity(float((losses.sum() / scored).exp()), scored, blocks.shape[0], length, tuple(losses.tolist()))
 
 
 LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 positions of Gemma's vocabulary of 262,144; long products are fast
@@ -83,21 +84,22 @@ def before_head(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor |
     return output, hidden if same else None
 
 
-def _next_token_loss(model: nn.Module, ids: torch.Tensor) -> float:
-    """Summed cross-entropy of the next tokens in windows ids [batch, tokens], in float32, never with all logits at once.
+def _next_token_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the next tokens, summed over each window of ids [batch, tokens]: [batch] in float64, on the CPU.
 
-    The head is applied to the hidden states of a few positions at a time, where the logits are the head's.
+    Softmax in float32, never with all logits at once: the head is applied to the hidden states of a few positions at a time,
+    where the logits are the head's.
     """
     output, hidden = before_head(model, input_ids=ids, use_cache=False)
     if hidden is None:
         whole = output.logits.shape[1] == ids.shape[1]  # a model without a head has been run in full
         logits = output.logits if whole else model(input_ids=ids, use_cache=False).logits
-        return float(next_token_losses(logits, ids).sum(dtype=torch.float64))
+        return next_token_losses(logits, ids).sum(1, dtype=torch.float64).cpu()
     head = model.get_output_embeddings()
     hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     pieces, rows = (max(1, numbers // output.logits.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))
-    total = 0.0
+    losses = []
     for x, target in zip(hidden.split(pieces), targets.split(pieces), strict=True):
         for logits, y in zip(head(x).split(rows), target.split(rows), strict=True):
-            total += F.cross_entropy(logits.float(), y.to(logits.device), reduction="sum").item()
-    return total
+            losses.append(F.cross_entropy(logits.float(), y.to(logits.device), reduction="none").cpu())
+    return torch.cat(losses).view(len(ids), -1).sum(1, dtype=torch.float64)

@@ -57,7 +57,9 @@ def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), lim
     `wiki_a_continuation` is embedded and needs no network; other names are lm-eval's own tasks, from the folder named by
     PARED_DATA_DIR if lib/evaluation/benchmark_tasks.py lists them, and from the hub otherwise. `metric` is the one of lm-eval's
     metrics that `acc` and its `stderr` report; `limit` is the given limit per task (for MMLU: per subject), `documents` the
-    number scored. Raises what `local_task` and `hub_task` raise, before any model runs.
+    number scored. `correct` and `margins` say of each question whether it was answered correctly by that metric, and how
+    far the right choice was ahead of the best other one in nats. Raises what `local_task` and `hub_task` raise, before any
+    model runs.
     """
     with quiet("lm_eval", "lm-eval", "transformers", "datasets"), _no_bars():
         import lm_eval
@@ -74,7 +76,7 @@ def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), lim
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
         # 2. Not `simple_evaluate`: it lists all packages with pip in every call, which takes longer than 25 documents.
-        found = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        found = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     # 3. One row per task.
     rows = []
     for name in tasks:
@@ -85,6 +87,7 @@ def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), lim
         task = built[name]  # a group like mmlu counts the documents of its parts
         parts = [part.task_name for part in task.get_all_tasks()] if hasattr(task, "get_all_tasks") else [name]
         accuracy, documents = scores[f"{metric},none"], sum(found["n-samples"][part]["effective"] for part in parts)
+        asked = [(loaded["tasks"][part], question) for part in parts for question in found["samples"][part]]
         rows.append(
             {
                 "task": name,
@@ -95,6 +98,8 @@ def zero_shot(model: nn.Module, tokenizer, tasks: tuple[str, ...] = (TASK,), lim
                 "documents": documents,
                 "limit": limit,
                 "harness": f"lm-eval {lm_eval.__version__}",
+                "correct": [bool(question[metric]) for _, question in asked],
+                "margins": [_margin(task, question, metric) for task, question in asked],
             }
         )
     return rows
@@ -106,3 +111,15 @@ def _build_task(name: str, manager, folder: Path | None):
     if folder is not None and name in LOCAL_TASKS:
         return local_task(name, folder, manager)
     return hub_task(name, manager)
+
+
+def _margin(task, question: dict, metric: str) -> float:
+    """How far the right choice of a question is ahead of the best other one, in the scores that a metric compares."""
+    scores = [answer[0] for answer in question["filtered_resps"]]  # log-likelihoods of the choices
+    if metric == "acc_mutual_info":  # then those of the choices alone
+        half = len(scores) // 2
+        scores = [given - alone for given, alone in zip(scores[:half], scores[half:], strict=True)]
+    # In WinoGrande the choices are contexts, and the text of the question says which of them is right.
+    right = task.doc_to_text(question["doc"]) if task.multiple_input else question["target"]
+    right = task.doc_to_choice(question["doc"]).index(right) if isinstance(right, str) else right
+    return scores[right] - max(score for i, score in enumerate(scores) if i != right)

@@ -27,7 +27,8 @@ from pathlib import Path
 import yaml
 
 from lib.evaluation.process import package_versions
-from lib.suite.results import Ledger, code_version, content_key
+from lib.suite.code import code_version
+from lib.suite.results import Ledger, content_key
 from lib.suite.runs import Run, RunError, attempt, execute, raise_failures
 
 ENGINES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
@@ -194,7 +195,9 @@ def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
 
         def report(line: str) -> None:
             record = json.loads(line)
-            if record["key"] != content_key(record["settings"]):  # the kernel has another version of lib/ than this process
+            if record["key"] != content_key(
+                record["settings"], record["modules"]
+            ):  # the kernel has another version of lib/ than this process
                 foreign.append(record["key"])
                 return
             added.append(record)

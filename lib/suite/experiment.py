@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lib.evaluation.benchmark_tasks import files_record
+from lib.evaluation.paired import perplexity_ratio
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import Calibration, Corpus, sample_blocks, tokens_of, train_text
 from lib.evaluation.zero_shot import zero_shot as accuracies
@@ -93,21 +94,22 @@ class Subject:
 
     def dense(self) -> dict:
         """The baseline of every row: `measure` of the dense model, once per run."""
-        return self.run.cell(lambda: self.measure(self.model), **self.record(), method="dense")
+        return self.run.cell(lambda: self.measure(self.model), by=[perplexity], **self.record(), method="dense")
 
     def baseline(self) -> float:
         """Perplexity of the dense model, which others are divided by."""
         return self.dense()["perplexity"]["perplexity"]
 
     def at_levels(
-        self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, **settings
+        self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, by: Sequence = (), **settings
     ) -> dict[float, dict]:
         """One ledger cell per level of a sweep: {level: measured}.
 
         `make(missing)` yields (level, model) for the levels that the ledger lacks, so one calibration serves them all and a
-        killed sweep goes on where it stopped. `settings` identify the sweep; quiet: no line for each level.
+        killed sweep goes on where it stopped. `settings` identify the sweep; by: as in `Results.cell`; quiet: no line for
+        each level.
         """
-        key = self.record() | settings | {"zero_shot": zero_shot}
+        key = self.record() | settings | {"zero_shot": zero_shot, "by": by}
         missing = [level for level in levels if self.run.missing(**key, level=level)]
         found = {}
         for level, model in make(missing) if missing else ():
@@ -145,11 +147,17 @@ def zero_share(model: nn.Module) -> float:
 
 
 def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:
-    """Rows of `perplexity.csv`: the columns that every notebook shares, then the protocol."""
-    rows = []
+    """Rows of `perplexity.csv`: the columns that every notebook shares, then the protocol.
+
+    times_dense: perplexity over that of the dense model; low and high: its 95 % interval, paired over the windows.
+    """
+    rows, dense = [], subject.dense()["perplexity"]["losses"]
     for ratio, cell in found.items():
         size, value = cell["size"], cell["perplexity"]
         row = {"model": subject.name, "method": method, "ratio": ratio, "perplexity": value["perplexity"]}
+        if len(dense) > 1:  # one window alone has no interval
+            times = perplexity_ratio(value["losses"], dense, value["length"] - 1)
+            row |= {"times_dense": times.estimate, "low": times.low, "high": times.high}
         row |= {name: size[name] for name in SIZE_COLUMNS} | {"zeros": cell["zeros"]}
         rows.append(row | {"text": subject.protocol.text.name} | {name: value[name] for name in ("windows", "length", "tokens")})
     return rows
@@ -158,7 +166,9 @@ def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> 
 def zero_shot_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:
     """Rows of `zero_shot.csv`: one per ratio and task."""
     return [
-        {"model": subject.name, "method": method, "ratio": ratio} | score | {name: cell["size"][name] for name in SIZE_COLUMNS}
+        {"model": subject.name, "method": method, "ratio": ratio}
+        | {name: value for name, value in score.items() if name not in ("correct", "margins")}
+        | {name: cell["size"][name] for name in SIZE_COLUMNS}
         for ratio, cell in found.items()
         for score in cell["zero_shot"]
     ]

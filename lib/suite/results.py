@@ -14,34 +14,26 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from lib.evaluation.console import Progress
 from lib.evaluation.process import package_versions
+from lib.suite.code import MEASURING, ROOT, code_version, modules_of, notebook_modules
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
+RAW = "raw.parquet"
 
 
-@functools.cache
-def code_version() -> str:
-    """Hash of every file of `lib`, embedded models included: a number made by other code is never taken for this code's.
+def content_key(settings: dict, modules: Iterable[str] | None = None) -> str:
+    """Hash of settings, package versions and the code that computes: equal keys mean an equal computation.
 
-    Pages of text (.md) are left out: what they say changes no number.
+    modules: those that compute, with all that they import (`lib.suite.code`); None: all of `lib`.
     """
-    digest = hashlib.sha256()
-    files = (path for path in (ROOT / "lib").rglob("*") if path.is_file() and path.suffix != ".md")
-    for path in sorted(path for path in files if "__pycache__" not in path.parts):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def content_key(settings: dict) -> str:
-    """Hash of settings, code and package versions; equal keys mean an equal computation."""
-    text = json.dumps({"settings": settings, "code": code_version(), "packages": package_versions()}, sort_keys=True)
+    code = code_version(None if modules is None else tuple(modules))
+    text = json.dumps({"settings": settings, "code": code, "packages": package_versions()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -82,8 +74,9 @@ class Ledger:
             with self.path.open("a") as file:
                 file.write("\n")
 
-    def append(self, settings: dict, result: object, seconds: float) -> None:
-        record = {"key": content_key(settings), "settings": settings, "result": result, "seconds": round(seconds, 3)}
+    def append(self, settings: dict, result: object, seconds: float, modules: Iterable[str] | None = None) -> None:
+        record = {"key": content_key(settings, modules), "settings": settings, "modules": modules and list(modules)}
+        record |= {"result": result, "seconds": round(seconds, 3), "commit": _commit()}
         line = json.dumps(record) + "\n"
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +89,12 @@ class Ledger:
     def __contains__(self, settings: dict) -> bool:
         return content_key(settings) in self.records
 
-    def cell(self, settings: dict, compute: Callable[[], object]) -> object:
+    def cell(self, settings: dict, compute: Callable[[], object], modules: Iterable[str] | None = None) -> object:
         """The result of `compute` under `settings`: from the ledger if it is there, computed and recorded if not."""
-        key = content_key(settings)
+        key = content_key(settings, modules)
         if key not in self.records:
             start = time.time()
-            self.append(settings, compute(), time.time() - start)
+            self.append(settings, compute(), time.time() - start, modules)
         return self.records[key]["result"]
 
 
@@ -123,20 +116,32 @@ class Results:
         self.started = time.time()
         self.asked: dict[str, bool] = {}  # key of each cell -> whether an earlier start has measured it
         self.progress = Progress()
+        notebook = ROOT / "notebooks" / f"{paper}.ipynb"
+        self.modules = notebook_modules(notebook) if notebook.is_file() else None
 
-    def cell(self, compute: Callable[[], object], **settings) -> object:
-        """One expensive result (JSON values), computed once per settings, code version and package versions."""
-        self.asked.setdefault(content_key(settings), settings in self.ledger)
-        return self.ledger.cell(settings, compute)
+    def cell(self, compute: Callable[[], object], by: Iterable = (), **settings) -> object:
+        """One expensive result (JSON values), computed once per settings, code and package versions.
 
-    def remembered(self, **settings) -> object:
+        by: modules, or functions of them, that compute it beside those that measure every model; without them, all that the
+        notebook imports. A change of other modules leaves the result valid.
+        """
+        key, modules = self._key(by, settings)
+        self.asked.setdefault(key, key in self.ledger.records)
+        return self.ledger.cell(settings, compute, modules)
+
+    def remembered(self, by: Iterable = (), **settings) -> object:
         """The result of a cell that the ledger has. Raises KeyError for one that it lacks."""
-        self.asked.setdefault(content_key(settings), settings in self.ledger)
-        return self.ledger.records[content_key(settings)]["result"]
+        key, _ = self._key(by, settings)
+        self.asked.setdefault(key, key in self.ledger.records)
+        return self.ledger.records[key]["result"]
 
-    def missing(self, **settings) -> bool:
+    def missing(self, by: Iterable = (), **settings) -> bool:
         """Whether a cell still has to be computed: lets a notebook skip the preparation that only that cell needs."""
-        return settings not in self.ledger
+        return self._key(by, settings)[0] not in self.ledger.records
+
+    def _key(self, by: Iterable, settings: dict) -> tuple[str, tuple[str, ...] | None]:
+        modules = (*MEASURING, *modules_of(by)) if by else self.modules
+        return content_key(settings, modules), modules
 
     def table(self, name: str, rows: list[dict], note: str = "") -> pd.DataFrame:
         """Write `tables/<name>.csv` at full precision and `.md` rounded, with `note` below it; returns the table."""
@@ -159,9 +164,15 @@ class Results:
             self._write(f"figures/{name}.{kind}", buffer.getvalue())
 
     def finish(self, parameters: dict) -> dict:
-        """Write `manifest.json`: parameters, code, packages, machine, and the SHA-256 of every file of this run."""
+        """Write `raw.parquet`, every measurement of this run, and `manifest.json`, which says how the files were made.
+
+        That is: parameters, code, packages, machine, and the SHA-256 of every file.
+        """
         import torch
 
+        measured = [self.ledger.records[key] for key in self.asked]
+        opened = [record for record in self.ledger.records.values() if "opened" in record["settings"]]
+        self._write(RAW, raw_frame([*opened, *measured]).to_parquet(index=False, compression="zstd"))
         manifest = {
             "paper": self.paper,
             "profile": self.profile,
@@ -212,6 +223,25 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def raw_frame(records: Iterable[dict]) -> pd.DataFrame:
+    """Records of a ledger as a table, a row for each, in which settings and result are JSON texts."""
+    return pd.DataFrame(
+        {name: value if name in ("key", "seconds", "commit") else json.dumps(value) for name, value in record.items()}
+        for record in records
+    )
+
+
+def ledger_lines(raw: Path) -> str:
+    """The lines of the ledger from which `Results` wrote the file `raw`. Raises ValueError for a file of another kind."""
+    try:
+        rows = pd.read_parquet(raw).to_dict("records")
+        whole = [row | {name: json.loads(row[name]) for name in ("settings", "modules", "result")} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{raw} holds no measurements ({error}): remove it, or start without them") from error
+    return "".join(json.dumps(record) + "\n" for record in whole)
+
+
+@functools.cache
 def _commit() -> str | None:
     """Short id of the checked-out commit, marked where `lib` or notebooks differ from it; None outside a checkout."""
 

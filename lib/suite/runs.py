@@ -19,7 +19,7 @@ from pathlib import Path
 import filelock
 import nbformat
 
-from lib.suite.results import Ledger
+from lib.suite.results import RAW, Ledger, content_key, ledger_lines, write_atomically
 
 PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # the folder of a warning's file on this machine
 
@@ -32,12 +32,16 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """A notebook with its parameters, and where its results go: `<results>/<profile>/<paper>`, the ledger beside it."""
+    """A notebook with its parameters, and where its results go: `<results>/<profile>/<paper>`, the ledger beside it.
+
+    reuse: start from the measurements of the results that are there, as far as the code that made them is unchanged.
+    """
 
     notebook: Path
     parameters: dict
     results: Path
     profile: str
+    reuse: bool = False
 
     @property
     def paper(self) -> str:
@@ -127,7 +131,9 @@ def _reproduce(run: Run, force: bool, engine: Engine) -> None:
     cells = nbformat.read(run.notebook, as_version=4).cells
     # A ledger cell is identified by its settings, whose meaning depends on the notebook's code: other code, another ledger.
     opened = {"opened": run.paper, "code": [cell.source for cell in cells if cell.cell_type == "code"]}
-    if force or (run.ledger_file.is_file() and opened not in Ledger(run.ledger_file)):
+    if run.reuse and not force and not run.ledger_file.is_file() and (run.target / RAW).is_file():
+        write_atomically(run.ledger_file, ledger_lines(run.target / RAW))
+    if force or (run.ledger_file.is_file() and content_key(opened, ()) not in Ledger(run.ledger_file).records):
         run.ledger_file.unlink(missing_ok=True)
     complete = {"run": run.paper, "parameters": run.parameters, "files": local_state(run.parameters)}
     # The engine is part of the key: results from a cluster are computed again here, because timings depend on where they ran.
@@ -136,8 +142,8 @@ def _reproduce(run: Run, force: bool, engine: Engine) -> None:
     if complete in ledger and (run.target / "manifest.json").is_file():
         print(f"{run}: up to date in {run.target}, nothing to do; --force computes it again", flush=True)
         return
-    if opened not in ledger:
-        ledger.append(opened, "opened", 0)
+    if content_key(opened, ()) not in ledger.records:
+        ledger.append(opened, "opened", 0, ())
     # Work in a folder of its own and swap at the end: earlier results stay until the new ones are complete.
     partial = run.target.with_name(f"{run.paper}.partial")
     shutil.rmtree(partial, ignore_errors=True)
