@@ -100,6 +100,14 @@ class Subject:
         """Perplexity of the dense model, which others are divided by."""
         return self.dense()["perplexity"]["perplexity"]
 
+    def times_dense(self, cell: dict) -> dict:
+        """Perplexity of a cell over that of the dense model, with its 95 % interval, paired over the windows of the text."""
+        ours, dense = (found["perplexity"] for found in (cell, self.dense()))
+        if ours["windows"] < 2:  # one window alone has no interval
+            return {"times_dense": ours["perplexity"] / dense["perplexity"], "low": None, "high": None}
+        found = perplexity_ratio(ours["losses"], dense["losses"], ours["length"] - 1)
+        return {"times_dense": found.estimate, "low": found.low, "high": found.high}
+
     def at_levels(
         self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, by: Sequence = (), **settings
     ) -> dict[float, dict]:
@@ -147,17 +155,12 @@ def zero_share(model: nn.Module) -> float:
 
 
 def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> list[dict]:
-    """Rows of `perplexity.csv`: the columns that every notebook shares, then the protocol.
-
-    times_dense: perplexity over that of the dense model; low and high: its 95 % interval, paired over the windows.
-    """
-    rows, dense = [], subject.dense()["perplexity"]["losses"]
+    """Rows of `perplexity.csv`: the columns that every notebook shares, then the protocol."""
+    rows = []
     for ratio, cell in found.items():
         size, value = cell["size"], cell["perplexity"]
         row = {"model": subject.name, "method": method, "ratio": ratio, "perplexity": value["perplexity"]}
-        if len(dense) > 1:  # one window alone has no interval
-            times = perplexity_ratio(value["losses"], dense, value["length"] - 1)
-            row |= {"times_dense": times.estimate, "low": times.low, "high": times.high}
+        row |= subject.times_dense(cell)
         row |= {name: size[name] for name in SIZE_COLUMNS} | {"zeros": cell["zeros"]}
         rows.append(row | {"text": subject.protocol.text.name} | {name: value[name] for name in ("windows", "length", "tokens")})
     return rows
