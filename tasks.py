@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import invoke
@@ -364,6 +365,7 @@ def compress(
     at_least(0, seed=seed)
 
     def work():
+        warnings.formatwarning = lambda message, *_, **__: f"{message}\n"  # a user needs no line of the library's code
         use_data_dir(data_dir)
         # Checks the settings before they become arguments beside those of `compress`.
         for sentence in without_effect(method, with_saved_widths(method, settings)):

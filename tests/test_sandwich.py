@@ -284,7 +284,7 @@ def test_the_default_refuses_and_names_both_ways_out():
             refused()
     with pytest.raises(ValueError, match="refuse, exact, metric, fitted"):
         Settings(output_norms="fold")
-    with pytest.raises(ValueError, match="statistics 'sliced'"):
+    with pytest.raises(ValueError, match="statistics=sliced"):
         Settings(output_norms="metric", statistics="dense")
 
 

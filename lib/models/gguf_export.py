@@ -57,6 +57,7 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][2]])
     _add_shape(writer, model.config)
     _add_tokenizer(writer, folder, model.config)
+    check_output(out, sum(value.numel() for value in model.parameters()) * DTYPES[dtype][0].itemsize)
     with written_whole(out) as partial, contextlib.closing(writer):
         _write(writer, partial, model, places, factors, dtype)
     return out
