@@ -294,6 +294,15 @@ def test(c, fast=False):
     )  # fmt: skip
 
 
+@task(help={"bound": "only this end of the bounds, oldest or newest (default: both, one after the other)"})
+def test_versions(c, bound=""):
+    """Run the tests that meet libraries with the oldest and the newest versions that pyproject.toml allows (before a release)."""
+    from lib.suite.versions import BOUNDS, check_bound
+
+    for name in [choose("bound", bound, list(BOUNDS))] if bound else BOUNDS:
+        checked(functools.partial(check_bound, ROOT, name))
+
+
 @task(help={"model": "only this model (default: both)", "seed": "seed of weights and batches", "steps": "training steps"})
 def train_workshop_models(c, model="", seed=0, steps=0):
     """Train the two embedded models again from the Wikipedia sample (more than an hour each on one core)."""
