@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASURING = ("lib.suite.experiment",)  # what measures every model
 # What shows numbers and computes none: an edit there makes no measurement stale.
 SHOWING = frozenset(
-    f"lib.suite.{name}" for name in ("code", "exercises", "pages", "plots", "published", "results", "runs", "site", "slides")
+    f"lib.suite.{name}"
+    for name in ("code", "exercises", "pages", "plots", "published", "results", "runs", "site", "slides", "versions")
 )
 
 
