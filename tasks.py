@@ -355,10 +355,9 @@ def compress(
 ):  # fmt: skip
     """Compress a model and save it as a folder for evaluate and generate (with slicegpt-stock: for any runtime)."""
     from lib.compress import compress as compress_model
-    from lib.compress import with_saved_widths
+    from lib.compress import usual_length, with_saved_widths
     from lib.evaluation.text import Calibration
     from lib.methods import METHODS, without_effect
-    from lib.models.load import positions_of
 
     settings = named_values(set or [])
     at_least(1, samples=samples)
@@ -371,7 +370,7 @@ def compress(
         # Checks the settings before they become arguments beside those of `compress`.
         for sentence in without_effect(method, with_saved_widths(method, settings)):
             print(sentence, flush=True)
-        draw = Calibration(corpus, samples, length or min(2048, positions_of(model)), seed)
+        draw = Calibration(corpus, samples, length or usual_length(model), seed)
         return compress_model(model, out, method, ratio, draw, device, dtype or None, streamed, **settings)
 
     row = checked(work)
@@ -415,7 +414,8 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
     from lib.evaluation.perplexity import perplexity
     from lib.evaluation.text import load_corpus, tokens_of
     from lib.evaluation.zero_shot import tasks_named, zero_shot
-    from lib.models.load import load, positions_of, spread
+    from lib.models.folder import positions
+    from lib.models.load import known_config, load, spread
 
     at_least(0, windows=windows, limit=limit)
     at_least(2, length=length or 2)
@@ -423,7 +423,7 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
     def work():
         use_data_dir(data_dir)
         text, names = load_corpus(corpus, "test"), tasks_named(tasks) if tasks else ()
-        window = length or min(2048, positions_of(model))
+        window = length or min(2048, positions(known_config(model)))
         network, tokenizer = load(model, "cpu" if device == "auto" else device, dtype or None)
         network = spread(network) if device == "auto" else network
         found = perplexity(network, tokens_of(text, tokenizer), window, windows or None)

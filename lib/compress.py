@@ -16,7 +16,7 @@ from lib.methods import Method, check_changes, make, method_named, on_disk_metho
 from lib.models import disk
 from lib.models.checkpoint import check_readable, export, fingerprint, is_checkpoint, read_record, save
 from lib.models.folder import config_of, load_tokenizer, positions
-from lib.models.load import load, locate, torch_dtype, usable_device
+from lib.models.load import known_config, load, locate, torch_dtype, usable_device
 from lib.models.output import check_output, reserved
 from lib.papers import slicegpt
 from lib.primitives.anatomy import Anatomy, family_of
@@ -50,13 +50,14 @@ def compress(
     record, settings = (on_disk_method if streamed else method_named)(method), settings_of(method, values)
     check_share(ratio)
     with reserved(Path(out).expanduser()) as out:
+        draw = calibration or Calibration("wiki-a", 128, usual_length(model))
+        text = load_corpus(draw.corpus, "train")
         network, tokenizer = _open(model, device, dtype, streamed)
         check_changes(network, record, settings)
         check_finished(record, settings, network, ratio, out)
-        draw = calibration or Calibration("wiki-a", 128, min(2048, positions(network.config)))
         check_length(Anatomy(network), draw.length)  # raises now, before many long sequences are drawn
         generator = torch.Generator().manual_seed(draw.seed)
-        ids = sample_blocks(load_corpus(draw.corpus, "train"), tokenizer, draw.samples, draw.length, generator, draw.rule)
+        ids = sample_blocks(text, tokenizer, draw.samples, draw.length, generator, draw.rule)
         dense, progress = count(network), Progress()
         weights = disk.fingerprint_on_disk(network) if streamed else fingerprint(network)
 
@@ -96,6 +97,16 @@ def check_finished(method: Method, settings: object, model: nn.Module, ratio: fl
     finished = method.shape(model, ratio, settings) if method.shape else shape_shell(model)
     check_readable(finished)
     check_output(out, count(finished).bytes)
+
+
+def usual_length(model: str) -> int:
+    """Tokens of a calibration sequence where none are asked for: the positions of the model, at most 2,048.
+
+    Raises ValueError for a model that no method here compresses, and as `load` for one that cannot be found or read.
+    """
+    config = known_config(model)
+    family_of(config)
+    return min(2048, positions(config))
 
 
 def with_saved_widths(method: str, values: dict) -> dict:

@@ -22,7 +22,6 @@ from lib.models.folder import (
     load_tokenizer,
     places_of,
     plain,
-    positions,
     quantised,
     take_generation_config,
 )
@@ -158,11 +157,11 @@ def locate(name: str) -> str:
     return str(name)
 
 
-def positions_of(name: str) -> int:
-    """Longest sequence of a model, from its configuration alone. Raises as `load` for models that cannot be found or read."""
+def known_config(name: str):
+    """The configuration of a model by its name. Raises as `load` for models that cannot be found or read."""
     source = locate(name)
     try:
-        return positions(config_of(source))
+        return config_of(source)
     except OSError as error:
         raise FileNotFoundError(f"no configuration of model {name!r} can be reached: check the name and the network") from error
 
