@@ -36,6 +36,4 @@ def test_a_sweep_makes_only_the_levels_that_the_ledger_lacks(subject):
     rows = perplexity_rows(subject, "random", found)
     assert [row["ratio"] for row in rows] == [0.5, 0.25]
     assert rows[0]["removed_model"] > rows[1]["removed_model"] > 0
-    assert rows[0]["times_dense"] == pytest.approx(rows[0]["perplexity"] / subject.baseline(), rel=1e-9)
-    assert 1 < rows[0]["low"] < rows[0]["times_dense"] < rows[0]["high"] < 2 * rows[0]["times_dense"]
     assert zero_shot_rows(subject, "random", found) == []

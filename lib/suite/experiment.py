@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lib.evaluation.benchmark_tasks import files_record
-from lib.evaluation.paired import perplexity_ratio
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import Calibration, Corpus, sample_blocks, tokens_of, train_text
 from lib.evaluation.zero_shot import zero_shot as accuracies
@@ -100,14 +99,6 @@ class Subject:
         """Perplexity of the dense model, which others are divided by."""
         return self.dense()["perplexity"]["perplexity"]
 
-    def times_dense(self, cell: dict) -> dict:
-        """Perplexity of a cell over that of the dense model, with its 95 % interval, paired over the windows of the text."""
-        ours, dense = (found["perplexity"] for found in (cell, self.dense()))
-        if ours["windows"] < 2:  # one window alone has no interval
-            return {"times_dense": ours["perplexity"] / dense["perplexity"], "low": None, "high": None}
-        found = perplexity_ratio(ours["losses"], dense["losses"], ours["length"] - 1)
-        return {"times_dense": found.estimate, "low": found.low, "high": found.high}
-
     def at_levels(
         self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, by: Sequence = (), **settings
     ) -> dict[float, dict]:
@@ -160,7 +151,6 @@ def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> 
     for ratio, cell in found.items():
         size, value = cell["size"], cell["perplexity"]
         row = {"model": subject.name, "method": method, "ratio": ratio, "perplexity": value["perplexity"]}
-        row |= subject.times_dense(cell)
         row |= {name: size[name] for name in SIZE_COLUMNS} | {"zeros": cell["zeros"]}
         rows.append(row | {"text": subject.protocol.text.name} | {name: value[name] for name in ("windows", "length", "tokens")})
     return rows

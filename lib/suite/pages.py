@@ -180,7 +180,6 @@ def paper_table(results: Path, part: Part) -> str:
             "model": row.model,
             "method": row.method if row.method == "dense" or "2:4" in row.method else f"{row.method}, {row.ratio:.0%}",
             "perplexity": f"{row.perplexity:.2f}",
-            "times dense": f"{row.times_dense:.3f}" + (f" [{row.low:.3f}, {row.high:.3f}]" if row.method != "dense" else ""),
             "parameters": row.params,
             "removed": f"{100 * row.removed_model:.1f} %",
         }
@@ -200,19 +199,14 @@ The comparison of all methods at equal size is in the [README of the project](..
 
 The results of one notebook are in `results/<profile>/<paper>`: the executed notebook, `tables` (`.csv` at full precision, `.md`
 rounded and with a note on how the numbers were measured), `figures` (`.svg` and `.png`) and `manifest.json`, which records
-parameters, code, package versions, machine, and the checksum of every file. `raw.parquet`, in the runs of the present code, holds
-every measurement with the settings that identify it: the summed loss of each window, and of each question whether it was
-answered correctly and by what margin. `lib.evaluation.paired` makes intervals of them, and `invoke reproduce --reuse` starts from
-them where the code that computed them is unchanged. `invoke site` makes a website of the results. What the methods do to Gemma 3
-270M, and where that differs from the small models, is described in [`gemma-3-270m`](gemma-3-270m/README.md). The papers' own
-models are run with the other [profiles](../notebooks/params/README.md).
+parameters, code, package versions, machine, and the checksum of every file. `invoke site` makes a website of them. What the
+methods do to Gemma 3 270M, and where that differs from the small models, is described in
+[`gemma-3-270m`](gemma-3-270m/README.md). The papers' own models are run with the other [profiles](../notebooks/params/README.md).
 """
 
 TABLES = """## One table of each paper
 
-Perplexity on the held-out Wikipedia text, for the two embedded models. `times dense` divides it by that of the dense model, with
-the 95 % interval of this ratio over the windows, in which both models read the same text; how a method varies with its
-calibration set is not in it. `removed` is the share of all parameters of the model that is gone, which is another number than
-the slicing level or the ratio of a method. The two models are tiny. The notebooks discuss what they show about large ones and
-what they do not.
+Perplexity on the held-out Wikipedia text, for the two embedded models. `removed` is the share of all parameters of the model
+that is gone, which is another number than the slicing level or the ratio of a method. The two models are tiny. The notebooks
+discuss what they show about large ones and what they do not.
 """
