@@ -50,6 +50,8 @@ def compress(
     record, settings = (on_disk_method if streamed else method_named)(method), settings_of(method, values)
     check_share(ratio)
     with reserved(Path(out).expanduser()) as out:
+        if streamed:
+            _check_streamed(model, device)
         draw = calibration or Calibration("wiki-a", 128, usual_length(model))
         text = load_corpus(draw.corpus, "train")
         network, tokenizer = _open(model, device, dtype, streamed)
@@ -66,13 +68,10 @@ def compress(
             return {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
 
         def facts(small: nn.Module) -> dict:
+            base = {"name": Path(model).name if Path(model).exists() else model, "weights": weights}
             tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # identifies the samples that rule and seed gave
-            return {
-                "base": {"name": Path(model).name if Path(model).exists() else model, "weights": weights},
-                "calibration": draw.record() | {"tokens_sha256": tokens},
-                "packages": package_versions(),
-                "settings": values,
-            } | sizes(small)
+            calibrated = {"calibration": draw.record() | {"tokens_sha256": tokens}}
+            return {"base": base} | calibrated | {"packages": package_versions(), "settings": values} | sizes(small)
 
         if streamed:
             run = {"method": method, "ratio": ratio, "settings": asdict(settings)}
@@ -125,15 +124,17 @@ def saved_widths(folder: str | Path) -> list[int]:
     raise ValueError(f"{folder} holds no sliced model: a schedule is constant, variance, or the folder of a sliced model")
 
 
+def _check_streamed(model: str, device: str) -> None:
+    """Raise ValueError for what compressing from disk does not do."""
+    if usable_device(device).type != "cpu":
+        raise ValueError(f"compressing from disk works on the CPU, not on {device!r}")
+    if not Path(locate(model)).is_dir():
+        raise ValueError(f"compressing from disk needs a local folder, which {model!r} is not: download the model first")
+
+
 def _open(model: str, device: str, dtype: str | None, streamed: bool) -> tuple[nn.Module, object]:
     """The model and its tokenizer; streamed: without its weights. Raises ValueError for models that no method here compresses."""
-    kind, place, source = torch_dtype(dtype), usable_device(device), locate(model)
+    kind, source = torch_dtype(dtype), locate(model)
     if not is_checkpoint(source) and Path(source).is_dir():
         family_of(config_of(source))  # raises now, before the weights are read
-    if not streamed:
-        return load(model, device, kind)
-    if place.type != "cpu":
-        raise ValueError(f"compressing from disk works on the CPU, not on {device!r}")
-    if not Path(source).is_dir():
-        raise ValueError(f"compressing from disk needs a local folder, which {model!r} is not: download the model first")
-    return disk.model_on_disk(source, kind), load_tokenizer(source)
+    return (disk.model_on_disk(source, kind), load_tokenizer(source)) if streamed else load(model, device, kind)
