@@ -398,11 +398,11 @@ def test_edited_models_are_refused(rival):
 
 def test_repair_and_real_inputs_pay_off_on_the_embedded_model():
     from lib.evaluation.perplexity import perplexity
-    from lib.evaluation.text import load_corpus, sample_blocks, tokens_of, train_text
+    from lib.evaluation.text import calibration_text, load_corpus, sample_blocks, tokens_of
     from lib.models.load import load
 
     model, tokenizer = load("wiki-a-llama")
-    ids = sample_blocks(train_text("wiki-a"), tokenizer, 8, 256, torch.Generator().manual_seed(0), "rows")
+    ids = sample_blocks(calibration_text("wiki-a"), tokenizer, 8, 256, torch.Generator().manual_seed(0), "rows")
     stream = tokens_of(load_corpus("wiki-a", "test"), tokenizer)
     found = [perplexity(prune(model, ids), stream, 256, 16).perplexity for prune in RIVALS.values()]
     assert found[0] < 0.95 * found[1] < found[1] < found[2]

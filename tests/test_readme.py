@@ -13,7 +13,7 @@ import transformers
 import tasks
 from lib.equal_size import own_ratio
 from lib.evaluation.perplexity import perplexity
-from lib.evaluation.text import load_corpus, sample_blocks, tokens_of, train_text
+from lib.evaluation.text import calibration_text, load_corpus, sample_blocks, tokens_of
 from lib.methods import METHODS, make
 from lib.models import checkpoint
 from lib.models.load import load
@@ -97,7 +97,7 @@ def workshop():
 
 @pytest.fixture(scope="module")
 def ids(workshop):
-    return sample_blocks(train_text("wiki-a"), workshop[1], 4, 64, torch.Generator().manual_seed(5), "rows")
+    return sample_blocks(calibration_text("wiki-a"), workshop[1], 4, 64, torch.Generator().manual_seed(5), "rows")
 
 
 def down_projections(model):
@@ -158,7 +158,7 @@ def test_the_saved_model_is_the_one_that_was_made(method):
     edits = json.loads((folder / "small" / "compression.json").read_text())["edits"]
     assert edits == [{"edit": "structured", "neurons": ffn_widths(names["model"])}]
     model, tokenizer = load("wiki-a-llama")
-    ids = sample_blocks(train_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
+    ids = sample_blocks(calibration_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
     made = make("neuron-energy", model, ids, 0.2, allocation="global")
     with torch.no_grad():
         assert torch.equal(made(ids[:2]).logits, names["model"](ids[:2]).logits)
@@ -168,7 +168,7 @@ def test_the_perplexities_of_the_page(method):
     text = " ".join(section(LIBRARY, "Add a method").split())
     printed = re.search(r"perplexity ([\d.]+) \(dense ([\d.]+), CFSP ([\d.]+), random neurons ([\d.]+)\)", text).groups()
     model, tokenizer = load("wiki-a-llama")
-    ids = sample_blocks(train_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
+    ids = sample_blocks(calibration_text("wiki-a"), tokenizer, 32, 256, torch.Generator().manual_seed(0), "rows")
     stream = tokens_of(load_corpus("wiki-a", "test"), tokenizer)
     rivals = [make(name, model, ids, 0.2) for name in ("cfsp", "random-neurons")]
     found = [perplexity(network, stream, 256, 60).perplexity for network in (method[0]["model"], model, *rivals)]

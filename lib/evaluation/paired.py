@@ -29,6 +29,14 @@ class Interval:
         """`above`, `below` or `level`: where the interval lies beside the number that stands for no difference."""
         return "above" if self.low > level else "below" if self.high < level else "level"
 
+    def percent(self, first: str, second: str) -> str:
+        """A ratio in words: `COMP is 2.1 % [0.8, 3.4] above CFSP`, or level with it where the interval says both."""
+        estimate, low, high = (100 * (value - 1) for value in (self.estimate, self.low, self.high))
+        if self.verdict(1.0) == "below":
+            return f"{first} is {-estimate:.1f} % [{-high:.1f}, {-low:.1f}] below {second}"
+        word = "above" if self.verdict(1.0) == "above" else "level with"
+        return f"{first} is {word} {second}: {estimate:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
 
 def perplexity_ratio(ours: Sequence[float], other: Sequence[float], tokens: int, confidence: float = 0.95) -> Interval:
     """Perplexity of one model over that of another; 1 is no difference.
@@ -50,6 +58,13 @@ def perplexity_ratio(ours: Sequence[float], other: Sequence[float], tokens: int,
             (difference,), np.mean, confidence_level=confidence, method="percentile", rng=chance
         ).confidence_interval
     return Interval(math.exp(mean), math.exp(found.low), math.exp(found.high), float(test.pvalue))
+
+
+def envelope(draws: Sequence[Interval]) -> Interval:
+    """One interval for several draws of the calibration text: from the lowest end to the highest, so it is clear of a number only
+    where every draw's is. The estimate is the geometric mean; p the largest."""
+    estimate = math.exp(sum(math.log(draw.estimate) for draw in draws) / len(draws))
+    return Interval(estimate, min(d.low for d in draws), max(d.high for d in draws), max(d.p for d in draws))
 
 
 def accuracy_difference(ours: Sequence[bool], other: Sequence[bool], confidence: float = 0.95) -> Interval:

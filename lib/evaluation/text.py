@@ -401,15 +401,21 @@ def _too_short(corpus: Corpus, samples: int, length: int, found: int = 0) -> Val
     )
 
 
+def spread(count: int, some: int | None) -> list[int]:
+    """The positions of `some` windows of `count`, evenly spread over the text; None: all of them."""
+    some = count if some is None else min(some, count)
+    return [i * count // some for i in range(some)]
+
+
 @functools.lru_cache(maxsize=2)
-def train_text(name: str) -> Corpus:
-    """The train split of a corpus, cached: every draw of calibration text needs it, and a hub corpus is large."""
-    return load_corpus(name, "train")
+def calibration_text(name: str, split: str = "train") -> Corpus:
+    """A split of a corpus, cached: every draw of calibration text needs it, and a hub corpus is large."""
+    return load_corpus(name, split)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a calibration set is drawn: corpus (its train split), number and length of samples, seed, sampling rule.
+    """How a calibration set is drawn: corpus, number and length of samples, seed, sampling rule, split of the corpus.
 
     Raises ValueError for values that cannot be.
     """
@@ -419,9 +425,10 @@ class Calibration:
     length: int
     seed: int = 0
     rule: str = "rows"
+    split: str = "train"
 
     def __post_init__(self):
-        check_settings(self, samples=COUNTS, length="[2, inf)", seed=FROM_ZERO, rule=SAMPLING_RULES)
+        check_settings(self, samples=COUNTS, length="[2, inf)", seed=FROM_ZERO, rule=SAMPLING_RULES, split=SPLITS)
 
     def record(self) -> dict:
-        return asdict(self) | {"sha256": train_text(self.corpus).sha256}
+        return asdict(self) | {"sha256": calibration_text(self.corpus, self.split).sha256}

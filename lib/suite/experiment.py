@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from lib.evaluation.benchmark_tasks import files_record
+from lib.evaluation.paired import Interval, perplexity_ratio
 from lib.evaluation.perplexity import perplexity
-from lib.evaluation.text import Calibration, Corpus, sample_blocks, tokens_of, train_text
+from lib.evaluation.text import Calibration, Corpus, calibration_text, sample_blocks, spread, tokens_of, windows
 from lib.evaluation.zero_shot import zero_shot as accuracies
 from lib.models.checkpoint import fingerprint
 from lib.models.load import DTYPES, fast_bfloat16, load
@@ -27,20 +29,23 @@ SIZE_COLUMNS = ("params", "removed_decoder", "removed_model")
 class Protocol:
     """How a notebook run evaluates: held-out text, window length and count, zero-shot tasks and their limit, precision.
 
-    dtype: that of the evaluated copy; empty for the model's own; `auto` for bfloat16 where the device computes it fast.
+    windows: how many, evenly spread over the text; None for all. fewer: how many of these suffice for curves and ablations, again
+    evenly spread; None for as many. dtype: that of the evaluated copy; empty for the model's own; `auto` for bfloat16 where
+    the device computes it fast.
     """
 
     text: Corpus
     length: int
-    windows: int | None = None  # None: all of the text
+    windows: int | None = None
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     dtype: str = ""
+    fewer: int | None = None
 
     def record(self) -> dict:
         return self.text.record() | {
             "dtype": self.dtype,
-            "length": self.length, "windows": self.windows, "tasks": list(self.tasks), "limit": self.limit,
+            "length": self.length, "windows": self.windows, "fewer": self.fewer, "tasks": list(self.tasks), "limit": self.limit,
             "task_files": files_record(self.tasks),
         }  # fmt: skip
 
@@ -54,6 +59,8 @@ class Subject:
         self.evaluated_in = evaluation_dtype(protocol.dtype, device) or self.model.dtype
         self.size: Count = count(self.model)
         self.tokens = tokens_of(protocol.text, self.tokenizer)
+        whole = windows(self.tokens, protocol.length)
+        self.windows = whole[spread(len(whole), protocol.windows)]
         self.fingerprint = fingerprint(self.model)
 
     def record(self) -> dict:
@@ -69,25 +76,39 @@ class Subject:
     def calibration(self, draw: Calibration, samples: int | None = None, seed: int | None = None) -> torch.Tensor:
         """The calibration set [samples, length] of `draw`, or one of another size or seed."""
         generator = torch.Generator().manual_seed(draw.seed if seed is None else seed)
-        text = train_text(draw.corpus)
+        text = calibration_text(draw.corpus, draw.split)
         return sample_blocks(text, self.tokenizer, samples or draw.samples, draw.length, generator, draw.rule)
 
-    def perplexity(self, model: nn.Module) -> dict:
-        model = self.in_evaluation_dtype(model)
-        return perplexity(model, self.tokens, self.protocol.length, self.protocol.windows).record()
+    def perplexity(self, model: nn.Module, full: bool = True) -> dict:
+        """Perplexity of a model made from this subject, on all windows or on `Protocol.fewer` of them.
+
+        On fewer windows it is that of the dense model on all of them times the ratio of both on these, so that all values of a
+        table can be compared: windows differ more in how hard they are than models do.
+        """
+        fewer = None if full else self.protocol.fewer
+        chosen = self.windows[spread(len(self.windows), fewer)]
+        found = perplexity(self.in_evaluation_dtype(model), chosen.flatten(), self.protocol.length).record()
+        if len(chosen) < len(self.windows):
+            dense = [self.dense()["perplexity"]["losses"][i] for i in spread(len(self.windows), fewer)]
+            gain = (sum(found["losses"]) - sum(dense)) / found["tokens"]
+            found["perplexity"] = self.baseline() * math.exp(gain)
+        return found
 
     def in_evaluation_dtype(self, model: nn.Module) -> nn.Module:
         """The model itself, or a copy in the precision that the protocol evaluates in."""
         return model if model.dtype == self.evaluated_in else cast(copy.deepcopy(model), self.evaluated_in)
 
-    def measure(self, model: nn.Module, zero_shot: bool = True) -> dict:
-        """Size, perplexity and, unless told otherwise, zero-shot rows of a model made from this subject."""
+    def measure(self, model: nn.Module, zero_shot: bool = True, full: bool | None = None) -> dict:
+        """Size, perplexity and, unless told otherwise, zero-shot rows of a model made from this subject.
+
+        full: on all windows of the protocol, and not only on `Protocol.fewer`; None: if it also faces the tasks.
+        """
         found, tasks = count(model), self.protocol.tasks if zero_shot else ()
         scored = self.in_evaluation_dtype(model)
         return {
             "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
             "zeros": zero_share(model),
-            "perplexity": self.perplexity(scored),
+            "perplexity": self.perplexity(scored, zero_shot if full is None else full),
             "zero_shot": accuracies(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
         }
 
@@ -99,20 +120,36 @@ class Subject:
         """Perplexity of the dense model, which others are divided by."""
         return self.dense()["perplexity"]["perplexity"]
 
+    def ratio(self, ours: dict, other: dict | None = None) -> Interval:
+        """Perplexity of one cell over that of another, or of the dense model: with its interval, paired over their windows."""
+        cells = [cell["perplexity"]["losses"] for cell in (ours, other or self.dense())]
+        # Cells on fewer windows have theirs among those of the others.
+        few = min(map(len, cells))
+        pairs = [[losses[i] for i in spread(len(losses), few)] for losses in cells]
+        return perplexity_ratio(*pairs, tokens=self.protocol.length - 1)
+
+    def times_dense(self, cell: dict) -> dict:
+        """`ratio` to the dense model, as columns of a table; one window alone has no interval."""
+        if len(self.windows) < 2:
+            return {"times_dense": cell["perplexity"]["perplexity"] / self.baseline(), "low": None, "high": None}
+        found = self.ratio(cell)
+        return {"times_dense": found.estimate, "low": found.low, "high": found.high}
+
     def at_levels(
-        self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, by: Sequence = (), **settings
-    ) -> dict[float, dict]:
+        self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, by: Sequence = (),
+        full: bool | None = None, **settings,
+    ) -> dict[float, dict]:  # fmt: skip
         """One ledger cell per level of a sweep: {level: measured}.
 
         `make(missing)` yields (level, model) for the levels that the ledger lacks, so one calibration serves them all and a
         killed sweep goes on where it stopped. `settings` identify the sweep; by: as in `Results.cell`; quiet: no line for
-        each level.
+        each level; zero_shot, full: as in `measure`.
         """
-        key = self.record() | settings | {"zero_shot": zero_shot, "by": by}
+        key = self.record() | settings | {"zero_shot": zero_shot, "full": zero_shot if full is None else full, "by": by}
         missing = [level for level in levels if self.run.missing(**key, level=level)]
         found = {}
         for level, model in make(missing) if missing else ():
-            found[level] = self.run.cell(lambda model=model: self.measure(model, zero_shot), **key, level=level)
+            found[level] = self.run.cell(lambda model=model: self.measure(model, zero_shot, full), **key, level=level)
             if not quiet:
                 print(f"{self.name} at {level:.0%}: perplexity {found[level]['perplexity']['perplexity']:.2f}", flush=True)
         return {level: found[level] if level in found else self.run.remembered(**key, level=level) for level in levels}
@@ -151,6 +188,7 @@ def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> 
     for ratio, cell in found.items():
         size, value = cell["size"], cell["perplexity"]
         row = {"model": subject.name, "method": method, "ratio": ratio, "perplexity": value["perplexity"]}
+        row |= subject.times_dense(cell)
         row |= {name: size[name] for name in SIZE_COLUMNS} | {"zeros": cell["zeros"]}
         rows.append(row | {"text": subject.protocol.text.name} | {name: value[name] for name in ("windows", "length", "tokens")})
     return rows

@@ -1,0 +1,234 @@
+"""Claims of the papers, each with the measurement that decides it and a verdict that the code computes.
+
+One module for each paper holds its records, `CLAIMS`. A claim says in which range a number must lie; the verdict follows from the
+number's interval alone. `results/claims.md` is written from the committed raw files, and each notebook shows its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lib.evaluation.paired import Interval, accuracy_difference, envelope, perplexity_ratio
+from lib.evaluation.text import spread
+from lib.suite.results import RAW, Results, markdown
+
+PAPERS = ("slicegpt", "svd_llm", "afr", "comp")
+REPRODUCED, CONTRADICTED, UNDECIDED, UNTESTABLE = "reproduced", "contradicted", "undecided", "not testable here"
+
+BELOW = (0.0, 1.0)  # ranges for a ratio
+ABOVE = (1.0, math.inf)
+POSITIVE = (0.0, math.inf)  # for a difference
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of a paper that a number decides.
+
+    where, printed: where it stands and the numbers printed there. number: what is measured here, in words. range: where it must
+    lie for the claim to hold. measure: (evidence, model) -> the number with its interval, or None where this run lacks it.
+    reason: why no run of this suite can decide it; then there is no number.
+    """
+
+    paper: str
+    statement: str
+    where: str
+    printed: str
+    number: str = ""
+    range: tuple[float, float] = BELOW
+    measure: Callable[[Evidence, str], Interval | None] | None = None
+    reason: str = ""
+
+
+class Evidence:
+    """The measurements of one notebook run, found by what identifies them: the records of its ledger or of its `raw.parquet`."""
+
+    def __init__(self, records: Iterable[dict]):
+        self.records = [record for record in records if "model" in record["settings"]]
+
+    @classmethod
+    def of(cls, run: Results) -> Evidence:
+        """What a running notebook has measured so far."""
+        return cls(run.ledger.records[key] for key in run.asked)
+
+    @classmethod
+    def committed(cls, folder: Path) -> Evidence:
+        """What a finished run measured. Raises FileNotFoundError where it keeps no raw file."""
+        rows = pd.read_parquet(folder / RAW).to_dict("records")
+        return cls({"settings": json.loads(row["settings"]), "result": json.loads(row["result"])} for row in rows)
+
+    def models(self) -> list[str]:
+        """The names of the models that were measured, in their order."""
+        return list(dict.fromkeys(record["settings"]["model"] for record in self.records))
+
+    def cells(self, model: str, method: str, level: float | None = None, **settings) -> list[dict]:
+        """Results of the cells of a method at a level whose settings have these values, one for each draw, in their order.
+
+        A setting is given as it stands in the ledger; `draw={"seed": 0}` asks for a part of one. Of two cells of one draw, the
+        one on more windows counts.
+        """
+        wanted = {"model": model, "method": method} | ({} if level is None else {"level": level}) | settings
+        found: dict[str, dict] = {}
+        for record in self.records:
+            own, result = record["settings"], record["result"]
+            if not isinstance(result, dict) or "perplexity" not in result or not _holds(own, wanted):
+                continue
+            draw = json.dumps(own.get("draw"), sort_keys=True)
+            if draw not in found or result["perplexity"]["windows"] > found[draw]["perplexity"]["windows"]:
+                found[draw] = result
+        return list(found.values())
+
+    def result(self, model: str, **settings) -> object | None:
+        """The result of the first cell of a model with these settings, of whatever kind; None where there is none."""
+        wanted = {"model": model} | settings
+        return next((record["result"] for record in self.records if _holds(record["settings"], wanted)), None)
+
+
+def _holds(settings: dict, wanted: dict) -> bool:
+    """Whether settings have the wanted values; a dictionary may have more entries than are wanted of it."""
+    for name, value in wanted.items():
+        own = settings.get(name)
+        if isinstance(value, dict) and isinstance(own, dict):
+            if not _holds(own, value):
+                return False
+        elif own != value:
+            return False
+    return True
+
+
+def paired(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
+    """Perplexity of one method over that of another: paired over windows, and the envelope over their common draws.
+
+    ours, other: cells in the order of their draws; a single one, such as the dense model, stands beside every draw. None where
+    one side lacks cells.
+    """
+    if not ours or not other:
+        return None
+    count = max(len(ours), len(other)) if 1 in (len(ours), len(other)) else min(len(ours), len(other))
+    draws = []
+    for i in range(count):
+        cells = [side[i if len(side) > 1 else 0]["perplexity"] for side in (ours, other)]
+        few = min(len(cell["losses"]) for cell in cells)
+        if few < 2:
+            return None
+        losses = [[cell["losses"][k] for k in spread(len(cell["losses"]), few)] for cell in cells]
+        draws.append(perplexity_ratio(*losses, tokens=cells[0]["length"] - 1))
+    return envelope(draws)
+
+
+def ratio(ours: str, other: str, level: float, other_level: float | None = None, **settings) -> Callable:
+    """The measurement "perplexity of `ours` over that of `other`" at a level, for a `Claim`; `other` may be `dense`."""
+
+    def measure(evidence: Evidence, model: str) -> Interval | None:
+        second = level if other_level is None else other_level
+        against = evidence.cells(model, other) if other == "dense" else evidence.cells(model, other, second, **settings)
+        return paired(evidence.cells(model, ours, level, **settings), against)
+
+    return measure
+
+
+def accuracy(ours: str, other: str, level: float, other_level: float | None = None, **settings) -> Callable:
+    """The measurement "accuracy of `ours` minus that of `other`" over all questions, in points of 100, of the first draw."""
+
+    def measure(evidence: Evidence, model: str) -> Interval | None:
+        second = level if other_level is None else other_level
+        against = evidence.cells(model, other) if other == "dense" else evidence.cells(model, other, second, **settings)
+        sides = [[c for c in cells if c["zero_shot"]] for cells in (evidence.cells(model, ours, level, **settings), against)]
+        if not all(sides):
+            return None
+        right = [[answer for row in side[0]["zero_shot"] for answer in row["correct"]] for side in sides]
+        found = accuracy_difference(*right)
+        return Interval(100 * found.estimate, 100 * found.low, 100 * found.high, found.p)
+
+    return measure
+
+
+def exactly(value: float) -> Interval:
+    """A number that was counted and not measured."""
+    return Interval(value, value, value, 0.0)
+
+
+def judge(found: Interval, wanted: tuple[float, float]) -> str:
+    """The verdict on a claim that a number lies in a range: by where its whole interval lies."""
+    low, high = wanted
+    if low < found.low and found.high < high:
+        return REPRODUCED
+    return CONTRADICTED if found.high <= low or high <= found.low else UNDECIDED
+
+
+def claims_of(paper: str) -> tuple[Claim, ...]:
+    """The claims of one paper."""
+    return importlib.import_module(f"lib.suite.claims.{paper}").CLAIMS
+
+
+def table(paper: str, evidence: Evidence) -> pd.DataFrame:
+    """The claims of a paper judged by one run: a row for each claim and model, and one for each that no run can decide."""
+    rows = []
+    for claim in claims_of(paper):
+        about = {"claim": claim.statement, "where": claim.where, "the paper": claim.printed}
+        if claim.measure is None:
+            rows.append(about | {"model": "any", "here": claim.reason, "verdict": UNTESTABLE})
+        for model in evidence.models() if claim.measure else ():
+            found = claim.measure(evidence, model)
+            if found is not None:
+                rows.append(about | {"model": model, "here": shown(claim, found), "verdict": judge(found, claim.range)})
+    return pd.DataFrame(rows, columns=["claim", "where", "the paper", "model", "here", "verdict"])
+
+
+def shown(claim: Claim, found: Interval) -> str:
+    """A number with its interval, in words."""
+    if found.low == found.high:
+        return f"{claim.number}: {found.estimate:,.4g}"
+    return f"{claim.number}: {found.estimate:,.3f} [{found.low:,.3f}, {found.high:,.3f}]"
+
+
+def show(run: Results) -> pd.DataFrame:
+    """Write the table `claims` of a notebook run, and return it."""
+    rows = table(run.paper, Evidence.of(run)).to_dict("records")
+    return run.table("claims", rows, note="Intervals: 95 %, paired over windows or questions; with several draws, over all of them.")
+
+
+def page(results: Path, profiles: Iterable[str]) -> str:
+    """`results/claims.md`: every claim, judged by every committed run that keeps its raw measurements."""
+    parts, found = [], []
+    for paper in PAPERS:
+        frames = [
+            table(paper, Evidence.committed(results / profile / paper))
+            for profile in profiles
+            if (results / profile / paper / RAW).is_file()
+        ]
+        frame = pd.concat(frames).drop_duplicates() if frames else pd.DataFrame()
+        if len(frame):
+            found.append(frame)
+            parts.append(f"## {paper}\n\n{markdown(frame)}")
+    return TOP + summary(found) + "\n" + "\n".join(parts)
+
+
+def summary(found: Sequence[pd.DataFrame]) -> str:
+    """One line for each model: how many of the claims are reproduced, contradicted, undecided; and how many nothing here decides."""
+    if not found:
+        return ""
+    every = pd.concat(found)
+    decided = every[every.verdict != UNTESTABLE]
+    lines = [f"Of {every.claim.nunique()} claims, {every[every.verdict == UNTESTABLE].claim.nunique()} cannot be tested here."]
+    for model, part in decided.groupby("model", sort=False):
+        counts = part.verdict.value_counts()
+        said = ", ".join(f"{counts.get(v, 0)} {v}" for v in (REPRODUCED, CONTRADICTED, UNDECIDED))
+        lines.append(f"On {model}: {said}.")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+TOP = """# Are the papers' claims true here?
+
+This page is written by `invoke reproduce` from the raw measurements of the committed runs (`lib/suite/claims`); changes made by
+hand are lost. A claim says in which range a number must lie. It is *reproduced* where the whole 95 % interval lies in that range,
+*contradicted* where it lies outside, and *undecided* where it does both. Perplexities are compared over the same windows, accuracies
+over the same questions; where several calibration sets were drawn, the interval covers those of all of them.
+
+"""
