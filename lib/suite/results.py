@@ -6,6 +6,7 @@ through it and closes it. Every file is written whole or not at all.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import json
@@ -116,8 +117,8 @@ class Results:
         self.started = time.time()
         self.asked: dict[str, bool] = {}  # key of each cell -> whether an earlier start has measured it
         self.progress = Progress()
-        notebook = ROOT / "notebooks" / f"{paper}.ipynb"
-        self.modules = notebook_modules(notebook) if notebook.is_file() else None
+        self.notebook = ROOT / "notebooks" / f"{paper}.ipynb"
+        self.modules = notebook_modules(self.notebook) if self.notebook.is_file() else None
 
     def cell(self, compute: Callable[[], object], by: Iterable = (), **settings) -> object:
         """One expensive result (JSON values), computed once per settings, code and package versions.
@@ -163,12 +164,16 @@ class Results:
                 figure.savefig(buffer, format=kind, metadata=metadata, dpi=150, bbox_inches="tight")
             self._write(f"figures/{name}.{kind}", buffer.getvalue())
 
-    def finish(self, parameters: dict) -> dict:
+    def finish(self, values: dict) -> dict:
         """Write `raw.parquet`, every measurement of this run, and `manifest.json`, which says how the files were made.
 
-        That is: parameters, code, packages, machine, and the SHA-256 of every file.
+        That is: parameters, code, packages, machine, and the SHA-256 of every file. values: the variables of the notebook, of which
+        its parameters are recorded; all of them for a run without a notebook in `notebooks`.
         """
         import torch
+
+        names = parameter_names(self.notebook) if self.notebook.is_file() else list(values)
+        parameters = {name: values[name] for name in names}
 
         measured = [self.ledger.records[key] for key in self.asked]
         opened = [record for record in self.ledger.records.values() if "opened" in record["settings"]]
@@ -199,6 +204,14 @@ class Results:
     def _write(self, name: str, data: str | bytes) -> None:
         write_atomically(self.folder / name, data)
         self.files.append(name)
+
+
+def parameter_names(notebook: Path) -> list[str]:
+    """The names that the parameters cell of a notebook assigns, without those of a run: `profile` and `folder`."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    source = "".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])))
+    names = [target.id for line in ast.parse(source).body if isinstance(line, ast.Assign) for target in line.targets]
+    return [name for name in names if name not in ("profile", "folder")]
 
 
 def rounded(value: object) -> str:

@@ -191,7 +191,9 @@ def shown(claim: Claim, found: Interval) -> str:
 def show(run: Results) -> pd.DataFrame:
     """Write the table `claims` of a notebook run, and return it."""
     rows = table(run.paper, Evidence.of(run)).to_dict("records")
-    return run.table("claims", rows, note="Intervals: 95 %, paired over windows or questions; with several draws, over all of them.")
+    return run.table(
+        "claims", rows, note="Intervals: 95 %, paired over windows or questions; with several draws, over all of them."
+    )
 
 
 def page(results: Path, profiles: Iterable[str]) -> str:
