@@ -213,8 +213,8 @@ visible in minutes on two cores. It exists for teaching and testing.
   written to the stream. Large models are trained otherwise, so what follows from flat spectra or from spare neurons here need
   not hold for them.
 - **It knows its training text nearly by heart.** Perplexity there {train_perplexity_bf16:.1f}, on unseen text
-  {validation_perplexity_bf16:.1f} (validation) and {test_perplexity_bf16:.1f} (test). Calibrate a compression on text that the model
-  has not seen: the notebooks use the validation split, and evaluate on the test split.
+  {validation_perplexity_bf16:.1f} (validation) and {test_perplexity_bf16:.1f} (test). Calibrate a compression on text that
+  the model has not seen: the notebooks use the validation split, and evaluate on the test split.
 - **Reached.** Validation loss {validation_loss_bf16:.3f} nats per token with the stored bf16 weights (perplexity
   {validation_perplexity_bf16:.1f}; {vocabulary:,} tokens of byte-level BPE, uniform would be {uniform:.2f}), which is
   {validation_nats_per_character:.3f} nats per character; best of {steps:,} steps: {step:,}. Settings, loss curve and what else
