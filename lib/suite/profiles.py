@@ -111,8 +111,9 @@ def adapter_tokens(p: dict) -> int:
 
 
 def _trained_factors(p: dict) -> int:
-    """SVD-LLM trains the factors of every ratio, and four times more at some; each time first one factor, then the other."""
-    return 2 * (len(p["ratios"]) + 4 * len(p["lora_ratios"]) + 1) * adapter_tokens(p)
+    """SVD-LLM trains both factors: at every ratio, four times more at some, five times for every other draw, and twice more."""
+    trainings = len(p["ratios"]) + 4 * len(p["lora_ratios"]) + 5 * (len(p["seeds"]) - 1) + 2
+    return 2 * trainings * adapter_tokens(p)
 
 
 def _variants(p: dict) -> int:
