@@ -14,7 +14,7 @@ MEASURING = ("lib.suite.experiment",)  # what measures every model
 # What shows numbers and computes none: an edit there makes no measurement stale.
 SHOWING = frozenset(
     f"lib.suite.{name}"
-    for name in ("code", "exercises", "pages", "plots", "published", "results", "runs", "site", "slides", "versions")
+    for name in ("code", "exercises", "pages", "plots", "published", "results", "runs", "site", "slides", "standing", "versions")
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,23 +137,32 @@ class Subject:
         return {"times_dense": found.estimate, "low": found.low, "high": found.high}
 
     def at_levels(
-        self, levels: Sequence[float], make: Callable, zero_shot: bool = True, quiet: bool = False, by: Sequence = (),
-        full: bool | None = None, **settings,
+        self, levels: Sequence[float], make: Callable, zero_shot: bool | Sequence[float] = True, quiet: bool = False,
+        by: Sequence = (), full: bool | Sequence[float] | None = None, **settings,
     ) -> dict[float, dict]:  # fmt: skip
         """One ledger cell per level of a sweep: {level: measured}.
 
         `make(missing)` yields (level, model) for the levels that the ledger lacks, so one calibration serves them all and a
         killed sweep goes on where it stopped. `settings` identify the sweep; by: as in `Results.cell`; quiet: no line for
-        each level; zero_shot, full: as in `measure`.
+        each level; zero_shot, full: as in `measure`, or the levels at which they hold.
         """
-        key = self.record() | settings | {"zero_shot": zero_shot, "full": zero_shot if full is None else full, "by": by}
-        missing = [level for level in levels if self.run.missing(**key, level=level)]
+        asked = {level: _at(level, zero_shot) for level in levels}
+        whole = {level: asked[level] if full is None else _at(level, full) for level in levels}
+        same = self.record() | settings | {"by": by}
+        keys = {level: same | {"level": level, "zero_shot": asked[level], "full": whole[level]} for level in levels}
+        missing = [level for level in levels if self.run.missing(**keys[level])]
         found = {}
         for level, model in make(missing) if missing else ():
-            found[level] = self.run.cell(lambda model=model: self.measure(model, zero_shot, full), **key, level=level)
+            measure = functools.partial(self.measure, model, asked[level], whole[level])
+            found[level] = self.run.cell(measure, **keys[level])
             if not quiet:
                 print(f"{self.name} at {level:.0%}: perplexity {found[level]['perplexity']['perplexity']:.2f}", flush=True)
-        return {level: found[level] if level in found else self.run.remembered(**key, level=level) for level in levels}
+        return {level: found[level] if level in found else self.run.remembered(**keys[level]) for level in levels}
+
+
+def _at(level: float, wanted: bool | Sequence[float]) -> bool:
+    """Whether something holds at a level: everywhere or nowhere, or at the levels that are wanted."""
+    return wanted if isinstance(wanted, bool) else level in wanted
 
 
 def evaluation_dtype(name: str, device: str) -> torch.dtype | None:

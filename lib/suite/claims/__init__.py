@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.evaluation.paired import Interval, accuracy_difference, envelope, perplexity_ratio
-from lib.evaluation.text import spread
+from lib.evaluation.paired import Interval, accuracy_difference
 from lib.suite.results import RAW, Results, markdown
+from lib.suite.standing import paired
 
 PAPERS = ("slicegpt", "svd_llm", "afr", "comp")
 REPRODUCED, CONTRADICTED, UNDECIDED, UNTESTABLE = "reproduced", "contradicted", "undecided", "not testable here"
@@ -100,26 +100,6 @@ def _holds(settings: dict, wanted: dict) -> bool:
         elif own != value:
             return False
     return True
-
-
-def paired(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
-    """Perplexity of one method over that of another: paired over windows, and the envelope over their common draws.
-
-    ours, other: cells in the order of their draws; a single one, such as the dense model, stands beside every draw. None where
-    one side lacks cells.
-    """
-    if not ours or not other:
-        return None
-    count = max(len(ours), len(other)) if 1 in (len(ours), len(other)) else min(len(ours), len(other))
-    draws = []
-    for i in range(count):
-        cells = [side[i if len(side) > 1 else 0]["perplexity"] for side in (ours, other)]
-        few = min(len(cell["losses"]) for cell in cells)
-        if few < 2:
-            return None
-        losses = [[cell["losses"][k] for k in spread(len(cell["losses"]), few)] for cell in cells]
-        draws.append(perplexity_ratio(*losses, tokens=cells[0]["length"] - 1))
-    return envelope(draws)
 
 
 def ratio(ours: str, other: str, level: float, other_level: float | None = None, **settings) -> Callable:

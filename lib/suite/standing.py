@@ -1,0 +1,61 @@
+"""Who leads, and who is level with the first: measured cells of several methods and draws, compared in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lib.evaluation.paired import Interval, envelope, holm, perplexity_ratio
+from lib.evaluation.text import spread
+
+FIRST, LEVEL, BEHIND = "first", "level", "behind"
+SIGNIFICANT = 0.05
+
+
+def paired(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
+    """Perplexity of one method over that of another: paired over windows, and the envelope over their common draws.
+
+    ours, other: cells, as `Subject.measure` makes them, in the order of their draws; a single one, such as the dense model, stands
+    beside every draw of the other side. None where one side has none, or where they have one window.
+    """
+    if not ours or not other:
+        return None
+    count = max(len(ours), len(other)) if 1 in (len(ours), len(other)) else min(len(ours), len(other))
+    draws = []
+    for i in range(count):
+        cells = [side[i if len(side) > 1 else 0]["perplexity"] for side in (ours, other)]
+        few = min(len(cell["losses"]) for cell in cells)
+        if few < 2:
+            return None
+        losses = [[cell["losses"][k] for k in spread(len(cell["losses"]), few)] for cell in cells]
+        draws.append(perplexity_ratio(*losses, tokens=cells[0]["length"] - 1))
+    return envelope(draws)
+
+
+def standings(dense: dict, cells: Mapping[str, Sequence[dict]]) -> list[dict]:
+    """A row for each method, lowest mean first: how it stands to the dense model and to the first.
+
+    cells: {method: its cells, one for each draw}. `relative` is the geometric mean over the draws of the perplexity over that of the
+    dense model, `low` and `high` the interval over windows and draws; `over_first` the same against the first method. A method
+    is `behind` where every draw's interval lies above the first's and its p-value, of all draws the largest, is
+    significant after Holm's correction for the number of methods; otherwise it is `level`.
+    """
+    relative = {method: paired(found, [dense]) for method, found in cells.items()}
+    order = sorted(cells, key=lambda method: relative[method].estimate)
+    against = [paired(cells[method], cells[order[0]]) for method in order[1:]]
+    corrected = holm([found.p for found in against])
+    rows = [{"over_first": 1.0, "over_first_low": 1.0, "over_first_high": 1.0, "p": 1.0, "standing": FIRST}]
+    for found, p in zip(against, corrected, strict=True):
+        behind = found.verdict(1.0) == "above" and p < SIGNIFICANT
+        row = {"over_first": found.estimate, "over_first_low": found.low, "over_first_high": found.high, "p": p}
+        rows.append(row | {"standing": BEHIND if behind else LEVEL})
+    about = [{"method": m, "draws": len(cells[m]), "relative": relative[m].estimate} for m in order]
+    bounds = [{"low": relative[m].low, "high": relative[m].high} for m in order]
+    return [a | b | c for a, b, c in zip(about, bounds, rows, strict=True)]
+
+
+def leaders(rows: Sequence[dict]) -> str:
+    """The outcome in a sentence: the first, and the methods that are level with it."""
+    first, *others = rows
+    level = [row["method"] for row in others if row["standing"] == LEVEL]
+    said = f"{first['method']} has the lowest perplexity, {first['relative']:.3f} times dense [{first['low']:.3f}, {first['high']:.3f}]"
+    return f"{said}; level with it: {', '.join(level) or 'none'}"
