@@ -16,11 +16,16 @@ def comp(ratio, level=0.2, changed="", **settings):
 
 
 def test_a_changed_choice_is_not_mistaken_for_the_method():
-    records = [comp(1.3, changed="metric=C0"), comp(1.1), comp(1.4, changed="tune=False"), record("m", "ShortGPT", 0.2, 1.2)]
+    records = [comp(1.3, changed="metric=C0"), comp(1.1), comp(1.4, changed="tune=False"), record("m", "FPT", 0.2, 1.2)]
     records += [comp(1.5, what="calibration", draw={"seed": 1, "samples": 2})]
-    assert verdicts(records, "ShortGPT") == {"m": REPRODUCED}
+    assert verdicts(records, "FPT") == {"m": REPRODUCED}
     assert verdicts(records, "matrix condition") == {"m": REPRODUCED}
     assert verdicts(records, "Mask tuning") == {"m": REPRODUCED}
+
+
+def test_shortgpt_is_judged_where_whole_blocks_are_of_equal_size():
+    records = [comp(1.1), record("m", "ShortGPT", 0.2, 1.3), comp(1.4, 0.25), record("m", "ShortGPT", 0.25, 1.3)]
+    assert verdicts(records, "At 25 % COMP has lower perplexity than ShortGPT") == {"m": CONTRADICTED}
 
 
 def test_every_draw_counts():

@@ -22,9 +22,9 @@ def comp(evidence: Evidence, model: str, level: float = AT, changed: str = "") -
     return evidence.cells(model, "COMP", level, changed=changed, what=None)
 
 
-def against(rival: str) -> Callable:
-    """Perplexity of COMP over that of a rival at 20 %."""
-    return lambda evidence, model: paired(comp(evidence, model), evidence.cells(model, rival, AT, what=None))
+def against(rival: str, level: float = AT) -> Callable:
+    """Perplexity of COMP over that of a rival at one ratio."""
+    return lambda evidence, model: paired(comp(evidence, model, level), evidence.cells(model, rival, level, what=None))
 
 
 def between(level: float, ours: str, other: str) -> Callable:
@@ -78,13 +78,13 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     *(
         claim(
-            f"At 20 % COMP has lower perplexity than {rival}",
+            f"At {100 * level:.0f} % COMP has lower perplexity than {rival}",
             SUMMARY,
             NAMED,
             f"perplexity of COMP over that of {rival}",
-            against(rival),
+            against(rival, level),
         )
-        for rival in ("ShortGPT", "SliceGPT", "FPT")
+        for rival, level in (("ShortGPT", SPLIT), ("SliceGPT", AT), ("FPT", AT))  # ShortGPT: whole blocks
     ),
     claim(
         "Blocks first and then neurons is better than neurons alone",
