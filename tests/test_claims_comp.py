@@ -1,6 +1,6 @@
 """The claims of COMP find their cells among those of the notebook and judge them by their numbers."""
 
-from lib.suite.claims import CONTRADICTED, REPRODUCED, UNDECIDED, Evidence
+from lib.suite.claim import CONTRADICTED, REPRODUCED, UNDECIDED, Evidence
 from lib.suite.claims import table as judged
 from tests.test_claims_slicegpt import record
 

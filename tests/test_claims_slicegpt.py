@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from lib.suite.claims import CONTRADICTED, REPRODUCED, UNDECIDED, UNTESTABLE, Evidence, table
-from lib.suite.claims.slicegpt import CLAIMS, share
+from lib.suite.claim import CONTRADICTED, REPRODUCED, UNDECIDED, UNTESTABLE, Evidence
+from lib.suite.claims import table
+from lib.suite.claims_slicegpt import CLAIMS, share
 
 LENGTH = 256
 WINDOWS = np.random.default_rng(0).normal(3.5, 0.3, 60) * (LENGTH - 1)

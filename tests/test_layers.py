@@ -9,13 +9,13 @@ import pytest
 LIB = Path(__file__).parent.parent / "lib"
 # From the ground up: a module imports from its own floor and those before it. "" is the root of lib.
 FLOORS = ("primitives", "evaluation", "papers", "baselines", "models", "", "suite")
-FILES = sorted(path for path in LIB.rglob("*.py") if path.name != "__init__.py" or path.parent.name == "claims")
+FILES = sorted(path for path in LIB.rglob("*.py") if path.name != "__init__.py")
 HEAVY = {("evaluation.zero_shot", "evaluation.shared_context")}  # imported in a function because it imports lm-eval, in seconds
 LONGEST, MOST = 60, 9  # lines of a function; its parameters
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(LIB).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(LIB).with_suffix("").parts)
 
 
 MODULES = {name_of(path) for path in FILES}
@@ -37,7 +37,7 @@ def imported(path: Path) -> list[tuple[str, bool]]:
 
 
 def floor(module: str) -> int:
-    return FLOORS.index(module.rpartition(".")[0].removesuffix(".claims"))
+    return FLOORS.index(module.rpartition(".")[0])
 
 
 def edges() -> set[tuple[str, str]]:
@@ -47,7 +47,7 @@ def edges() -> set[tuple[str, str]]:
 def test_every_import_is_of_a_module_that_is_there():
     assert len(edges()) > 150
     assert {module for _, module in edges()} <= MODULES
-    assert {path.parent.name for path in FILES} == {"lib", *FLOORS[:-2], "suite", "claims"}
+    assert {path.parent.name for path in FILES} == {"lib", *FLOORS[:-2], "suite"}
 
 
 def test_imports_run_only_downwards():

@@ -53,7 +53,8 @@ def rows_at_a_glance() -> list[str]:
             frame = frame[frame.method.isin(shown)]
         for row in frame[frame.ratio.isin(ratios) | (frame.method == "dense")].itertuples():
             label = row.method if row.method == "dense" or "2:4" in row.method else f"{row.method}, {row.ratio:.0%}"
-            cells = [row.model, label, f"{row.perplexity:.2f}", f"{row.params:,}", f"{100 * row.removed_model:.1f} %"]
+            times = f"{row.times_dense:.3f}" + (f" [{row.low:.3f}, {row.high:.3f}]" if row.method != "dense" else "")
+            cells = [row.model, label, f"{row.perplexity:.2f}", times, f"{row.params:,}", f"{100 * row.removed_model:.1f} %"]
             rows.append("| " + " | ".join(cells) + " |")
     return rows
 
@@ -61,18 +62,27 @@ def rows_at_a_glance() -> list[str]:
 def equal_sizes_at_a_glance() -> list[str]:
     """The rows of the README's table: perplexity over dense of every method, at two real sizes of three models."""
 
-    def shown(value: float) -> str:
-        if pd.isna(value):
-            return "n/a"
+    def digits(value: float) -> str:
         if value < 1e5:
             return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
         return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
-    frame = at_equal_size()
+    def shown(method: str, model: str, size: float) -> tuple[float, str]:
+        mean = means[(means.method == method) & (means.model == model) & (means["size"] == size)]
+        if len(mean):
+            value, mark = mean.relative.iloc[0], "" if mean.standing.iloc[0] == "behind" else "**"
+            return value, f"{mark}{digits(value)}{mark}"
+        row = frame[(frame.method == method) & (frame.model == model) & (frame["size"] == size)]
+        if not len(row):
+            return float("inf"), "n/a"
+        value, removed = row.relative.iloc[0], row.removed_decoder.iloc[0]
+        return value, digits(value) + (f" ({100 * removed:.0f} %)" if abs(removed - size) >= 0.015 else "")
+
+    frame, means = at_equal_size(), pd.read_csv(RESULTS / "workshop/compare/tables/standing.csv")
     columns = [(model, size) for model in ("wiki-a-llama", "wiki-a-opt", "gemma-3-270m") for size in (0.2, 0.5)]
-    table = frame.pivot(index="method", columns=["model", "size"], values="relative")[columns].dropna(how="all")
-    ordered = table.sort_values(columns[0])
-    return [f"| {method} | {' | '.join(map(shown, row))} |" for method, row in zip(ordered.index, ordered.values, strict=True)]
+    methods = [method for method in frame.method.unique() if method != "dense"]
+    ordered = sorted(methods, key=lambda method: shown(method, *columns[0])[0])
+    return [f"| {method} | {' | '.join(shown(method, *column)[1] for column in columns)} |" for method in ordered]
 
 
 def at_equal_size(table: str = "pareto") -> pd.DataFrame:
@@ -121,7 +131,7 @@ def test_every_committed_run_is_listed():
 
 def test_committed_pages_are_those_that_reproduce_writes():
     found = pages.pages(ROOT)
-    assert list(found) == ["README.md", "results/README.md"]
+    assert list(found) == ["README.md", "results/README.md", "results/claims.md"]
     for name, text in found.items():
         assert text == read(name), f"{name} is not what `invoke reproduce` would write"
 
@@ -136,17 +146,19 @@ def copy(tmp_path):
 
 
 def test_pages_follow_the_tables(copy):
-    assert pages.write_pages(copy) == "pages: results/README.md written from the tables"
+    assert pages.write_pages(copy) == "pages: results/README.md and results/claims.md written from the tables"
     assert pages.write_pages(copy) == "pages: up to date with the tables"
     assert (copy / "results/README.md").read_text() == read("results/README.md")
-    table = copy / "results/workshop/compare/tables/pareto.csv"
+    table = copy / "results/workshop/compare/tables/standing.csv"
     frame = pd.read_csv(table)
-    frame.loc[(frame.model == "wiki-a-opt") & (frame.method == "COMP") & (frame["size"] == 0.5), "relative"] = 1234.5
+    changed_row = (frame.model == "wiki-a-opt") & (frame.method == "SVD") & (frame["size"] == 0.5)
+    frame.loc[changed_row, "relative"] = 1234.5
     frame.to_csv(table, index=False)
     assert pages.write_pages(copy) == "pages: README.md written from the tables"
     before, after = read("README.md").splitlines(), (copy / "README.md").read_text().splitlines()
     (changed,) = [new for old, new in zip(before, after, strict=True) if old != new]
-    assert changed == "| COMP | 1.02 | 1.69 | 1.09 | 1,234 | 2.44 | 13.23 |"
+    assert changed.startswith("| SVD | ")
+    assert changed.split(" | ")[4] == "1,234"
 
 
 def test_pages_stay_where_a_table_is_missing(copy):
@@ -202,29 +214,23 @@ def test_readme_has_one_picture():
     assert (ROOT / picture).is_file()
 
 
-def test_what_the_readme_says_of_the_small_models():
-    """COMP among the first four methods at every size, and the three other papers never better than sixth."""
-    text = " ".join(read("README.md").split())
-    assert "On each small model COMP is among the first four methods at each of five sizes from 10 to 50 %, and none of" in text
-    assert "the other three papers is ever better than sixth." in text
-    frame = at_equal_size()
-    frame = frame[frame.model.isin(["wiki-a-llama", "wiki-a-opt"]) & (frame.method != "dense")]
-    assert sorted(frame["size"].unique()) == [0.1, 0.2, 0.3, 0.4, 0.5]
-    place = frame.assign(place=frame.groupby(["model", "size"]).relative.rank()).set_index("method").place
-    assert len(place["COMP"]) == 10
-    assert place["COMP"].max() <= 4
-    assert place[["SliceGPT", "SVD-LLM (W)", "SVD-LLM (W+U)", "Structured AFR"]].min() >= 6
-
-
-def test_what_the_readme_says_of_gemma():
-    """CFSP first at every size: in the first draw, which the table shows, and in the mean of all draws."""
-    text = " ".join(read("README.md").split())
-    assert "On Gemma 3 270M a rival that needs one forward pass, CFSP, leads at every size." in text
-    frame, winners = at_equal_size(), at_equal_size("winners")
-    frame = frame[(frame.model == "gemma-3-270m") & (frame.method != "dense")].reset_index()
-    first = frame.loc[frame.groupby("size").relative.idxmin()]
-    assert list(first["size"]) == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert set(first.method) == set(winners[winners.model == "gemma-3-270m"]["first"]) == {"CFSP"}
+def test_readme_says_who_leads_and_how_many_claims_hold():
+    """The sentences below the table are those of the standings; the counts above it are those of the page of claims."""
+    text, claims = read("README.md"), read("results/claims.md")
+    means = pd.read_csv(RESULTS / "workshop/compare/tables/standing.csv")
+    for (model, size), part in means.groupby(["model", "size"], sort=False):
+        first, level = part.iloc[0], part[part.standing == "level"].method
+        said = (
+            f"- {model}, {100 * size:.0f} % removed: {first.method} has the lowest perplexity, {first.relative:.3f} times dense ["
+        )
+        (line,) = [line for line in text.splitlines() if line.startswith(said)]
+        assert line.endswith(f"level with it: {', '.join(level) or 'none'}.")
+    for verdict in ("reproduced", "contradicted", "undecided"):
+        for model in ("wiki-a-llama", "wiki-a-opt"):
+            (line,) = [line for line in text.splitlines() if line.startswith(f"- On {model}: ")]
+            rows = [row for row in claims.splitlines() if f"| {model} |" in row and row.endswith(f"| {verdict} |")]
+            assert re.search(rf"\b{len(rows)} {verdict}\b", line), (line, len(rows))
+    assert len({row.split("|")[1] for table in tables_of(claims) for row in table[2:]}) >= 25
 
 
 def test_only_slicegpt_on_gemma_is_missing():

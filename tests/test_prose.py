@@ -13,10 +13,11 @@ from lib.suite.results import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 
-# What is no statement about a measurement: code, formulas, links, tags, names of models and papers, numbers of tables and sections.
+# What is no statement about a measurement: code, formulas, links, tags, names of models and papers, places in papers and pages.
+PLACES = "[Tt]ables?|[Ff]igures?|[Ss]ections?|[Ee]quations?|[Tt]heorem|[Ee]xercise|[Aa]ppendix|[Cc]ells?"
 NOT_PROSE = re.compile(
     r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|<[^>]*>|arXiv:? ?\d{4}\.\d{4,5}|\d{4}\.\d{5}"
-    r"|(?:[Tt]ables?|[Ff]igures?|[Ss]ections?|[Ee]quations?|[Tt]heorem|[Ee]xercise|[Aa]ppendix|[Cc]ells?)\s+[\d.]+(?:(?:,| and| to)\s+[\d.]+)*"
+    rf"|(?:{PLACES})\s+[\d.]+(?:(?:,| and| to)\s+[\d.]+)*"
     r"|[A-Z][\w.]*-[\w.]*\d[\w.]*(?:-[\w.]+)*|\b\d:\d\b|\[\d+\]",
     re.S,
 )

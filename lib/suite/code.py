@@ -14,7 +14,25 @@ MEASURING = ("lib.suite.experiment",)  # what measures every model
 # What shows numbers and computes none: an edit there makes no measurement stale.
 SHOWING = frozenset(
     f"lib.suite.{name}"
-    for name in ("code", "exercises", "pages", "plots", "published", "results", "runs", "site", "slides", "standing", "versions")
+    for name in (
+        "claim",
+        "claims",
+        "claims_afr",
+        "claims_comp",
+        "claims_slicegpt",
+        "claims_svd_llm",
+        "code",
+        "exercises",
+        "pages",
+        "plots",
+        "published",
+        "results",
+        "runs",
+        "site",
+        "slides",
+        "standing",
+        "versions",
+    )  # fmt: skip
 )
 
 

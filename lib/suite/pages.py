@@ -15,8 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 from lib.papers.afr import PAPER
-from lib.suite.plots import front_picture
-from lib.suite.results import markdown, write_atomically
+from lib.suite import claims
+from lib.suite.plots import NEAR, front_picture
+from lib.suite.results import RAW, markdown, write_atomically
+from lib.suite.standing import BEHIND, leaders
 
 SHOWN = {"workshop": "The two embedded models", "gemma-3-270m": "Gemma 3 270M"}  # profiles whose results are committed
 PAPERS = {
@@ -90,8 +92,9 @@ def write_pages(root: Path) -> str:
 def sources() -> list[str]:
     """The files that the pages are made of, as paths from the root of the project."""
     tables = [f"results/{profile}/compare/tables/pareto.csv" for profile in SHOWN]
+    tables += ["results/workshop/compare/tables/standing.csv"]
     tables += [f"results/workshop/{part.paper}/tables/perplexity.csv" for part in PARTS]
-    return ["README.md", *tables]
+    return ["README.md", *tables, *(f"results/workshop/{paper}/{RAW}" for paper in claims.CLAIMS)]
 
 
 def pages(root: Path) -> dict[str, str]:
@@ -100,9 +103,11 @@ def pages(root: Path) -> dict[str, str]:
     around = re.escape(BEGIN) + ".*?" + re.escape(END)
     if len(re.findall(around, front, re.S)) != 1:
         raise ValueError(f"README.md needs one place for its table, between these two lines:\n{BEGIN}\n{END}")
-    table = f"{BEGIN}\n{equal_sizes(root / 'results')}{END}"
+    results = root / "results"
+    judged = claims.judged(results, SHOWN)
+    table = f"{BEGIN}\n{claims.summary(judged)}\n{equal_sizes(results)}{END}"
     front = re.sub(around, lambda _: table, front, flags=re.S)
-    return {"README.md": front, "results/README.md": results_page(root / "results")}
+    return {"README.md": front, "results/README.md": results_page(results), "results/claims.md": claims.page(judged)}
 
 
 def _replace(path: Path, text: str) -> bool:
@@ -117,17 +122,37 @@ def _replace(path: Path, text: str) -> bool:
 
 
 def equal_sizes(results: Path) -> str:
-    """Perplexity over that of the dense model for every method, at two real sizes of three models, and where it comes from."""
-    frame = pd.concat([pd.read_csv(results / profile / "compare" / "tables" / "pareto.csv") for profile in SHOWN])
+    """Perplexity over that of the dense model for every method, at two real sizes of three models, and where it comes from.
+
+    Means over the draws where a comparison has drawn several; in bold what is not told apart from the lowest.
+    """
+    tables = [results / profile / "compare" / "tables" for profile in SHOWN]
+    standing = pd.concat([pd.read_csv(table / "standing.csv") for table in tables if (table / "standing.csv").is_file()])
+    once = pd.concat([pd.read_csv(table / "pareto.csv") for table in tables])
+    once = once[once["size"].isin(SIZES)].set_index(["method", "model", "size"])
+    over = standing.set_index(["method", "model", "size"])
     columns = [(model, size) for model in MODELS for size in SIZES]
-    values = frame.pivot(index="method", columns=["model", "size"], values="relative")[columns].dropna(how="all")
-    values = values.sort_values(columns[0])
-    shown = values.map(relative).reset_index()
+    values = over.relative.combine_first(once.relative)
+    cells = pd.Series({key: _cell(value, key, once, over) for key, value in values.items()}).unstack([1, 2])[columns]
+    order = values.unstack([1, 2])[columns[0]].sort_values().index
+    shown = cells.loc[order].fillna("n/a").reset_index(names="method")
     heads = {size: f"{100 * size:.0f} %" for size in SIZES}
     shown.columns = ["method", *(f"{MODELS[m]}, {heads[s]}" if s == SIZES[0] else heads[s] for m, s in columns)]
     source = " and ".join(f"`results/{profile}/compare/tables/pareto.csv`" for profile in SHOWN)
     made = " and ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
-    return f"{markdown(shown)}\nFrom {source},\nmade by {made}.\n"
+    said = [
+        f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}."
+        for (model, size), part in standing.groupby(["model", "size"], sort=False)
+    ]
+    return f"{markdown(shown)}\n" + "\n".join(said) + f"\n\nFrom {source},\nmade by {made}.\n"
+
+
+def _cell(value: float, key: tuple[str, str, float], once: pd.DataFrame, over: pd.DataFrame) -> str:
+    """One value of the table: in bold where it is not behind the lowest, with the size in brackets where that is another one."""
+    if key in over.index:
+        return relative(value) if over.standing[key] == BEHIND else f"**{relative(value)}**"
+    removed = once.removed_decoder[key]
+    return relative(value) + ("" if abs(removed - key[2]) < NEAR else f" ({100 * removed:.0f} %)")
 
 
 def relative(value: float) -> str:
@@ -180,15 +205,14 @@ def paper_table(results: Path, part: Part) -> str:
             "model": row.model,
             "method": row.method if row.method == "dense" or "2:4" in row.method else f"{row.method}, {row.ratio:.0%}",
             "perplexity": f"{row.perplexity:.2f}",
+            "times dense": f"{row.times_dense:.3f}" + (f" [{row.low:.3f}, {row.high:.3f}]" if row.method != "dense" else ""),
             "parameters": row.params,
             "removed": f"{100 * row.removed_model:.1f} %",
         }
         for row in frame.itertuples()
     ]
-    windows, length = frame.windows.iloc[0], frame.length.iloc[0]
-    made = (
-        f"The first {windows} windows of {length} tokens. From [`{name}`]({name}), made by `{command('workshop', part.paper)}`."
-    )
+    windows, length = frame.windows.max(), frame.length.iloc[0]
+    made = f"{windows} windows of {length} tokens. From [`{name}`]({name}), made by `{command('workshop', part.paper)}`."
     return f"### {part.title}\n\n{part.words}\n\n{markdown(pd.DataFrame(rows))}\n{made}\n"
 
 
@@ -199,14 +223,21 @@ The comparison of all methods at equal size is in the [README of the project](..
 
 The results of one notebook are in `results/<profile>/<paper>`: the executed notebook, `tables` (`.csv` at full precision, `.md`
 rounded and with a note on how the numbers were measured), `figures` (`.svg` and `.png`) and `manifest.json`, which records
-parameters, code, package versions, machine, and the checksum of every file. `invoke site` makes a website of them. What the
-methods do to Gemma 3 270M, and where that differs from the small models, is described in
-[`gemma-3-270m`](gemma-3-270m/README.md). The papers' own models are run with the other [profiles](../notebooks/params/README.md).
+parameters, code, package versions, machine, and the checksum of every file. `raw.parquet`, in the runs of the present code, holds
+every measurement with the settings that identify it: the summed loss of each window, and of each question whether it was
+answered correctly and by what margin. `lib.evaluation.paired` makes intervals of them, and `invoke reproduce --reuse` starts
+from them where the code that computed them is unchanged. `invoke site` makes a website of the results.
+
+[Which claims of the papers are true here](claims.md) is judged from these files. What the methods do to Gemma 3 270M, and where
+that differs from the small models, is described in [`gemma-3-270m`](gemma-3-270m/README.md). The papers' own models are run with
+the other [profiles](../notebooks/params/README.md).
 """
 
 TABLES = """## One table of each paper
 
-Perplexity on the held-out Wikipedia text, for the two embedded models. `removed` is the share of all parameters of the model
-that is gone, which is another number than the slicing level or the ratio of a method. The two models are tiny. The notebooks
-discuss what they show about large ones and what they do not.
+Perplexity on the held-out Wikipedia text, for the two embedded models. `times dense` divides it by that of the dense model, with
+the 95 % interval of this ratio over the windows, in which both models read the same text; how a method varies with its
+calibration set is not in it. `removed` is the share of all parameters of the model that is gone, which is another number than
+the slicing level or the ratio of a method. The two models are tiny. The notebooks discuss what they show about large ones and
+what they do not.
 """

@@ -167,8 +167,8 @@ class Results:
     def finish(self, values: dict) -> dict:
         """Write `raw.parquet`, every measurement of this run, and `manifest.json`, which says how the files were made.
 
-        That is: parameters, code, packages, machine, and the SHA-256 of every file. values: the variables of the notebook, of which
-        its parameters are recorded; all of them for a run without a notebook in `notebooks`.
+        That is: parameters, code, packages, machine, and the SHA-256 of every file. values: the variables of the
+        notebook, of which its parameters are recorded; all of them for a run without a notebook in `notebooks`.
         """
         import torch
 

@@ -14,8 +14,8 @@ SIGNIFICANT = 0.05
 def paired(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
     """Perplexity of one method over that of another: paired over windows, and the envelope over their common draws.
 
-    ours, other: cells, as `Subject.measure` makes them, in the order of their draws; a single one, such as the dense model, stands
-    beside every draw of the other side. None where one side has none, or where they have one window.
+    ours, other: cells, as `Subject.measure` makes them, in the order of their draws; a single one, such as the dense model,
+    stands beside every draw of the other side. None where one side has none, or where they have one window.
     """
     if not ours or not other:
         return None
@@ -34,10 +34,10 @@ def paired(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
 def standings(dense: dict, cells: Mapping[str, Sequence[dict]]) -> list[dict]:
     """A row for each method, lowest mean first: how it stands to the dense model and to the first.
 
-    cells: {method: its cells, one for each draw}. `relative` is the geometric mean over the draws of the perplexity over that of the
-    dense model, `low` and `high` the interval over windows and draws; `over_first` the same against the first method. A method
-    is `behind` where every draw's interval lies above the first's and its p-value, of all draws the largest, is
-    significant after Holm's correction for the number of methods; otherwise it is `level`.
+    cells: {method: its cells, one for each draw}. `relative` is the geometric mean over the draws of the perplexity over that of
+    the dense model, `low` and `high` the interval over windows and draws; `over_first` the same against the first method. A
+    method is `behind` where the interval of every draw lies above the first's, and its p-value, of all draws the largest,
+    is significant after Holm's correction for the number of methods; otherwise it is `level`.
     """
     relative = {method: paired(found, [dense]) for method, found in cells.items()}
     order = sorted(cells, key=lambda method: relative[method].estimate)
@@ -57,5 +57,5 @@ def leaders(rows: Sequence[dict]) -> str:
     """The outcome in a sentence: the first, and the methods that are level with it."""
     first, *others = rows
     level = [row["method"] for row in others if row["standing"] == LEVEL]
-    said = f"{first['method']} has the lowest perplexity, {first['relative']:.3f} times dense [{first['low']:.3f}, {first['high']:.3f}]"
-    return f"{said}; level with it: {', '.join(level) or 'none'}"
+    value = f"{first['relative']:.3f} times dense [{first['low']:.3f}, {first['high']:.3f}]"
+    return f"{first['method']} has the lowest perplexity, {value}; level with it: {', '.join(level) or 'none'}"

@@ -208,6 +208,13 @@ visible in minutes on two cores. It exists for teaching and testing.
 
 - **Text.** The train split of `wiki-a`, the sample Wikipedia dump that ships with gensim (`lib/evaluation/text.py`). Wikipedia
   text is licensed CC BY-SA; so are these weights.
+- **Trained** for {steps:,} steps of {batch} sequences of {context} tokens, which is {epochs:.0f} times through the text: Muon on
+  the matrices in the blocks, which keeps their singular values alike, AdamW on the rest, dropout {dropout} on everything that is
+  written to the stream. Large models are trained otherwise, so what follows from flat spectra or from spare neurons here need
+  not hold for them.
+- **It knows its training text nearly by heart.** Perplexity there {train_perplexity_bf16:.1f}, on unseen text
+  {validation_perplexity_bf16:.1f} (validation) and {test_perplexity_bf16:.1f} (test). Calibrate a compression on text that
+  the model has not seen: the notebooks use the validation split, and evaluate on the test split.
 - **Reached.** Validation loss {validation_loss_bf16:.3f} nats per token with the stored bf16 weights (perplexity
   {validation_perplexity_bf16:.1f}; {vocabulary:,} tokens of byte-level BPE, uniform would be {uniform:.2f}), which is
   {validation_nats_per_character:.3f} nats per character; best of {steps:,} steps: {step:,}. Settings, loss curve and what else
@@ -229,11 +236,14 @@ def describe(name: str, model, tokenizer, recipe: Recipe, curve: list[dict], thr
     ids, held_out_ids = tokens_of(train_text, tokenizer), tokens_of(held_out, tokenizer)
     best = min(curve, key=lambda point: point["validation_loss"])
     rounded = validation_loss(model.float(), windows(held_out_ids, CONTEXT))
+    test_ids = tokens_of(load_corpus("wiki-a", "test"), tokenizer)
+    losses = {part: validation_loss(model, windows(text, CONTEXT)) for part, text in (("train", ids), ("test", test_ids))}
     reached = {
         "validation_loss_bf16": round(rounded, 4),
         "validation_perplexity_bf16": round(math.exp(rounded), 2),
         "validation_nats_per_character": round(rounded * len(held_out_ids) / len(held_out.text), 4),
-    }
+        "epochs": round(recipe.steps * recipe.batch * CONTEXT / len(ids), 1),
+    } | {f"{part}_perplexity_bf16": round(math.exp(loss), 2) for part, loss in losses.items()}
     return {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),

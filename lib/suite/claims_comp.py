@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from lib.evaluation.paired import Interval
-from lib.suite.claims import BELOW, POSITIVE, Claim, Evidence, accuracy, paired
+from lib.suite.claim import BELOW, POSITIVE, Claim, Evidence, accuracy
+from lib.suite.standing import paired
 
 AT = 0.2  # the abstract's ratio
 SPLIT = 0.25  # a whole number of blocks of the embedded models, so that blocks alone can reach it

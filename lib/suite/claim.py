@@ -1,26 +1,21 @@
-"""Claims of the papers, each with the measurement that decides it and a verdict that the code computes.
-
-One module for each paper holds its records, `CLAIMS`. A claim says in which range a number must lie; the verdict follows from the
-number's interval alone. `results/claims.md` is written from the committed raw files, and each notebook shows its own.
-"""
+"""What a claim of a paper is, the measurements that can decide it, and how a verdict follows from a number's interval."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from lib.evaluation.paired import Interval, accuracy_difference
-from lib.suite.results import RAW, Results, markdown
+from lib.suite.results import RAW, Results
 from lib.suite.standing import paired
 
-PAPERS = ("slicegpt", "svd_llm", "afr", "comp")
-REPRODUCED, CONTRADICTED, UNDECIDED, UNTESTABLE = "reproduced", "contradicted", "undecided", "not testable here"
+VERDICTS = REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
+UNTESTABLE = "not testable here"
 
 BELOW = (0.0, 1.0)  # ranges for a ratio
 ABOVE = (1.0, math.inf)
@@ -142,75 +137,8 @@ def judge(found: Interval, wanted: tuple[float, float]) -> str:
     return CONTRADICTED if found.high <= low or high <= found.low else UNDECIDED
 
 
-def claims_of(paper: str) -> tuple[Claim, ...]:
-    """The claims of one paper."""
-    return importlib.import_module(f"lib.suite.claims.{paper}").CLAIMS
-
-
-def table(paper: str, evidence: Evidence) -> pd.DataFrame:
-    """The claims of a paper judged by one run: a row for each claim and model, and one for each that no run can decide."""
-    rows = []
-    for claim in claims_of(paper):
-        about = {"claim": claim.statement, "where": claim.where, "the paper": claim.printed}
-        if claim.measure is None:
-            rows.append(about | {"model": "any", "here": claim.reason, "verdict": UNTESTABLE})
-        for model in evidence.models() if claim.measure else ():
-            found = claim.measure(evidence, model)
-            if found is not None:
-                rows.append(about | {"model": model, "here": shown(claim, found), "verdict": judge(found, claim.range)})
-    return pd.DataFrame(rows, columns=["claim", "where", "the paper", "model", "here", "verdict"])
-
-
 def shown(claim: Claim, found: Interval) -> str:
     """A number with its interval, in words."""
     if found.low == found.high:
         return f"{claim.number}: {found.estimate:,.4g}"
     return f"{claim.number}: {found.estimate:,.3f} [{found.low:,.3f}, {found.high:,.3f}]"
-
-
-def show(run: Results) -> pd.DataFrame:
-    """Write the table `claims` of a notebook run, and return it."""
-    rows = table(run.paper, Evidence.of(run)).to_dict("records")
-    return run.table(
-        "claims", rows, note="Intervals: 95 %, paired over windows or questions; with several draws, over all of them."
-    )
-
-
-def page(results: Path, profiles: Iterable[str]) -> str:
-    """`results/claims.md`: every claim, judged by every committed run that keeps its raw measurements."""
-    parts, found = [], []
-    for paper in PAPERS:
-        frames = [
-            table(paper, Evidence.committed(results / profile / paper))
-            for profile in profiles
-            if (results / profile / paper / RAW).is_file()
-        ]
-        frame = pd.concat(frames).drop_duplicates() if frames else pd.DataFrame()
-        if len(frame):
-            found.append(frame)
-            parts.append(f"## {paper}\n\n{markdown(frame)}")
-    return TOP + summary(found) + "\n" + "\n".join(parts)
-
-
-def summary(found: Sequence[pd.DataFrame]) -> str:
-    """One line for each model: how many of the claims are reproduced, contradicted, undecided; and how many nothing here decides."""
-    if not found:
-        return ""
-    every = pd.concat(found)
-    decided = every[every.verdict != UNTESTABLE]
-    lines = [f"Of {every.claim.nunique()} claims, {every[every.verdict == UNTESTABLE].claim.nunique()} cannot be tested here."]
-    for model, part in decided.groupby("model", sort=False):
-        counts = part.verdict.value_counts()
-        said = ", ".join(f"{counts.get(v, 0)} {v}" for v in (REPRODUCED, CONTRADICTED, UNDECIDED))
-        lines.append(f"On {model}: {said}.")
-    return "\n".join(f"- {line}" for line in lines) + "\n"
-
-
-TOP = """# Are the papers' claims true here?
-
-This page is written by `invoke reproduce` from the raw measurements of the committed runs (`lib/suite/claims`); changes made by
-hand are lost. A claim says in which range a number must lie. It is *reproduced* where the whole 95 % interval lies in that range,
-*contradicted* where it lies outside, and *undecided* where it does both. Perplexities are compared over the same windows, accuracies
-over the same questions; where several calibration sets were drawn, the interval covers those of all of them.
-
-"""
