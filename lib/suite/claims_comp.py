@@ -56,7 +56,7 @@ SUMMARY = "a summary of the paper"
 NAMED = "names only; no number was at hand"
 CLAIMS: tuple[Claim, ...] = (
     claim(
-        "At 20 % COMP is more accurate than LLM-Pruner",
+        "At 20 % COMP is more accurate than LLM-Pruner.",
         "abstract",
         "+6.13 % on LLaMA-2-7B; points or percent is not said",
         "accuracy of COMP minus that of LLM-Pruner, points",
@@ -64,14 +64,14 @@ CLAIMS: tuple[Claim, ...] = (
         POSITIVE,
     ),
     claim(
-        "At 20 % COMP has lower perplexity than LLM-Pruner with its own 640 tokens",
+        "At 20 % COMP has lower perplexity than LLM-Pruner with its own 640 tokens.",
         "abstract, in other words",
         "+6.13 % accuracy",
         "perplexity of COMP over that of LLM-Pruner",
         against("LLM-Pruner"),
     ),
     claim(
-        "At 20 % COMP has lower perplexity than LLM-Pruner that reads the same text",
+        "At 20 % COMP has lower perplexity than LLM-Pruner that reads the same text.",
         "abstract, in other words",
         "+6.13 % accuracy",
         "perplexity of COMP over that of LLM-Pruner, all text",
@@ -79,7 +79,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     *(
         claim(
-            f"At {100 * level:.0f} % COMP has lower perplexity than {rival}",
+            f"At {100 * level:.0f} % COMP has lower perplexity than {rival}.",
             SUMMARY,
             NAMED,
             f"perplexity of COMP over that of {rival}",
@@ -88,35 +88,35 @@ CLAIMS: tuple[Claim, ...] = (
         for rival, level in (("ShortGPT", SPLIT), ("SliceGPT", AT), ("FPT", AT))  # ShortGPT: whole blocks
     ),
     claim(
-        "Blocks first and then neurons is better than neurons alone",
+        "Blocks first and then neurons is better than neurons alone.",
         "title and abstract",
         "no number was at hand",
         "perplexity of the hybrid over that of neurons alone, at 25 %",
         between(SPLIT, "", "rho=0.0"),
     ),
     claim(
-        "Blocks first and then neurons is better than blocks alone",
+        "Blocks first and then neurons is better than blocks alone.",
         "title and abstract",
         "no number was at hand",
         "perplexity of the hybrid over that of blocks alone, at 25 %",
         between(SPLIT, "", "rho=1.0"),
     ),
     claim(
-        "Mask tuning helps",
+        "Mask tuning helps.",
         "abstract",
         "no number was at hand",
         "perplexity with tuning over that without",
         between(AT, "", "tune=False"),
     ),
     claim(
-        "The matrix condition chooses better neurons than magnitude does",
+        "The matrix condition chooses better neurons than magnitude does.",
         "abstract",
         "no number was at hand",
         "perplexity with C1 in sequence over that with C0, both tuned",
         between(AT, "", "metric=C0"),
     ),
     claim(
-        "Pruning needs 80 % less memory than LLM-Pruner",
+        "Pruning needs 80 % less memory than LLM-Pruner.",
         "abstract",
         "80 %; what was counted is not said",
         "share of LLM-Pruner's peak with all gradients that is saved, beyond the weights",
@@ -125,14 +125,14 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "comp",
-        "The pruned model needs less memory and time at inference in some cases",
+        "The pruned model needs less memory and time at inference in some cases.",
         SUMMARY,
         "no numbers",
         reason="no number, device or model is stated that a measurement could be held against",
     ),
     Claim(
         "comp",
-        "It works on several architectures",
+        "It works on several architectures.",
         SUMMARY,
         "no numbers",
         reason="neither the models nor a measure of working are stated; the other rows are given for each model here",

@@ -98,21 +98,21 @@ def claim(statement: str, where: str, printed: str, number: str, measure: Callab
 
 CLAIMS: tuple[Claim, ...] = (
     claim(
-        "At 25 % slicing the perplexity is below that of SparseGPT 2:4",
+        "At 25 % slicing the perplexity is below that of SparseGPT 2:4.",
         "Table 1",
         "Llama-2-7B: 7.24 against 8.69; so for all Llama-2",
         "perplexity of SliceGPT 25 % over SparseGPT 2:4",
         against_sparse(0.25),
     ),
     claim(
-        "At 30 % slicing the perplexity is still below that of SparseGPT 2:4",
+        "At 30 % slicing the perplexity is still below that of SparseGPT 2:4.",
         "Table 1",
         "OPT-6.7B: 12.51 against 13.00; so for all OPT but 2.7B",
         "perplexity of SliceGPT 30 % over SparseGPT 2:4",
         against_sparse(0.3),
     ),
     claim(
-        "Perplexity rises with the slicing level",
+        "Perplexity rises with the slicing level.",
         "Table 1",
         "Llama-2-7B: 5.89 at 10 %, 8.12 at 30 %",
         "perplexity at 30 % over that at 10 %",
@@ -120,7 +120,7 @@ CLAIMS: tuple[Claim, ...] = (
         ABOVE,
     ),
     claim(
-        "25 % slicing keeps 90 % of the dense model's zero-shot accuracy",
+        "25 % slicing keeps 90 % of the dense model's zero-shot accuracy.",
         "abstract",
         "99 % for Llama-2-70B and OPT-66B, 90 % for Phi-2",
         "share of the dense accuracy at 25 %",
@@ -128,7 +128,7 @@ CLAIMS: tuple[Claim, ...] = (
         (0.9, math.inf),
     ),
     claim(
-        "30 % slicing keeps 90 % of the dense model's zero-shot accuracy",
+        "30 % slicing keeps 90 % of the dense model's zero-shot accuracy.",
         "section 4",
         "every model; but Llama-2-7B has 51.5 of 69.0 in Table 7",
         "share of the dense accuracy at 30 %",
@@ -136,7 +136,7 @@ CLAIMS: tuple[Claim, ...] = (
         (0.9, math.inf),
     ),
     claim(
-        "Eigendecompositions in float32 make the perplexity worse",
+        "Eigendecompositions in float32 make the perplexity worse.",
         "Table 4 against Table 5",
         "Llama-2-70B at 25 %: 7.01 against 4.89",
         "perplexity with float32 over that with float64",
@@ -144,28 +144,28 @@ CLAIMS: tuple[Claim, ...] = (
         ABOVE,
     ),
     claim(
-        "More calibration sequences help",
+        "More calibration sequences help.",
         "Figure 7, Table 5 against Table 1",
         "Llama-2-7B at 25 %: 7.56 with 128 sequences, 7.24 with 1,024",
         "perplexity with the most sequences over that with the fewest",
         extremes("calibration size", "samples"),
     ),
     claim(
-        "Longer calibration sequences help",
+        "Longer calibration sequences help.",
         "Figure 7",
         "a figure",
         "perplexity with the longest sequences over the shortest, with equal tokens",
         extremes("calibration length", "length"),
     ),
     claim(
-        "Widths that vary with the spectrum help OPT",
+        "Widths that vary with the spectrum help OPT.",
         "Table 6",
         "OPT-6.7B at 25 %: 11.94 against 12.10",
         "perplexity with varying widths over that with constant ones, of equal size",
         between({"level": 0.25, "what": "schedule"}, {"level": 0.25}, "opt"),
     ),
     claim(
-        "Widths that vary with the spectrum hurt Llama-2",
+        "Widths that vary with the spectrum hurt Llama-2.",
         "Table 6",
         "Llama-2-7B at 25 %: 7.63 against 6.84",
         "perplexity with varying widths over that with constant ones, of equal size",
@@ -173,14 +173,14 @@ CLAIMS: tuple[Claim, ...] = (
         ABOVE,
     ),
     claim(
-        "Recovery fine-tuning helps Llama models",
+        "Recovery fine-tuning helps Llama models.",
         "Tables 7 and 9",
         "Llama-2-7B at 25 %: 55.5 to 56.2 % accuracy",
         "perplexity after recovery over that before it, at 25 %",
         between({"level": 0.25, "method": "SliceGPT + recovery"}, {"level": 0.25, "draw": {"seed": 0}}, "llama"),
     ),
     claim(
-        "Recovery fine-tuning does not help the accuracy of OPT models",
+        "Recovery fine-tuning does not help the accuracy of OPT models.",
         "Figure 6",
         "no setting was found that helps",
         "accuracy after recovery over that before it, at 25 %",
@@ -188,7 +188,7 @@ CLAIMS: tuple[Claim, ...] = (
         (0.0, 1.0),
     ),
     claim(
-        "A random orientation of the kept subspace changes nothing",
+        "A random orientation of the kept subspace changes nothing.",
         "Theorem 1",
         "equal",
         "perplexity with a random orientation over that without",
@@ -196,7 +196,7 @@ CLAIMS: tuple[Claim, ...] = (
         (0.999, 1.001),
     ),
     claim(
-        "Without a rotation the perplexity explodes",
+        "Without a rotation the perplexity explodes.",
         "section 4",
         "thousands after a few columns, where the dense model has about 5 to 30",
         "perplexity with a tenth of the unrotated coordinates deleted over the dense one",
@@ -204,7 +204,7 @@ CLAIMS: tuple[Claim, ...] = (
         (100.0, math.inf),
     ),
     claim(
-        "25 % slicing removes 25 % of the parameters, embeddings included",
+        "25 % slicing removes 25 % of the parameters, embeddings included.",
         "abstract",
         "25 %",
         "share of the parameters removed, counted",
@@ -212,7 +212,7 @@ CLAIMS: tuple[Claim, ...] = (
         (0.245, 0.255),
     ),
     claim(
-        "Llama-2-70B has about 51.6 billion parameters at 30 %",
+        "Llama-2-70B has about 51.6 billion parameters at 30 %.",
         "section 4",
         "51.6 billion",
         "billions of parameters, counted",
@@ -220,7 +220,7 @@ CLAIMS: tuple[Claim, ...] = (
         (51.1, 52.1),
     ),
     claim(
-        "Phi-2 has about 2.2 billion parameters at 25 %",
+        "Phi-2 has about 2.2 billion parameters at 25 %.",
         "section 4",
         "2.2 of 2.8 billion",
         "billions of parameters, counted",
@@ -228,7 +228,7 @@ CLAIMS: tuple[Claim, ...] = (
         (2.15, 2.25),
     ),
     claim(
-        "OPT-125M at 20 % has the number of parameters that the released code's tests state",
+        "OPT-125M at 20 % has the number of parameters that the released code's tests state.",
         "the released code",
         "147,250,880",
         "parameters counted here, minus those",
@@ -237,21 +237,21 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "slicegpt",
-        "A token takes less time: 16 to 17 % less on RTX6000, 11 to 13 % on A100, at 25 %",
+        "A token takes less time: 16 to 17 % less on RTX6000, 11 to 13 % on A100, at 25 %.",
         "Table 2",
         "OPT-66B: 237 to 204 ms, 114 to 102 ms",
         reason=NO_GPU,
     ),
     Claim(
         "slicegpt",
-        "Throughput grows by up to 1.55 at 25 %, and a 70B model at 50 % needs one card instead of two",
+        "Throughput grows by up to 1.55 at 25 %, and a 70B model at 50 % needs one card instead of two.",
         "Table 11",
         "Llama-2-70B: 541 to 839 tokens a second",
         reason=NO_GPU,
     ),
     Claim(
         "slicegpt",
-        "Slicing and recovery of a 7B model take little more than an hour on one card",
+        "Slicing and recovery of a 7B model take little more than an hour on one card.",
         "Table 3",
         "Llama-2-7B: 44 and 23 minutes",
         reason=NO_GPU,
