@@ -92,10 +92,10 @@ def test_settings_reach_the_method():
 
 
 def test_llm_pruner_reads_more_sequences_in_the_memory_of_one():
-    few, many = (measure("llm-pruner", 0.2, SHAPE, samples, 64, {"samples": None})["peak"] for samples in (2, 40))
+    few, many = (measure("llm-pruner", 0.2, SHAPE, samples, 64, {"samples": None})["peak"] for samples in (2, 160))
     if few is None:
         pytest.skip("this system has no counter of peak memory")
-    assert many < 1.1 * few
+    assert many < 2 * few  # 80 times the text; an allocator wastes more or less
 
 
 def test_an_error_of_the_process_is_passed_on():
