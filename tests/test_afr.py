@@ -13,6 +13,7 @@ from lib.primitives.cost import count
 from lib.primitives.gradients import summed
 from lib.primitives.structured import ffn_widths, kv_groups, remove_groups, remove_neurons, uniform
 from lib.primitives.surgery import shape_shell
+from lib.suite import claims
 from lib.suite.architectures import meta_model
 from tests.conftest import relative, tiny, token_ids
 
@@ -458,6 +459,25 @@ def test_llm_pruner_on_llama_3_8b_leaves_the_sizes_of_the_reference():
         heads = llm_pruner.choose([torch.zeros(n) for n in kv_groups(model)], ratio, llm_pruner.protected(32), whole=True)
         small = remove_groups(remove_neurons(shape_shell(model), keep, inplace=True), heads, inplace=True)
         assert count(small).params == params
+
+
+def test_counted_claims_of_the_paper():
+    """Sizes are the printed ones; of two sizes in memory one is: 13.81 GB for 13.08."""
+    verdicts = {}
+    for claim in claims.claims_of("afr"):
+        if claim.measure is not None and claim.where == "Table 4":
+            found = claim.measure(claims.Evidence([{"settings": {"model": "tiny"}}]), "tiny")
+            verdicts[claim.printed] = claims.judge(found, claim.range)
+    contradicted = {"13.08 GB"}
+    assert verdicts.keys() == {"6.90 billion", "5.21 billion", "13.08 GB", "10.42 GB"}
+    assert {printed for printed, verdict in verdicts.items() if verdict == claims.CONTRADICTED} == contradicted
+    assert {v for printed, v in verdicts.items() if printed not in contradicted} == {claims.REPRODUCED}
+
+
+def test_claims_quote_the_paper():
+    printed = [claim.printed for claim in claims.claims_of("afr")]
+    assert "mean accuracy of five tasks, recomputed: absolute + GMM 61.38, LoRAP 60.27" in printed
+    assert "mean accuracy of five tasks, recomputed: absolute + GMM 42.84, LoRAP 38.75" in printed
 
 
 def test_settings_are_plain_values():
