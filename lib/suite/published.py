@@ -190,6 +190,9 @@ def afr_average(ratio: float, method: str) -> float:
     return sum(row) / len(row)
 
 
+# Figure 2: the range of one layer's scores on Llama-3-8B before and after clipping.
+AFR_FIGURE_2_RANGES = (12687, 48.8)
+
 # Table 4: parameters, "VRAM" in GB and milliseconds per sample (hardware and batch size are not stated). 16.06 and 10.42 are two
 # bytes per parameter in decimal GB; 13.08 at 20 % is not: 6.90e9 x 2 is 13.80, and two digits look swapped.
 AFR_TABLE_4 = {
