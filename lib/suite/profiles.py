@@ -124,11 +124,11 @@ def _variants(p: dict) -> int:
 def _scored_by_gradients(p: dict) -> int:
     """Tokens that AFR and its rivals take gradients of; AFR of two scalars, and twice where mixtures clip single sequences.
 
-    For each calibration set: the default, the same on memorised text, one sum, one preset. Then variants, and LLM-Pruner at
+    For each calibration set: the default, the same on memorised text, one sum. Then a preset, variants, and LLM-Pruner at
     every ratio.
     """
-    per_set = 4 + 4 + 2 + 4
-    return (per_set * _sets(p) + 2 * _variants(p) + 7 + len(p["ratios"])) * p["samples"] * p["length"]
+    own = (4 + 4 + 2) * _sets(p) + 4 + 2 * _variants(p)
+    return (own + 7 + len(p["ratios"])) * p["samples"] * p["length"]
 
 
 def _sets(p: dict) -> int:
@@ -137,9 +137,9 @@ def _sets(p: dict) -> int:
 
 
 def _on_first_model(p: dict) -> int:
-    """Models that AFR's notebook makes of the first dense model alone: variants, four aggregations of two sums and of two presets
-    (one has a fifth), and four on memorised text."""
-    return (_variants(p) + 21 * _sets(p)) * len(p["ratios"])
+    """Models that AFR's notebook makes of the first dense model alone: variants, four aggregations of two sums and on memorised
+    text for each calibration set, and those of two presets, of which one has a fifth."""
+    return (_variants(p) + 12 * _sets(p) + 9) * len(p["ratios"])
 
 
 def _masks_and_adapters(p: dict) -> int:
