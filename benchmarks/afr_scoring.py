@@ -2,8 +2,8 @@
 
     python -m benchmarks.afr_scoring [hidden size] [blocks]
 
-The model is a random Llama with the proportions of Llama-3-8B. The signed scores of the whole calibration set are kept
-(`sum3`); of the gradients, only one is in memory at a time.
+The model is a random Llama with the proportions of Llama-3-8B. With `sum_grad` the signed scores of the whole calibration set
+are kept (`sum3`); of the gradients, only one is in memory at a time.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ OF_BLOCKS = "the blocks' parameters"  # the ratio is the size itself, so no sear
 OF_MATRICES = "the matrices' parameters"
 OF_NEURONS = "the FFN neurons"
 OF_INNER = "the neurons and groups of every inner block"
+OF_UNITS = "the neurons and groups of every block"
 OF_COMPETING = "the parameters of the units that compete"
 OF_HALVES = "the parameters of every attention, and of the neurons of every FFN"
 OF_STREAM = "the stream's directions"
@@ -159,7 +160,11 @@ METHODS: dict[str, Method] = {
             "lorap", lorap.sweep, lorap.Settings, "ranks of attention, FFN neurons", OF_HALVES, TEXT, "LoRAP, arXiv 2404.09695",
             THIS_SUITE, lorap.shape, takes=(UNEQUAL, FACTORED_ATTENTION),
         ),
-        neuron_method("wanda-sp", wanda.sweep_neurons, NoSettings, TEXT, "Wanda-sp, arXiv 2312.11983"),
+        neuron_method("wanda-sp", wanda.sweep_neurons, NoSettings, TEXT, "Wanda-sp without heads, as in CFSP, arXiv 2409.13199"),
+        Method(
+            "wanda-sp-heads", wanda.sweep_units, NoSettings, "FFN neurons and groups of heads", OF_UNITS, TEXT,
+            "Wanda-sp, arXiv 2312.11983", EQUAL_WIDTHS, wanda.shape,
+        ),
         neuron_method("magnitude-neurons", magnitude.sweep_neurons, magnitude.Settings, NOTHING, "a control"),
         neuron_method("random-neurons", random_neurons.sweep, random_neurons.Settings, NOTHING, "a control"),
     )

@@ -13,11 +13,12 @@ from lib.primitives.cost import count
 from lib.primitives.gradients import summed
 from lib.primitives.structured import ffn_widths, kv_groups, remove_groups, remove_neurons, uniform
 from lib.primitives.surgery import shape_shell
+from lib.suite import claims
 from lib.suite.architectures import meta_model
 from tests.conftest import relative, tiny, token_ids
 
 IDS = token_ids(4, 16)
-SNIP = afr.Settings(scores=("snip",))
+SNIP = afr.Settings(accumulation="sum_grad", scores=("snip",))
 
 
 def matrices(model, block=0):
@@ -106,14 +107,22 @@ def test_aggregations_from_first_principles(family, accumulation, vector):
     found = afr.neuron_scores(model, IDS, plain, settings)
     draws = {"sum_grad": [IDS], "per_sample": IDS.split(1), "one_sample": [IDS[:1]]}[accumulation]
     expected = {name: 0.0 for name in plain}
-    for ids in draws:
+
+    def vectors_of(ids):
         maps = summed(model, ids, names[1], scores=("refer",))["refer"]
         parts = [maps[name] for name in names[1][:-1]] + [maps[names[1][-1]].T]
-        vectors = {
-            "sum3": [sum(parts)], "pooled": [torch.cat(parts, 1)], "per_matrix": parts, "down_only": parts[-1:],
-        }[vector]  # fmt: skip
-        for x in vectors:
-            clipped, m = mixtures.clipped(x), x.shape[1]
+        return {"sum3": [sum(parts)], "pooled": [torch.cat(parts, 1)], "per_matrix": parts, "down_only": parts[-1:]}[vector]
+
+    # The mixtures of the sums say how many scores are outlying: with several sequences, too.
+    tails = [mixtures.low_density_tails(x, mixtures.fit(x)) for x in vectors_of(torch.cat(list(draws)))]
+    for ids in draws:
+        for x, (left, right) in zip(vectors_of(ids), tails, strict=True):
+            m = x.shape[1]
+            clipped = x.clone()
+            for row, (low, high) in enumerate(zip(left.tolist(), right.tolist(), strict=True)):
+                order = x[row].argsort()
+                clipped[row, order[:low]] = x[row, order[max(low - 1, 0)]]
+                clipped[row, order[m - high :]] = x[row, order[m - max(high, 1)]]
             ordered, one, two = x.sort(1).values, int(0.01 * m), int(0.02 * m)
             inner = x.clamp(ordered[:, one, None], ordered[:, m - one - 1, None])
             values = [
@@ -161,7 +170,7 @@ def test_standardising_weights_before_neurons(stage):
         flat = torch.stack([v.abs() if stage == "weight_abs" else v for v in values])
         total.append((flat - flat.mean()) / flat.std(correction=0))
     expected = (total[0] + total[1]).mean(-1).abs()
-    found = afr.scores(model, IDS, ["absolute only"], afr.Settings(stage=stage))["absolute only"]
+    found = afr.scores(model, IDS, ["absolute only"], afr.Settings(stage=stage, accumulation="sum_grad"))["absolute only"]
     order = afr.standardise([e[0] for e in expected])
     assert max(relative(a, b) for a, b in zip(found, order, strict=True)) < 1e-6
 
@@ -196,16 +205,18 @@ def test_many_settings_share_their_backward_passes(monkeypatch):
     """What each gives alone, from one run for each way to stream and to add up."""
     model, ids = tiny("llama"), token_ids()
     changes = {
-        "base": {"aggregation": "absolute only"},
-        "simple": {"aggregation": "simple mean"},
-        "one score": {"aggregation": "absolute only", "scores": ("snip",)},
-        "ranks": {"aggregation": "absolute only", "z": "rank", "snip_power": 2},
-        "weights": {"aggregation": "absolute only", "stage": "weight_signed"},
-        "weights of one score": {"aggregation": "simple mean", "stage": "weight_abs", "scores": ("refer",)},
-        "per sample": {"aggregation": "absolute only", "accumulation": "per_sample"},
-        "one score per sample": {"aggregation": "simple mean", "accumulation": "per_sample", "scores": ("refer",)},
+        "base": {"aggregation": "absolute only", "accumulation": "sum_grad"},
+        "simple": {"aggregation": "simple mean", "accumulation": "sum_grad"},
+        "one score": {"aggregation": "absolute only", "accumulation": "sum_grad", "scores": ("snip",)},
+        "ranks": {"aggregation": "absolute only", "accumulation": "sum_grad", "z": "rank", "snip_power": 2},
+        "weights": {"aggregation": "absolute only", "accumulation": "sum_grad", "stage": "weight_signed"},
+        "weights of one score": {
+            "aggregation": "simple mean", "accumulation": "sum_grad", "stage": "weight_abs", "scores": ("refer",),
+        },
+        "per sample": {"aggregation": "absolute only"},
+        "one score per sample": {"aggregation": "simple mean", "scores": ("refer",)},
         "tokens": {"aggregation": "absolute only", "view": "token"},
-    }
+    }  # fmt: skip
     alone = {name: afr.scores(model, ids, [c["aggregation"]], afr.Settings(**c))[c["aggregation"]] for name, c in changes.items()}
     runs, real = [], afr.each_vector
     monkeypatch.setattr(afr, "each_vector", lambda *a, **k: runs.append(a) or real(*a, **k))
@@ -289,7 +300,7 @@ def test_llama_3_8b_has_the_papers_sizes(ratio, params):
         ({"snip_power": 3}, "unknown snip_power"),
         ({"allocation": "best"}, "unknown allocation"),
         ({"allocation": "global", "protect": (0,)}, "uniform"),
-        ({"stage": "weight_signed", "accumulation": "per_sample"}, "sum_grad"),
+        ({"stage": "weight_signed"}, "sum_grad"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -389,13 +400,42 @@ def test_vector_and_absolute_only_differ_by_where_the_absolute_value_is():
     assert relative(up.sum(1), down.sum(0)) < 1e-9
 
 
-def test_llm_pruner_block_range_and_counts():
+def test_llm_pruner_reads_the_whole_batch_sequence_by_sequence(monkeypatch, exact_norms):
+    """The same score as from one backward pass of all of it, with one sequence in memory at a time."""
+    model, ids = tiny("llama"), token_ids(6, 12)
+    names = half_names(model)[1]
+    for name in names:
+        model.get_submodule(name).weight.requires_grad_()
+    logits = model(ids).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    effects = [layer.weight.detach() * layer.weight.grad for layer in map(model.get_submodule, names)]
+    model.zero_grad()
+    seen, real = [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: seen.append(len(k["input_ids"])) or real(self, *a, **k))
+    for importance, reduce in (("first", lambda e, d: e.abs().sum(d)), ("vector", lambda e, d: e.sum(d).abs())):
+        gate, up, down = (reduce(effect, 0 if i == 2 else 1) for i, effect in enumerate(effects))
+        assert relative(llm_pruner.unit_scores(model, ids, importance)[1], gate + up + down) < 1e-9
+    assert set(seen) == {1}
+
+
+def test_llm_pruner_keeps_six_blocks_of_32_whole():
     assert llm_pruner.protected(32) == [0, 1, 2, 3, 30, 31]
+    assert llm_pruner.protected(18) == [0, 1, 17]
     assert llm_pruner.protected(8) == [0, 7]
+    assert llm_pruner.protected(3) == [0]
+    assert llm_pruner.protected(2) == []
+    for blocks in range(1, 200):
+        spared = llm_pruner.protected(blocks)
+        assert abs(len(spared) - 6 / 32 * blocks) <= 0.5
+        assert len(set(spared)) == len(spared) < blocks
+        assert abs(sum(block >= blocks / 2 for block in spared) - len(spared) / 3) <= 0.5
+
+
+def test_llm_pruner_block_range_and_counts():
     model = tiny("llama")
     small = llm_pruner.prune(model, IDS, 0.5, samples=2, length=8)
-    assert ffn_widths(small) == [48, 24, 48]
-    assert kv_groups(small) == [2, 1, 2]
+    assert ffn_widths(small) == [48, 24, 24]
+    assert kv_groups(small) == [2, 1, 1]
     assert kv_groups(llm_pruner.prune(model, IDS, 0.4)) == [2, 2, 2]  # 0.4 of 2 groups is none
     assert kv_groups(llm_pruner.prune(model, IDS, 0.5, attention=False)) == [2, 2, 2]
     assert ffn_widths(llm_pruner.prune(model, IDS, 0.5, attention=False, protect=())) == [24] * 3
@@ -419,6 +459,25 @@ def test_llm_pruner_on_llama_3_8b_leaves_the_sizes_of_the_reference():
         heads = llm_pruner.choose([torch.zeros(n) for n in kv_groups(model)], ratio, llm_pruner.protected(32), whole=True)
         small = remove_groups(remove_neurons(shape_shell(model), keep, inplace=True), heads, inplace=True)
         assert count(small).params == params
+
+
+def test_counted_claims_of_the_paper():
+    """Sizes are the printed ones; of two sizes in memory one is: 13.81 GB for 13.08."""
+    verdicts = {}
+    for claim in claims.claims_of("afr"):
+        if claim.measure is not None and claim.where == "Table 4":
+            found = claim.measure(claims.Evidence([{"settings": {"model": "tiny"}}]), "tiny")
+            verdicts[claim.printed] = claims.judge(found, claim.range)
+    contradicted = {"13.08 GB"}
+    assert verdicts.keys() == {"6.90 billion", "5.21 billion", "13.08 GB", "10.42 GB"}
+    assert {printed for printed, verdict in verdicts.items() if verdict == claims.CONTRADICTED} == contradicted
+    assert {v for printed, v in verdicts.items() if printed not in contradicted} == {claims.REPRODUCED}
+
+
+def test_claims_quote_the_paper():
+    printed = [claim.printed for claim in claims.claims_of("afr")]
+    assert "mean accuracy of five tasks, recomputed: absolute + GMM 61.38, LoRAP 60.27" in printed
+    assert "mean accuracy of five tasks, recomputed: absolute + GMM 42.84, LoRAP 38.75" in printed
 
 
 def test_settings_are_plain_values():

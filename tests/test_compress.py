@@ -22,8 +22,8 @@ SETTINGS = {
 ONCE = {
     "svd-llm": (svd_llm, "truncated"), "svd": (low_rank, "factor"), "fwsvd": (low_rank, "factor"), "asvd": (low_rank, "factor"),
     "afr": (afr, "scores"), "fpt": (fpt, "mask_gradients"), "llm-pruner": (llm_pruner, "unit_scores"), "cfsp": (cfsp, "scores"),
-    "flap": (flap, "scores"), "wanda-sp": (wanda, "neuron_scores"), "comp": (comp, "layer_scores"),
-    "shortgpt": (shortgpt, "layer_scores"),
+    "flap": (flap, "scores"), "wanda-sp": (wanda, "neuron_scores"), "wanda-sp-heads": (wanda, "unit_scores"),
+    "comp": (comp, "layer_scores"), "shortgpt": (shortgpt, "layer_scores"),
 }  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def test_bad_ratios_fail_before_the_work(method, monkeypatch):
         ("slicegpt", {}), ("slicegpt", {"schedule": [99] * 7}), ("slicegpt-stock", {}), ("slicegpt-global", {}), ("svd-llm", {}),
         ("svd-llm", {"allocation": "loss"}), ("svd-llm", {"order": "compressed"}), ("svd", {}), ("fwsvd", {}), ("asvd", {}),
         ("asvd", {"search": True}), ("afr", {}), ("llm-pruner", {}), ("fpt", {}), ("comp", {}), ("flap", {}), ("lorap", {}),
-        ("flap", {"attention": False}), ("wanda-sp", {}), ("magnitude-neurons", {}), ("random-neurons", {}),
+        ("flap", {"attention": False}), ("wanda-sp", {}), ("wanda-sp-heads", {}), ("magnitude-neurons", {}),
+        ("random-neurons", {}),
     ],
 )  # fmt: skip
 def test_ratios_that_leave_nothing_fail_before_the_work(method, values, monkeypatch):

@@ -194,9 +194,31 @@ def test_removed_neurons_are_masked_neurons(family):
     assert relative(logits(cfsp.prune(model, token_ids(), 0.4)), masked(model, kept)) < EXACT
     plain = [score.argsort(descending=True)[:36].sort().values for score in wanda.neuron_scores(model, token_ids())]
     assert relative(logits(only(wanda.sweep_neurons(model, token_ids(), [0.25]))), masked(model, plain)) < EXACT
+    both = wanda.unit_scores(model, token_ids())
+    assert all(torch.equal(a, b) for a, b in zip(both[0], wanda.neuron_scores(model, token_ids()), strict=True))
     plain = [score.argsort(descending=True)[:36].sort().values for score in magnitude.neuron_scores(model)]
     assert relative(logits(only(magnitude.sweep_neurons(model, None, [0.25]))), masked(model, plain)) < EXACT
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.5, 1), (0.4, 2)])  # 0.4 of two groups is none
+def test_wanda_sp_with_heads_removes_the_groups_of_least_weight_times_input(ratio, left):
+    model = tiny("llama")  # 4 query heads of 12, 2 groups
+    kept = []
+    for w, x in zip(writers(model, "attention"), inputs_of(model, "attention", lambda n: n.writer), strict=True):
+        of_channel = [(w[:, c].abs().mean() * x[:, c].square().mean().sqrt()).item() for c in range(48)]
+        groups = torch.tensor([sum(of_channel[:24]), sum(of_channel[24:])])
+        kept.append(groups.argsort(descending=True)[:left].sort().values)
+    found = wanda.unit_scores(model, token_ids())
+    small = only(wanda.sweep_units(model, token_ids(), [ratio]))
+    assert all(torch.equal(a, b) for a, b in zip(wanda.kept_groups(found[1], ratio), kept, strict=True))
+    assert kv_groups(small) == [left] * LAYERS
+    without = only(wanda.sweep_neurons(model, token_ids(), [ratio]))
+    assert ffn_widths(small) == ffn_widths(without)
+    channels = [(keep[:, None] * 24 + torch.arange(24)).flatten() for keep in kept]
+    assert relative(logits(small), masked(without, channels, half="attention")) < EXACT
+    shape = wanda.shape(model, ratio)
+    assert (ffn_widths(shape), kv_groups(shape)) == (ffn_widths(small), kv_groups(small))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -317,6 +339,7 @@ PRUNERS = {
     "flap": lambda m, r: flap.prune(m, token_ids(), r),
     "lorap": lambda m, r: lorap.prune(m, token_ids(), r),
     "wanda-sp": lambda m, r: only(wanda.sweep_neurons(m, token_ids(), [r])),
+    "wanda-sp-heads": lambda m, r: only(wanda.sweep_units(m, token_ids(), [r])),
     "magnitude": lambda m, r: only(magnitude.sweep_neurons(m, None, [r])),
     "random": lambda m, r: only(random_neurons.sweep(m, None, [r])),
 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks.svd_llm_sweep import working_bytes
-from lib.baselines import asvd, fwsvd, svd
+from lib.baselines import asvd, drone, fwsvd, svd
 from lib.models.checkpoint import export
 from lib.papers import svd_llm
 from lib.papers.svd_llm import Settings, block_grams, compress_model, original_roots, recover_factors, spectra, sweep
@@ -1075,3 +1075,31 @@ def test_add_gram_sees_every_token_once():
         relative(total, block_grams(stream, LAYERS - 1).inputs[tuple(f"model.layers.2.mlp.{n}_proj" for n in ("gate", "up"))])
         < 1e-12
     )
+
+
+# --- DRONE -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(12, 12), (7, 12), (20, 12)])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_drone_and_whitening_reach_the_same_minimum(size, k):
+    """Two routes to one optimum: with all inputs in memory, and from their Gram matrix alone; and the tail of WX's spectrum."""
+    w, x = normal(*size), correlated_inputs(size[1], 100)
+    u, v = drone.truncate(w, x, k)
+    assert (u.shape, v.shape) == ((size[0], k), (k, size[1]))
+    assert relative(u @ v, whitened(w, x, k)) < 1e-6
+    minimum = torch.linalg.svdvals(w @ x)[k:].square().sum().sqrt()
+    assert abs(loss(w, u @ v, x) / minimum - 1) < 1e-9
+
+
+def test_drone_with_fewer_tokens_than_channels_and_a_dead_channel():
+    w, x = normal(20, 12), normal(12, 8, seed=1)
+    x[3] = 0.0
+    u, v = drone.truncate(w, x, 5)
+    minimum = torch.linalg.svdvals(w @ x)[5:].square().sum().sqrt()
+    assert abs(loss(w, u @ v, x) / minimum - 1) < 1e-9
+    assert torch.isfinite(u @ v).all()
+    with pytest.raises(ValueError, match="no rank 9 here: the weights have rank 12 and the inputs 8"):
+        drone.truncate(w, x, 9)
+    with pytest.raises(ValueError, match="no rank 0"):
+        drone.truncate(w, x, 0)

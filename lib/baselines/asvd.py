@@ -2,6 +2,10 @@
 
 A matrix W is truncated by the SVD of W S with S = diag(mean_t |X_jt|^α). Ranks are uniform, or chosen by the paper's
 search: truncate one matrix at a time, note the perplexity, and cut where it rises least.
+
+What differs from the authors' code: decompositions are exact, not random; the search leaves the LM head out, among its
+candidates and in the budget, because the ratio counts the matrices of the blocks for every method here; trials are ordered by the
+mean loss, in which they have the order of their perplexities.
 """
 
 from __future__ import annotations
@@ -68,8 +72,7 @@ def sweep(
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) with every matrix truncated by activation-scaled SVD, of uniform rank or with the rank `search`.
 
-    ids: calibration tokens [samples, length]. One set of trials serves all ratios. Exact decompositions in float64, where the
-    authors' code draws random ones.
+    ids: calibration tokens [samples, length]. One set of trials serves all ratios. Decompositions are float64.
     """
     plans = [uniform_ranks(model, ratio) for ratio in ratios]
     if settings.search:

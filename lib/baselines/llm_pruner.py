@@ -6,7 +6,6 @@ blocks lose the same share each; the first and last ones stay whole. Fine-tuning
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +16,7 @@ from torch import nn
 from lib.primitives.anatomy import Anatomy, half_names, head_size
 from lib.primitives.calibration import check_calibration
 from lib.primitives.checks import COUNTS, FROM_ZERO, check_blocks, check_inplace, check_settings, check_share, choose_one, exact
-from lib.primitives.gradients import Passes, each_gradient, summed
+from lib.primitives.gradients import each_gradient, summed
 from lib.primitives.losses import at_least_float32
 from lib.primitives.structured import (
     Keep,
@@ -57,7 +56,8 @@ class Settings:
 def channel_scores(model: nn.Module, ids: torch.Tensor, names: Sequence[str], importance: str = "first") -> dict[str, list]:
     """Importance of the channels of every named matrix: {name: [rows [out], columns [in]]}, at least float32.
 
-    ids: [samples, length]. First order takes one backward pass of the whole batch, second order one of every sequence.
+    ids: [samples, length]. One backward pass for each sequence. Their gradients add up to that of the whole batch, from which
+    the reference takes the first order; w g is kept in full until then.
     """
     choose_one("importance", importance, IMPORTANCES)
     samples, found = len(ids), {}
@@ -68,21 +68,19 @@ def channel_scores(model: nn.Module, ids: torch.Tensor, names: Sequence[str], im
         return [effect.abs().sum(1), effect.abs().sum(0)]
 
     def take(_, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        product = at_least_float32(weight) * at_least_float32(gradient)
-        effect = product.square() / samples if importance == "second" else product / samples
+        effect = (at_least_float32(weight) * at_least_float32(gradient)).square() / samples
         old = found.get(name, [0.0, 0.0])
         found[name] = [before + new for before, new in zip(old, channels(effect), strict=True)]
 
+    if importance == "second":
+        each_gradient(model, ids, names, take)
+        return found
+    # Terms of either sign meet inside an absolute value, so they are needed in full.
+    effects = summed(model, ids, names, "signed")["snip"]
     if importance == "mix":
-        # The two terms meet inside an absolute value, so both are needed in full.
-        first = summed(model, ids, names, "signed", batch=samples)["snip"]
-        second = summed(model, ids, names, "squared")["snip"]
-        for name in names:
-            w = at_least_float32(model.get_submodule(name).weight.detach())
-            found[name] = channels((first[name] - 0.5 * w.square() * second[name]) / samples)
-    else:
-        each_gradient(model, ids, names, take, Passes(batch=1 if importance == "second" else samples))
-    return found
+        for name, square in summed(model, ids, names, "squared")["snip"].items():
+            effects[name] -= 0.5 * at_least_float32(model.get_submodule(name).weight.detach()).square() * square
+    return {name: channels(effect / samples) for name, effect in effects.items()}
 
 
 def unit_scores(
@@ -109,11 +107,13 @@ def unit_scores(
 
 
 def protected(blocks: int) -> list[int]:
-    """The blocks that stay whole: the first eighth and the last sixteenth, rounded up.
+    """The blocks that stay whole: six of 32, rounded to the nearest number, of which a third, rounded too, are the last ones.
 
-    Of 32 blocks these are the reference's 0-3 and 30-31; the rule carries the range over to models of another depth.
+    Of 32 blocks these are the reference's 0-3 and 30-31; of 18 there are three (0, 1 and 17), of 8 two (0 and 7).
     """
-    return [*range(math.ceil(blocks / 8)), *range(blocks - math.ceil(blocks / 16), blocks)]
+    total = (12 * blocks + 32) // 64
+    last = (2 * total + 3) // 6
+    return [*range(total - last), *range(blocks - last, blocks)]
 
 
 def choose(scores: Sequence[torch.Tensor], ratio: float, protect: Sequence[int] = (), whole: bool = False) -> Keep:

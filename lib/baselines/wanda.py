@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
+from lib.primitives.checks import exact
 from lib.primitives.layerwise import SQUARES, pruning
 from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
 from lib.primitives.moments import walk
-from lib.primitives.structured import ffn_widths, in_order, remove_neurons, uniform
-from lib.primitives.surgery import linear
+from lib.primitives.structured import ffn_widths, in_order, keep_highest, kv_groups, remove_groups, remove_neurons, uniform
+from lib.primitives.surgery import linear, shape_shell
 
 
 def wanda_matrix(weight: torch.Tensor, squared_norms: torch.Tensor, sparsity: Sparsity = (2, 4)) -> torch.Tensor:
@@ -35,23 +36,40 @@ def remake(sparsity: Sparsity, layer: nn.Linear, squared_norms: torch.Tensor) ->
 prune, sweep, on_disk = pruning(SQUARES, remake)
 
 
-# --- whole neurons (Wanda-sp) --------------------------------------------------------------------------------------------
+# --- whole units (Wanda-sp) ----------------------------------------------------------------------------------------------
+#
+# Wanda's score, averaged over the outputs of the writer. FLAP's authors, who introduced it as a baseline, remove heads and
+# neurons; CFSP's compare with neurons alone. Both take the same share of every block.
 
 
 def wanda_sp_scores(writer: torch.Tensor, squared_norms: torch.Tensor) -> torch.Tensor:
-    """mean_i |W_ij| ‖X_j‖ of each neuron, [f]. writer: [d, f]; squared_norms: ‖X_j‖² [f], up to a common factor."""
+    """mean_i |W_ij| ‖X_j‖ of each input channel, [n]. writer: [d, n]; squared_norms: ‖X_j‖² [n], up to a common factor."""
     return writer.double().abs().mean(0) * squared_norms.double().sqrt()
 
 
 def neuron_scores(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
     """`wanda_sp_scores` of every block of the dense model, which serve every ratio."""
-    anatomy = Anatomy(model)
-    name = anatomy.family.mlp.writer
-    statistics = walk(model, ids, [name])
-    return [
-        wanda_sp_scores(block.get_submodule(name).weight.detach(), moments[name].square)
-        for block, moments in zip(anatomy.blocks, statistics, strict=True)
-    ]
+    return unit_scores(model, ids, attention=False)[0]
+
+
+def unit_scores(model: nn.Module, ids: torch.Tensor, attention: bool = True) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Scores of the neurons [f] and the key-value groups [g] of every block of the dense model, which serve every ratio.
+
+    A group's is the sum over the channels of its query heads; the reference scores single heads. Without `attention` the second
+    list is empty.
+    """
+    anatomy, neurons, groups = Anatomy(model), [], []
+    mlp, heads = anatomy.family.mlp.writer, anatomy.family.attention.writer
+    sizes = kv_groups(model) if attention else []
+    for i, moments in enumerate(walk(model, ids, [mlp, heads] if attention else [mlp])):
+        found = {
+            name: wanda_sp_scores(anatomy.blocks[i].get_submodule(name).weight.detach(), of.square)
+            for name, of in moments.items()
+        }
+        neurons.append(found[mlp])
+        if attention:
+            groups.append(found[heads].view(sizes[i], -1).sum(1))
+    return neurons, groups
 
 
 def sweep_neurons(
@@ -59,10 +77,37 @@ def sweep_neurons(
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block by Wanda-sp) for every ratio, from one pass.
 
-    ids: [samples, tokens]; there are no settings. Raises ValueError, before any work, for a ratio outside [0, 1).
+    Heads stay, as in CFSP's comparison. ids: [samples, tokens]; there are no settings. Raises ValueError, before any work, for a
+    ratio outside [0, 1).
     """
     for ratio in ratios:
         uniform(in_order(ffn_widths(model)), ratio)  # raises now rather than after the pass
     found = neuron_scores(model, ids)
     for ratio in ratios:
         yield ratio, remove_neurons(model, uniform(found, ratio))
+
+
+def kept_groups(scores: Sequence[torch.Tensor], ratio: float) -> list[torch.Tensor]:
+    """Which key-value groups of every block stay. As in the reference the number removed is rounded down, so one stays."""
+    return [keep_highest(score, len(score) - int(exact(ratio) * len(score))) for score in scores]
+
+
+def sweep_units(
+    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], settings: object = None, progress: Callable | None = None
+) -> Iterator[tuple[float, nn.Module]]:
+    """(ratio, model without that share of the neurons and of the key-value groups of every block) for every ratio, from one pass.
+
+    The published Wanda-sp. Arguments and errors as for `sweep_neurons`, and ValueError where q, k and v are one matrix.
+    """
+    for ratio in ratios:
+        shape(model, ratio)  # raises now rather than after the pass
+    neurons, groups = unit_scores(model, ids)
+    for ratio in ratios:
+        small = remove_neurons(model, uniform(neurons, ratio))
+        yield ratio, remove_groups(small, kept_groups(groups, ratio), inplace=True)
+
+
+def shape(model: nn.Module, ratio: float, settings: object = None) -> nn.Module:
+    """The model after a ratio of `sweep_units`, on the meta device."""
+    small = remove_neurons(shape_shell(model), uniform(in_order(ffn_widths(model)), ratio), inplace=True)
+    return remove_groups(small, kept_groups(in_order(kv_groups(model)), ratio), inplace=True)

@@ -27,6 +27,8 @@ from lib.primitives.structured import ffn_widths, globally, kv_groups, remove_gr
 
 # Scores of the units of every block: [units] each.
 Blocks = list[torch.Tensor]
+# Numbers of outlying scores at the low and at the high end of every vector.
+Runs = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Settings:
 
     aggregation: str = "absolute + GMM"  # see AGGREGATIONS
     vector: str = "sum3"  # how the matrices' scores become those of a neuron; see VECTORS
-    accumulation: str = "sum_grad"  # see ACCUMULATIONS
+    accumulation: str = "per_sample"  # see ACCUMULATIONS
     scores: tuple[str, ...] = ("refer", "snip")
     loss: str = "lm_shift"  # or "last_unshifted", the released code's
     features: str = "projections"  # whose outputs ReFer decomposes; or "all", "mlp", "block"
@@ -70,7 +72,7 @@ class Settings:
 
 # --- from weights to neurons: x [units, m] -> [units] ---------------------------------------------------------------------
 #
-# `clip()` returns the vectors clipped by their mixtures, computed once and shared by the two that need it.
+# `clip()` returns the vectors with their outliers clipped, computed once and shared by the two that need it.
 
 AGGREGATIONS: dict[str, Callable] = {
     "simple mean": lambda x, clip: x.abs().mean(1),  # equation (2)
@@ -82,13 +84,18 @@ AGGREGATIONS: dict[str, Callable] = {
     "absolute + trim": lambda x, clip: mixtures.trimmed_mean(x).abs(),  # 2 % at each end are left out
 }
 PAPER = ("simple mean", "absolute only", "GMM only", "absolute + GMM")  # Table 2
+CLIPPED = ("GMM only", "absolute + GMM")  # those that need mixtures
 
 
-def aggregate(x: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Each named aggregation of the score vectors x [parts, units, m]: [units], summed over the parts."""
+def aggregate(x: torch.Tensor, names: Sequence[str], runs: Runs | None = None) -> dict[str, torch.Tensor]:
+    """Each named aggregation of the score vectors x [parts, units, m]: [units], summed over the parts.
+
+    runs: how many scores of each vector are outlying at either end, int64 [parts * units] each, where known; else mixtures are
+    fitted to x.
+    """
     parts, units, m = x.shape
     flat = x.reshape(parts * units, m)
-    clip = functools.cache(lambda: mixtures.clipped(flat))
+    clip = functools.cache(lambda: mixtures.clip_runs(flat, *(runs or mixtures.runs(flat))))
     return {name: AGGREGATIONS[name](flat, clip).view(parts, units).sum(0) for name in names}
 
 
@@ -100,9 +107,11 @@ VECTORS: dict[str, Callable] = {
     "per_matrix": lambda maps: torch.stack(maps),  # aggregate each matrix, then add
     "down_only": lambda maps: maps[-1][None],
 }
-# sum_grad: add up the signed scores of all sequences, then aggregate once; per_sample: aggregate each sequence's, then add up;
-# one_sample: use the first sequence only.
-ACCUMULATIONS = ("sum_grad", "per_sample", "one_sample")
+# per_sample: aggregate each sequence's scores, then add up (the authors' code of 2026); sum_grad: add up the signed scores of all
+# sequences, then aggregate once; one_sample: use the first sequence only (their code of 2025). Mixtures are the slow part, and
+# per_sample would have them fitted for every sequence; instead they are fitted to the sums, as under sum_grad, and tell how many
+# scores of a neuron are outlying at each end; each sequence's scores are clipped at these ranks. It takes the passes twice.
+ACCUMULATIONS = ("per_sample", "sum_grad", "one_sample")
 
 
 def each_vector(
@@ -167,20 +176,25 @@ def neuron_scores(
 ) -> dict[str, dict[str, Blocks]]:
     """{aggregation: {score: [units] of every block}}, all from one run over the calibration set.
 
-    ids: [samples, tokens]. vectors: those of `summed_vectors` under the same settings, if already computed.
-    Raises ValueError for unknown aggregations, and what `lib.primitives.gradients.each_gradient` raises.
+    ids: [samples, tokens]. vectors: those of `summed_vectors` under the same settings, if already computed; under `per_sample`
+    they serve the mixtures alone. Raises ValueError for unknown aggregations, and as `lib.primitives.gradients.each_gradient`.
     """
     settings = settings or Settings()
     for name in aggregations:
         choose_one("aggregation", name, AGGREGATIONS)
     scores = settings.scores if settings.stage == "neuron" else ("afr",)
     found = {name: {score: [0.0] * len(half_names(model)) for score in scores} for name in aggregations}
+    runs: dict[str, list[Runs]] = {}  # of the sums, for single sequences
 
     def add(score: str, block: int, x: torch.Tensor) -> None:
-        for name, value in aggregate(x, aggregations).items():
+        for name, value in aggregate(x, aggregations, runs[score][block] if runs else None).items():
             found[name][score][block] = found[name][score][block] + value
 
     if settings.accumulation == "per_sample":
+        if set(CLIPPED) & set(aggregations):
+            vectors = vectors or summed_vectors(model, ids, settings, half, progress)
+            runs = {score: [mixtures.runs(x.flatten(0, 1)) for x in blocks] for score, blocks in vectors.items()}
+        vectors = None  # they are as large as a part of the weights
         each_vector(model, ids, add, settings, half, progress)
         return found
     vectors = vectors or summed_vectors(model, ids, settings, half, progress)

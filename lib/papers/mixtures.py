@@ -12,7 +12,7 @@ scores of any size. A row whose IQR is 0 is all zeros in these units and is neve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -82,13 +82,13 @@ def low_density_tails(x: torch.Tensor, mixtures: Mixtures, share: float = 0.02) 
     Low: strictly below the empirical `share` quantile of the row's own densities; together they are at most ⌈share m⌉ unless
     the quantile is 0.
     """
-    runs, first = [], 0
+    found, first = [], 0
     for rows in _chunks(x):
         part = Mixtures(**{name: value[first : first + len(rows)] for name, value in vars(mixtures).items()})
         z = robust(rows.sort(dim=1).values)
-        runs.append(_tails(z, part.log_density(z), share))
+        found.append(_tails(z, part.log_density(z), share))
         first += len(rows)
-    left, right = (torch.cat(run) for run in zip(*runs, strict=True))
+    left, right = (torch.cat(run) for run in zip(*found, strict=True))
     return left, right
 
 
@@ -98,8 +98,32 @@ def clipped(x: torch.Tensor, share: float = 0.02, *, binned: bool = True) -> tor
     So `clipped(x).mean(1).abs()` is the paper's score (equation 4), and `clipped(x).abs().mean(1)` its variant without signs.
     One mixture for a whole layer is `clipped(x.reshape(1, -1)).view_as(x)`. Arguments and errors as for `fit`.
     """
-    components = _checked(x, COMPONENTS, "scale", FLOOR)
-    bounds = _bounds(x, share, lambda z: _fit(z, components, binned, "scale", FLOOR))
+    return clip_runs(x, *runs(x, share, binned=binned))
+
+
+def runs(x: torch.Tensor, share: float = 0.02, *, binned: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many outlying scores each row of x [f, m] has at its low and at its high end, int64 [f] each, by a mixture of its own.
+
+    `low_density_tails` of `fit`, with the mixtures of a few rows in memory at a time. Arguments and errors as for `fit`.
+    """
+    components, found = _checked(x, COMPONENTS, "scale", FLOOR), []
+    for rows in _chunks(x):
+        z = robust(rows.sort(dim=1).values)
+        found.append(_tails(z, _fit(z, components, binned, "scale", FLOOR).log_density(z), share))
+    left, right = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return left, right
+
+
+def clip_runs(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """x [f, m] with the `left` lowest and the `right` highest scores of each row replaced by the innermost of these.
+
+    left, right: int64 [f], as from `runs`, of x or of other scores of the same rows.
+    """
+    bounds, first = [], 0
+    for rows in _chunks(x):
+        ordered, own = rows.sort(dim=1).values, slice(first, first + len(rows))
+        bounds.append((_boundary(ordered, left[own], -torch.inf), _boundary(ordered.flip(1), right[own], torch.inf)))
+        first += len(rows)
     low, high = (torch.cat(parts) for parts in zip(*bounds, strict=True))
     return x.clamp(low[:, None].to(x.dtype), high[:, None].to(x.dtype))
 
@@ -287,17 +311,6 @@ def _tails(z: torch.Tensor, density: torch.Tensor, share: float) -> tuple[torch.
 def _run(flags: torch.Tensor) -> torch.Tensor:
     """Length of the leading block of True in each row."""
     return flags.long().cumprod(dim=1).sum(dim=1)
-
-
-def _bounds(
-    x: torch.Tensor, share: float, mixtures_of: Callable[[torch.Tensor], Mixtures]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The scores to clip each row at, infinite where it has no tail."""
-    for rows in _chunks(x):
-        ordered = rows.sort(dim=1).values
-        z = robust(ordered)
-        left, right = _tails(z, mixtures_of(z).log_density(z), share)
-        yield _boundary(ordered, left, -torch.inf), _boundary(ordered.flip(1), right, torch.inf)
 
 
 def _boundary(ordered: torch.Tensor, run: torch.Tensor, otherwise: float) -> torch.Tensor:

@@ -90,7 +90,10 @@ def block_grams(stream: ResidualStream, block: int, advance: bool = False, outpu
 
 
 def by_outputs(layers: Sequence[nn.Linear]) -> bool:
-    """Whether the outputs are enough for truncation: the input is read by one matrix alone, which does not widen it."""
+    """Whether the outputs are enough for truncation: the input is read by one matrix alone, which does not widen it.
+
+    Truncation by the second moments of the outputs was published as Swift-SVD (arXiv 2604.01609) in April 2026.
+    """
     return len(layers) == 1 and layers[0].out_features <= layers[0].in_features
 
 

@@ -65,6 +65,7 @@ STYLE = {
     "LLM-Pruner": Style("deletes neurons", "X"),
     "FPT": Style("deletes neurons", "^"),
     "Wanda-sp": Style("deletes neurons", "d"),
+    "Wanda-sp, with heads": Style("deletes neurons", "d", "--"),
     "FLAP": Style("deletes neurons", ">"),
     "LoRAP": Style("deletes neurons", "P"),
     "magnitude": Style("deletes neurons", "v"),

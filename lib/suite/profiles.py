@@ -111,18 +111,35 @@ def adapter_tokens(p: dict) -> int:
 
 
 def _trained_factors(p: dict) -> int:
-    """SVD-LLM trains the factors of every ratio, and four times more at some; each time first one factor, then the other."""
-    return 2 * (len(p["ratios"]) + 4 * len(p["lora_ratios"]) + 1) * adapter_tokens(p)
+    """SVD-LLM trains both factors: at every ratio, four times more at some, five times for every other draw, and twice more."""
+    trainings = len(p["ratios"]) + 4 * len(p["lora_ratios"]) + 5 * (len(p["seeds"]) - 1) + 2
+    return 2 * trainings * adapter_tokens(p)
 
 
 def _variants(p: dict) -> int:
-    """Variants of AFR: the chosen ones, or all 25, and four extras."""
-    return (len(p["ablations"]) or 25) + 4
+    """Variants of AFR: the chosen ones, or all ten, and three extras."""
+    return (len(p["ablations"]) or 10) + 3
 
 
 def _scored_by_gradients(p: dict) -> int:
-    """Each variant of AFR takes the gradients of two scalars, and so do AFR itself and its rivals, LLM-Pruner once a ratio."""
-    return (2 * _variants(p) + 7 + len(p["ratios"])) * p["samples"] * p["length"]
+    """Tokens that AFR and its rivals take gradients of; AFR of two scalars, and twice where mixtures clip single sequences.
+
+    For each calibration set: the default, the same on memorised text, one sum. Then a preset, variants, and LLM-Pruner at
+    every ratio.
+    """
+    own = (4 + 4 + 2) * _sets(p) + 4 + 2 * _variants(p)
+    return (own + 7 + len(p["ratios"])) * p["samples"] * p["length"]
+
+
+def _sets(p: dict) -> int:
+    """Calibration sets of AFR's notebook."""
+    return len(p["seeds"][:3])
+
+
+def _on_first_model(p: dict) -> int:
+    """Models that AFR's notebook makes of the first dense model alone: variants, four aggregations of two sums and on memorised
+    text for each calibration set, and those of two presets, of which one has a fifth."""
+    return (_variants(p) + 12 * _sets(p) + 9) * len(p["ratios"])
 
 
 def _masks_and_adapters(p: dict) -> int:
@@ -139,7 +156,7 @@ NOTEBOOKS = {
         "zero_shot",
         _scored_by_gradients,
         passes=lambda p, made: 6 + len(p["ratios"]),  # one serves all variants, and all ratios of a rival
-        alone=lambda p: _variants(p) * len(p["ratios"]),
+        alone=_on_first_model,
     ),
     "comp": Notebook(
         lambda p: sorted([p["ratio"], *p["sweep"]]),

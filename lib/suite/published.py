@@ -81,14 +81,23 @@ SVD_LLM_TABLE_1 = _by_ratio(
         "SVD-LLM": (7.73, 9.27, 15.00, 31.79),
     }
 )
-# Table 2, 20 %.
-SVD_LLM_TABLE_2 = {
-    "OPT-6.7B": {"dense": 10.86, "SVD": 66275, "FWSVD": 14559, "ASVD": 82.00, "SVD-LLM (W)": 16.04, "SVD-LLM": 14.47},
-    "LLaMA-2-7B": {"dense": 5.47, "SVD": 18192, "FWSVD": 2360, "ASVD": 10.10, "SVD-LLM (W)": 8.50, "SVD-LLM": 7.73},
+# Tables 2 and 3, 20 %.
+SVD_LLM_METHODS = ("dense", "SVD", "FWSVD", "ASVD", "SVD-LLM (W)", "SVD-LLM")
+SVD_LLM_TABLES_2_3 = {
+    model: dict(zip(SVD_LLM_METHODS, values, strict=True))
+    for model, values in {
+        "OPT-6.7B": (10.86, 66275, 14559, 82.00, 16.04, 14.47),
+        "LLaMA-2-7B": (5.47, 18192, 2360, 10.10, 8.50, 7.73),
+        "Mistral-7B": (5.25, 159627, 6357, 13.72, 10.21, 7.47),
+        "Vicuna-7B": (6.78, 18644, 2758, 16.23, 8.41, 7.43),
+        "LLaMA-13B": (5.09, 946.31, 15.98, 6.74, 6.61, 6.43),
+        "LLaMA-30B": (4.10, 54.11, 20.54, 22.71, 5.63, 5.14),
+    }.items()
 }
 # Table 4, LLaMA-7B. Its rows W at 40 and 60 % differ from Table 1: they seem to be W+U of the first version.
 SVD_LLM_TABLE_4 = _by_ratio(
     {
+        "ASVD": (11.14, 1407, 57057),
         "SVD-LLM (W)": (7.94, 13.11, 42.30),
         "SVD-LLM (U)": (10.12, 19.28, 49.88),
         "SVD-LLM": (7.73, 9.27, 15.00),
@@ -96,10 +105,49 @@ SVD_LLM_TABLE_4 = _by_ratio(
 )
 # Table 5, LLaMA-7B: which factor is trained first.
 SVD_LLM_TABLE_5 = _by_ratio({"u, then v": (7.85, 9.32, 13.20, 31.67), "v, then u": (7.73, 9.27, 15.00, 31.79)})
+# Table 6, LLaMA-7B at 20 %, with adapters: perplexity on WikiText-2 and on C4, by the source of the calibration text.
+SVD_LLM_TABLE_6 = {"WikiText-2": (7.73, 12.23), "C4": (7.79, 11.97)}
+# Table 7, LLaMA-7B: memory in GB; the row of SVD-LLM is with adapters, the others are not tuned.
+SVD_LLM_TABLE_7_GB = (10, 9, 8, 7)
+SVD_LLM_TABLE_7 = {
+    "LLM-Pruner": (9.88, 12.21, 18.94, 21.68),
+    "SliceGPT": (8.78, 12.73, 16.39, 27.41),
+    "BlockPruner": (9.40, 12.76, 19.78, 43.05),
+    "SVD-LLM": (7.92, 8.18, 8.33, 9.63),
+}
+# Table 8, LLaMA-7B: GB and perplexity.
+SVD_LLM_TABLE_8 = {
+    "PB-LLM": (1.9, 104.83),
+    "BiLLM": (1.5, 47.67),
+    "SVD-LLM": (1.5, 47.21),
+    "OneBit, trained": (1.3, 10.20),
+    "SVD-LLM 40 % + QuIP# 2 bit": (1.3, 9.83),
+}
+# Tables 9 and 10, random square matrices: loss ‖(W - W')X‖, and seconds for five compressions.
+SVD_LLM_TABLE_9 = {
+    128: {"minimum": 276.1130, "DRONE": 276.1130, "SVD-LLM": 276.1130},
+    2048: {"minimum": 17784.2637, "DRONE": 17785.6992, "SVD-LLM": 17784.2676},
+    4096: {"minimum": 50321.9141, "DRONE": 50337.2148, "SVD-LLM": 50321.9727},
+}
+SVD_LLM_TABLE_10_SECONDS = {
+    128: {"DRONE": 0.07, "SVD-LLM": 0.02},
+    2048: {"DRONE": 5.81, "SVD-LLM": 1.98},
+    4096: {"DRONE": 30.35, "SVD-LLM": 10.37},
+}
+# Table 11, LLaMA-7B; SVD-LLM with adapters.
+SVD_LLM_TABLE_11 = _by_ratio({"FLAP": (7.99, 14.43, 106.87, 15023), "SVD-LLM": (7.73, 9.27, 15.00, 31.79)})
+# Table 12: mean accuracy on six tasks of two models of three billion parameters.
+SVD_LLM_TABLE_12 = {"StableLM-3B, from scratch": 0.44, "LLaMA-3B, cut by SVD-LLM": 0.46}
 # Table 13, LLaMA-7B at 20 %, one A100: hours.
-SVD_LLM_TABLE_13_HOURS = {"SVD-LLM (W)": 1 / 6, "SVD-LLM": 3.5, "ASVD with rank search": 5.5}
+SVD_LLM_TABLE_13_HOURS = {"SVD-LLM (W)": 1 / 6, "SVD-LLM": 3.5, "ASVD, with its search": 5.5}
 # Table 15, LLaMA-7B.
-SVD_LLM_TABLE_15 = _by_ratio({"both factors at once": (7.87, 11.98, 16.30, 80.23), "in turn": (7.73, 9.27, 15.00, 31.79)})
+SVD_LLM_TABLE_15 = _by_ratio(
+    {
+        "both factors at once": (7.87, 11.98, 16.30, 80.23),
+        "ASVD, in turn": (8.37, 14.86, 44.81, 271),
+        "in turn": (7.73, 9.27, 15.00, 31.79),
+    }
+)
 # Figure 4, read from the plot: peak memory of LLaMA-7B in GB, batch 32, 128 generated tokens; dense 17.7.
 SVD_LLM_FIGURE_4_DENSE = 17.7
 SVD_LLM_FIGURE_4 = _by_ratio({"weights factored": (14.4, 12.0, 9.5, 7.1), "and latent cache": (12.0, 9.2, 6.3, 3.5)})
@@ -141,6 +189,9 @@ def afr_average(ratio: float, method: str) -> float:
     row = AFR_DENSE if ratio == 0 else AFR_TABLES[ratio][method]
     return sum(row) / len(row)
 
+
+# Figure 2: the range of one layer's scores on Llama-3-8B before and after clipping.
+AFR_FIGURE_2_RANGES = (12687, 48.8)
 
 # Table 4: parameters, "VRAM" in GB and milliseconds per sample (hardware and batch size are not stated). 16.06 and 10.42 are two
 # bytes per parameter in decimal GB; 13.08 at 20 % is not: 6.90e9 x 2 is 13.80, and two digits look swapped.
