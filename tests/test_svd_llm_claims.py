@@ -6,7 +6,7 @@ import pytest
 
 from lib.suite import claims
 from lib.suite.claim import CONTRADICTED, REPRODUCED, UNDECIDED, Evidence, judge
-from lib.suite.claims_svd_llm import CLAIMS, between_draws, hardest, tuned
+from lib.suite.claims_svd_llm import CLAIMS, at_main, between_draws, hardest
 
 WINDOWS, LENGTH = 40, 11
 WOBBLE = [0.02 * ((7 * i) % 5 - 2) for i in range(WINDOWS)]  # sums to zero over the windows
@@ -55,7 +55,7 @@ def test_equal_ranks_and_the_search_are_judged_apart():
 def test_tuned_methods_are_compared_at_the_ratio_that_there_is():
     for level in (0.4, 0.2):
         evidence = Evidence([cell("SVD-LLM", level, 60, wobble=1), cell("v, then u", level, 60.6)])
-        assert tuned("SVD-LLM", "v, then u")(evidence, "m").estimate == pytest.approx(60 / 60.6)
+        assert at_main("SVD-LLM", "v, then u")(evidence, "m").estimate == pytest.approx(60 / 60.6)
     found = verdicts(
         *(cell(m, 0.4, p, wobble=w) for m, p, w in [("SVD-LLM", 60, 1), ("v, then u", 60.6, 0), ("both factors at once", 50, 0)])
     )
@@ -72,6 +72,12 @@ def test_draws_are_compared_with_each_other():
     assert found.low < 61 / 60
     assert judge(found, (0.97, 1.03)) == UNDECIDED
     assert between_draws(Evidence([cell("SVD-LLM (W)", 0.2, 60)]), "m") is None
+
+
+def test_another_text_is_compared_with_the_same_draw():
+    usual = [cell("SVD-LLM (W)", 0.4, p, seed) for seed, p in enumerate((60, 90, 90))]
+    found = verdicts(*usual, cell("SVD-LLM (W), another text", 0.4, 60.6, wobble=1))
+    assert found["The source of the calibration text changes perplexity by at most 3 %."] == REPRODUCED
 
 
 def test_what_was_counted():
