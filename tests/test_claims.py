@@ -85,6 +85,7 @@ def test_many_null_pairs_are_level_after_holm():
         (0.90, 0.97, BELOW, REPRODUCED),
         (0.97, 1.03, BELOW, UNDECIDED),
         (1.01, 1.05, BELOW, CONTRADICTED),
+        (1.00, 1.00, BELOW, UNDECIDED),  # the same model twice
         (0.98, 1.02, (0.97, 1.03), REPRODUCED),
         (0.90, 1.10, (0.97, 1.03), UNDECIDED),
         (1.04, 1.10, (0.97, 1.03), CONTRADICTED),

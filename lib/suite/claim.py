@@ -134,7 +134,7 @@ def judge(found: Interval, wanted: tuple[float, float]) -> str:
     low, high = wanted
     if low < found.low and found.high < high:
         return REPRODUCED
-    return CONTRADICTED if found.high <= low or high <= found.low else UNDECIDED
+    return CONTRADICTED if found.high < low or high < found.low else UNDECIDED
 
 
 def shown(claim: Claim, found: Interval) -> str:
