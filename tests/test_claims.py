@@ -141,8 +141,9 @@ def test_a_page_judges_the_committed_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "CLAIMS", {"slicegpt": toy, "comp": ()})
     found = claims.judged(tmp_path, ["workshop", "not there"])
     assert found["slicegpt"].verdict.tolist() == [REPRODUCED, CONTRADICTED, REPRODUCED, UNTESTABLE]
-    assert "- Of 4 claims of the four papers, 1 cannot be tested here.\n" in claims.page(found)
-    assert "- On toy: 2 reproduced, 1 contradicted, 0 undecided.\n" in claims.page(found)
+    assert "- Of 4 claims of the four papers, 1 cannot be tested here.\n" in claims.page(found, ["toy"])
+    assert "- On toy: 2 reproduced, 1 contradicted, 0 undecided.\n" in claims.page(found, ["toy"])
+    assert "- On shapes and random networks: 2 reproduced" in claims.summary(found, [])
     assert found["comp"].empty
 
 

@@ -26,12 +26,16 @@ def _printed(ours: str, other: str, r: float) -> str:
 
 def _perplexity(statement: str, where: str, ours: str, other: str, r: float) -> Claim:
     number = f"perplexity of {ours} over that of {other}"
-    return Claim("afr", f"{statement}, at {r:.0%}.", where, _printed(ours, other, r), number, BELOW, ratio(ours, other, r))
+    return Claim(
+        "afr", f"{statement}, at {100 * r:.0f} %.", where, _printed(ours, other, r), number, BELOW, ratio(ours, other, r)
+    )
 
 
 def _accuracy(statement: str, where: str, ours: str, other: str, r: float) -> Claim:
     number = f"accuracy of {ours} minus that of {other}, in points"
-    return Claim("afr", f"{statement}, at {r:.0%}.", where, _printed(ours, other, r), number, POSITIVE, accuracy(ours, other, r))
+    return Claim(
+        "afr", f"{statement}, at {100 * r:.0f} %.", where, _printed(ours, other, r), number, POSITIVE, accuracy(ours, other, r)
+    )
 
 
 @functools.cache
@@ -55,7 +59,7 @@ def _around(value: float, half: float) -> tuple[float, float]:
 def _size(r: float) -> Claim:
     size = published.AFR_TABLE_4[r]["params"] / 1e9
     return Claim(
-        "afr", f"Without {r:.0%} of its neurons Llama-3-8B has {size:.2f} billion parameters.", "Table 4", f"{size:.2f} billion",
+        "afr", f"Without {100 * r:.0f} % of its neurons Llama-3-8B has {size:.2f} billion parameters.", "Table 4", f"{size:.2f} billion",
         "billions, counted", _around(size, 0.005), _counted(lambda: llama_3_8b(r) / 1e9),
     )  # fmt: skip
 
@@ -63,7 +67,7 @@ def _size(r: float) -> Claim:
 def _gigabytes(r: float) -> Claim:
     printed = published.AFR_TABLE_4[r]["vram_gb"]
     return Claim(
-        "afr", f"Without {r:.0%} of its neurons Llama-3-8B takes {printed} GB.", "Table 4", f"{printed} GB",
+        "afr", f"Without {100 * r:.0f} % of its neurons Llama-3-8B takes {printed} GB.", "Table 4", f"{printed} GB",
         "decimal GB of the weights, at two bytes each", _around(printed, 0.01), _counted(lambda: 2 * llama_3_8b(r) / 1e9),
     )  # fmt: skip
 

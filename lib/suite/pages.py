@@ -105,9 +105,9 @@ def pages(root: Path) -> dict[str, str]:
         raise ValueError(f"README.md needs one place for its table, between these two lines:\n{BEGIN}\n{END}")
     results = root / "results"
     judged = claims.judged(results, SHOWN)
-    table = f"{BEGIN}\n{claims.summary(judged)}\n{equal_sizes(results)}{END}"
+    table = f"{BEGIN}\n{claims.summary(judged, MODELS)}\n{equal_sizes(results)}{END}"
     front = re.sub(around, lambda _: table, front, flags=re.S)
-    return {"README.md": front, "results/README.md": results_page(results), "results/claims.md": claims.page(judged)}
+    return {"README.md": front, "results/README.md": results_page(results), "results/claims.md": claims.page(judged, MODELS)}
 
 
 def _replace(path: Path, text: str) -> bool:
