@@ -58,10 +58,9 @@ def _around(value: float, half: float) -> tuple[float, float]:
 
 def _size(r: float) -> Claim:
     size = published.AFR_TABLE_4[r]["params"] / 1e9
-    return Claim(
-        "afr", f"Without {100 * r:.0f} % of its neurons Llama-3-8B has {size:.2f} billion parameters.", "Table 4", f"{size:.2f} billion",
-        "billions, counted", _around(size, 0.005), _counted(lambda: llama_3_8b(r) / 1e9),
-    )  # fmt: skip
+    statement = f"Without {100 * r:.0f} % of its neurons Llama-3-8B has {size:.2f} billion parameters."
+    measure = _counted(lambda: llama_3_8b(r) / 1e9)
+    return Claim("afr", statement, "Table 4", f"{size:.2f} billion", "billions, counted", _around(size, 0.005), measure)
 
 
 def _gigabytes(r: float) -> Claim:
