@@ -134,7 +134,7 @@ def equal_sizes(results: Path) -> str:
     columns = [(model, size) for model in MODELS for size in SIZES]
     values = over.relative.combine_first(once.relative)
     cells = pd.Series({key: _cell(value, key, once, over) for key, value in values.items()}).unstack([1, 2])[columns]
-    order = values.unstack([1, 2])[columns[0]].sort_values().index
+    order = values.unstack([1, 2])[columns[0]].sort_index().sort_values(kind="stable").index
     shown = cells.loc[order].fillna("n/a").reset_index(names="method")
     heads = {size: f"{100 * size:.0f} %" for size in SIZES}
     shown.columns = ["method", *(f"{MODELS[m]}, {heads[s]}" if s == SIZES[0] else heads[s] for m, s in columns)]
@@ -142,7 +142,7 @@ def equal_sizes(results: Path) -> str:
     made = " and ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
     said = [
         f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}."
-        for (model, size), part in standing.groupby(["model", "size"], sort=False)
+        for (model, size), part in standing[standing["size"] == SIZES[0]].groupby(["model", "size"], sort=False)
     ]
     return f"{markdown(shown)}\n" + "\n".join(said) + f"\n\nFrom {source},\nmade by {made}.\n"
 
