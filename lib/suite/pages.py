@@ -211,8 +211,11 @@ def paper_table(results: Path, part: Part) -> str:
         }
         for row in frame.itertuples()
     ]
-    windows, length = frame.windows.max(), frame.length.iloc[0]
-    made = f"{windows} windows of {length} tokens. From [`{name}`]({name}), made by `{command('workshop', part.paper)}`."
+    windows, length = sorted(frame.windows.unique(), reverse=True), frame.length.iloc[0]
+    fewer = f" ({windows[-1]} for the rows of wider intervals, whose perplexity is estimated from them)" if windows[1:] else ""
+    made = (
+        f"{windows[0]} windows of {length} tokens{fewer}. From [`{name}`]({name}), made by `{command('workshop', part.paper)}`."
+    )
     return f"### {part.title}\n\n{part.words}\n\n{markdown(pd.DataFrame(rows))}\n{made}\n"
 
 
