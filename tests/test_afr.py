@@ -464,7 +464,7 @@ def test_llm_pruner_on_llama_3_8b_leaves_the_sizes_of_the_reference():
 def test_counted_claims_of_the_paper():
     """Sizes are the printed ones; of two sizes in memory one is: 13.81 GB for 13.08."""
     verdicts = {}
-    for claim in claims.claims_of("afr"):
+    for claim in claims.CLAIMS["afr"]:
         if claim.measure is not None and claim.where == "Table 4":
             found = claim.measure(claims.Evidence([{"settings": {"model": "tiny"}}]), "tiny")
             verdicts[claim.printed] = claims.judge(found, claim.range)
@@ -475,7 +475,7 @@ def test_counted_claims_of_the_paper():
 
 
 def test_claims_quote_the_paper():
-    printed = [claim.printed for claim in claims.claims_of("afr")]
+    printed = [claim.printed for claim in claims.CLAIMS["afr"]]
     assert "mean accuracy of five tasks, recomputed: absolute + GMM 61.38, LoRAP 60.27" in printed
     assert "mean accuracy of five tasks, recomputed: absolute + GMM 42.84, LoRAP 38.75" in printed
 

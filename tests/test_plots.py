@@ -168,7 +168,8 @@ def test_the_picture_has_a_panel_for_each_model_and_the_methods_of_its_rows():
         assert len(panel.get_lines()) == rows.method.nunique()
         shown = {line.get_label(): line.get_xydata() for line in panel.get_lines()}
         for method in without_arrow(labels):
-            own = rows[rows.method == method][["removed_decoder", "relative"]].drop_duplicates().sort_values("removed_decoder")
+            own = rows[rows.method == method][["removed_decoder", "relative"]]
+            own = own.drop_duplicates("removed_decoder").sort_values("removed_decoder")  # a size may be reached twice
             assert np.allclose(shown[method], own.to_numpy() * [100, 1])
     assert set(HIGHLIGHTED) <= set(table.method)
 
@@ -261,5 +262,5 @@ def test_the_front_picture_is_drawn_from_the_committed_tables(tmp_path):
     assert [path.read_bytes() for path in plots.front_picture(tmp_path, SHOWN)] == first
     committed = texts(RESULTS / "figures" / "size.svg")
     assert texts(paths[0]) == committed
-    assert plots.message(compared()) in committed
+    assert plots.message(compared()) in " ".join(committed)  # the title may take two lines
     assert (RESULTS / "figures" / "size.png").is_file()

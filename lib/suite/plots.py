@@ -65,7 +65,7 @@ STYLE = {
     "LLM-Pruner": Style("deletes neurons", "X"),
     "FPT": Style("deletes neurons", "^"),
     "Wanda-sp": Style("deletes neurons", "d"),
-    "Wanda-sp, with heads": Style("deletes neurons", "d", "--"),
+    "Wanda-sp, with heads": Style("deletes neurons", "<", "--"),
     "FLAP": Style("deletes neurons", ">"),
     "LoRAP": Style("deletes neurons", "P"),
     "magnitude": Style("deletes neurons", "v"),
@@ -81,6 +81,7 @@ STYLE = {
     "SliceGPT, one basis": Style("narrows the stream", "x", ":"),
     "SliceGPT, turned bases": Style("narrows the stream", "o"),
     "SliceGPT + recovery": Style("narrows the stream", "*", ""),
+    "dense + recovery": Style("narrows the stream", "P", ""),  # the control of the row above
     "SVD": Style("factors matrices", "s", ":"),
     "FWSVD": Style("factors matrices", "v", "--"),
     "ASVD": Style("factors matrices", "D", "-."),
