@@ -13,6 +13,7 @@ from lib.primitives.cost import count
 from lib.primitives.gradients import summed
 from lib.primitives.structured import ffn_widths, kv_groups, remove_groups, remove_neurons, uniform
 from lib.primitives.surgery import shape_shell
+from lib.suite import claim as judging
 from lib.suite import claims
 from lib.suite.architectures import meta_model
 from tests.conftest import relative, tiny, token_ids
@@ -466,12 +467,12 @@ def test_counted_claims_of_the_paper():
     verdicts = {}
     for claim in claims.CLAIMS["afr"]:
         if claim.measure is not None and claim.where == "Table 4":
-            found = claim.measure(claims.Evidence([{"settings": {"model": "tiny"}}]), "tiny")
-            verdicts[claim.printed] = claims.judge(found, claim.range)
+            found = claim.measure(judging.Evidence([{"settings": {"model": "tiny"}}]), "tiny")
+            verdicts[claim.printed] = judging.judge(found, claim.range)
     contradicted = {"13.08 GB"}
     assert verdicts.keys() == {"6.90 billion", "5.21 billion", "13.08 GB", "10.42 GB"}
-    assert {printed for printed, verdict in verdicts.items() if verdict == claims.CONTRADICTED} == contradicted
-    assert {v for printed, v in verdicts.items() if printed not in contradicted} == {claims.REPRODUCED}
+    assert {printed for printed, verdict in verdicts.items() if verdict == judging.CONTRADICTED} == contradicted
+    assert {v for printed, v in verdicts.items() if printed not in contradicted} == {judging.REPRODUCED}
 
 
 def test_claims_quote_the_paper():
