@@ -121,6 +121,7 @@ def test_evidence_finds_the_cells_of_a_method():
     assert evidence.models() == ["toy"]
     assert len(evidence.cells("toy", "A", 0.2)) == 2
     assert len(evidence.cells("toy", "A", 0.2, draw={"seed": 1})) == 1
+    assert Evidence(records()[::-1]).cells("toy", "A", 0.2) == evidence.cells("toy", "A", 0.2)  # by seed, however measured
     assert evidence.cells("toy", "A", 0.3) == [] == evidence.cells("other", "A", 0.2)
     assert ratio("A", "B", 0.2)(evidence, "toy").verdict(1.0) == "below"
     assert ratio("A", "dense", 0.2)(evidence, "toy").estimate == pytest.approx(math.exp(0.1), rel=0.01)

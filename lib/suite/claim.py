@@ -63,21 +63,22 @@ class Evidence:
         return list(dict.fromkeys(record["settings"]["model"] for record in self.records))
 
     def cells(self, model: str, method: str, level: float | None = None, **settings) -> list[dict]:
-        """Results of the cells of a method at a level whose settings have these values, one for each draw, in their order.
+        """Results of the cells of a method at a level whose settings have these values, one for each draw, by rising seed.
 
-        A setting is given as it stands in the ledger; `draw={"seed": 0}` asks for a part of one. Of two cells of one draw, the
-        one on more windows counts.
+        So the cells of two methods are of the same draws, place by place. A setting is given as it stands in the ledger;
+        `draw={"seed": 0}` asks for a part of one. Of two cells of one draw, the one on more windows counts.
         """
         wanted = {"model": model, "method": method} | ({} if level is None else {"level": level}) | settings
-        found: dict[str, dict] = {}
+        found: dict[tuple[int, str], dict] = {}
         for record in self.records:
             own, result = record["settings"], record["result"]
             if not isinstance(result, dict) or "perplexity" not in result or not _holds(own, wanted):
                 continue
-            draw = json.dumps(own.get("draw"), sort_keys=True)
+            drawn = own.get("draw") or {}
+            draw = (drawn.get("seed", 0), json.dumps(drawn, sort_keys=True))
             if draw not in found or result["perplexity"]["windows"] > found[draw]["perplexity"]["windows"]:
                 found[draw] = result
-        return list(found.values())
+        return [found[draw] for draw in sorted(found)]
 
     def result(self, model: str, **settings) -> object | None:
         """The result of the first cell of a model with these settings, of whatever kind; None where there is none."""
@@ -97,27 +98,27 @@ def _holds(settings: dict, wanted: dict) -> bool:
     return True
 
 
-def ratio(ours: str, other: str, level: float, other_level: float | None = None, **settings) -> Callable:
+def sides(evidence: Evidence, model: str, ours: str, other: str, level: float, **settings) -> tuple[list[dict], list[dict]]:
+    """The cells of two methods at a level; `other` may be `dense`, which has no level and no settings."""
+    against = evidence.cells(model, other) if other == "dense" else evidence.cells(model, other, level, **settings)
+    return evidence.cells(model, ours, level, **settings), against
+
+
+def ratio(ours: str, other: str, level: float, **settings) -> Callable:
     """The measurement "perplexity of `ours` over that of `other`" at a level, for a `Claim`; `other` may be `dense`."""
 
-    def measure(evidence: Evidence, model: str) -> Interval | None:
-        second = level if other_level is None else other_level
-        against = evidence.cells(model, other) if other == "dense" else evidence.cells(model, other, second, **settings)
-        return paired(evidence.cells(model, ours, level, **settings), against)
-
-    return measure
+    return lambda evidence, model: paired(*sides(evidence, model, ours, other, level, **settings))
 
 
-def accuracy(ours: str, other: str, level: float, other_level: float | None = None, **settings) -> Callable:
+def accuracy(ours: str, other: str, level: float, **settings) -> Callable:
     """The measurement "accuracy of `ours` minus that of `other`" over all questions, in points of 100, of the first draw."""
 
     def measure(evidence: Evidence, model: str) -> Interval | None:
-        second = level if other_level is None else other_level
-        against = evidence.cells(model, other) if other == "dense" else evidence.cells(model, other, second, **settings)
-        sides = [[c for c in cells if c["zero_shot"]] for cells in (evidence.cells(model, ours, level, **settings), against)]
-        if not all(sides):
+        both = sides(evidence, model, ours, other, level, **settings)
+        asked = [[cell for cell in cells if cell["zero_shot"]] for cells in both]
+        if not all(asked):
             return None
-        right = [[answer for row in side[0]["zero_shot"] for answer in row["correct"]] for side in sides]
+        right = [[answer for row in cells[0]["zero_shot"] for answer in row["correct"]] for cells in asked]
         found = accuracy_difference(*right)
         return Interval(100 * found.estimate, 100 * found.low, 100 * found.high, found.p)
 

@@ -78,9 +78,10 @@ def summary(found: dict[str, pd.DataFrame], models: Iterable[str]) -> str:
 
 TOP = """# Are the papers' claims true here?
 
-This page is written by `invoke reproduce` from the raw measurements of the committed runs (`lib/suite/claims`); changes made
-by hand are lost. A claim says in which range a number must lie. It is *reproduced* where the whole 95 % interval lies in that
-range, *contradicted* where it lies outside, and *undecided* where it does both. Perplexities are compared over the same
-windows, accuracies over the same questions; where several calibration sets were drawn, the interval covers all of them.
+This page is written by `invoke reproduce` from the raw measurements of the committed runs (`lib/suite/claims.py`); changes
+made by hand are lost. A claim says in which range a number must lie. It is *reproduced* where the whole 95 % interval lies in
+that range, *contradicted* where it lies outside, and *undecided* where it reaches over an end of it. Perplexities are compared
+over the same windows, accuracies over the same questions; where several calibration sets were drawn, the interval covers all of
+them.
 
 """

@@ -156,9 +156,7 @@ def _cell(value: float, key: tuple[str, str, float], once: pd.DataFrame, over: p
 
 
 def relative(value: float) -> str:
-    """A perplexity over that of the dense model, to the digits that matter; n/a where the method cannot take the model."""
-    if pd.isna(value):
-        return "n/a"
+    """A perplexity over that of the dense model, to the digits that matter."""
     if value < 1e5:
         return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
     return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
