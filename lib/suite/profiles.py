@@ -19,6 +19,7 @@ from torch import nn
 
 from lib.evaluation.text import HUB_CORPORA
 from lib.methods import METHODS
+from lib.models.packaged import cached
 from lib.papers.sliced_network import shapes_only
 from lib.papers.slicegpt import constant_widths
 from lib.primitives.checks import choose_one
@@ -27,7 +28,7 @@ from lib.suite.architectures import meta_model
 from lib.suite.results import RESULTS
 
 ABOUT = ("model", "architecture", "needs", "settings", "tables", "refused")
-NEEDS = ("gpu", "hub", "licence", "package")
+NEEDS = ("gpu", "hub", "licence", "package", "index")
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,8 @@ def missing_here(profile: Profile, data_dir: bool) -> list[str]:
         lacks.append(f"a GPU with {needs['gpu']} GB")
     if "package" in needs and importlib.util.find_spec(needs["package"]) is None:
         lacks.append(f"the package {needs['package']}")
+    if "index" in needs and not cached(needs["index"]):
+        lacks.append(f"{needs['index']} from the package index: `invoke fetch --model {needs['index']}`")
     if "hub" in needs:
         lacks.append(f"{needs['hub']} from the hub")
     if "licence" in needs:
