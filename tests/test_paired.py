@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.evaluation.divergence import divergence
-from lib.evaluation.paired import accuracy_difference, flips, holm, perplexity_ratio
+from lib.evaluation.paired import accuracy_difference, common_ratio, flips, holm, perplexity_ratio
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import load_corpus, sample_blocks, tokens_of, windows
 from lib.evaluation.zero_shot import zero_shot
@@ -158,3 +158,14 @@ def test_divergence_is_that_of_the_whole_logits():
     assert found.kl > 0.05
     same = divergence(dense, dense, text, 64)
     assert (same.kl, same.same_top) == (pytest.approx(0.0, abs=1e-9), 1.0)
+
+
+def test_records_are_compared_on_the_windows_that_both_have():
+    """Three windows of seven, evenly spread, are those at 0, 2 and 4."""
+    few = {"length": 11, "losses": (10.0, 12.0, 15.0)}
+    all_seven = {"length": 11, "losses": (9.0, 50.0, 11.5, 50.0, 13.0, 50.0, 50.0)}
+    found = common_ratio(few, all_seven)
+    assert found.estimate == pytest.approx(math.exp((1.0 + 0.5 + 2.0) / 3 / 10), rel=1e-12)
+    assert common_ratio(all_seven, few).estimate == pytest.approx(1 / found.estimate, rel=1e-12)
+    with pytest.raises(ValueError, match="not pairs"):
+        common_ratio(few, {"length": 11, "losses": (1.0,)})

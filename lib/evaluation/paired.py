@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from lib.evaluation.text import spread
+
 FEW = 20  # windows, below which a bootstrap takes the place of Student's t
 
 
@@ -58,6 +60,17 @@ def perplexity_ratio(ours: Sequence[float], other: Sequence[float], tokens: int,
             (difference,), np.mean, confidence_level=confidence, method="percentile", rng=chance
         ).confidence_interval
     return Interval(math.exp(mean), math.exp(found.low), math.exp(found.high), float(test.pvalue))
+
+
+def common_ratio(ours: dict, other: dict) -> Interval:
+    """`perplexity_ratio` of two records of `lib.evaluation.perplexity.Perplexity`, on the windows that both have.
+
+    A record of fewer windows has those that `lib.evaluation.text.spread` chooses among the other's. Raises ValueError where
+    fewer than two are common.
+    """
+    few = min(len(ours["losses"]), len(other["losses"]))
+    pair = [[record["losses"][i] for i in spread(len(record["losses"]), few)] for record in (ours, other)]
+    return perplexity_ratio(*pair, tokens=ours["length"] - 1)
 
 
 def envelope(draws: Sequence[Interval]) -> Interval:

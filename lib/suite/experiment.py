@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lib.evaluation.benchmark_tasks import files_record
-from lib.evaluation.paired import Interval, perplexity_ratio
+from lib.evaluation.paired import Interval, common_ratio
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import Calibration, Corpus, calibration_text, sample_blocks, spread, tokens_of, windows
 from lib.evaluation.zero_shot import zero_shot as accuracies
@@ -122,12 +122,8 @@ class Subject:
         return self.dense()["perplexity"]["perplexity"]
 
     def ratio(self, ours: dict, other: dict | None = None) -> Interval:
-        """Perplexity of one cell over that of another, or of the dense model: with its interval, paired over their windows."""
-        cells = [cell["perplexity"]["losses"] for cell in (ours, other or self.dense())]
-        # Cells on fewer windows have theirs among those of the others.
-        few = min(map(len, cells))
-        pairs = [[losses[i] for i in spread(len(losses), few)] for losses in cells]
-        return perplexity_ratio(*pairs, tokens=self.protocol.length - 1)
+        """Perplexity of one cell over that of another, or of the dense model: with its interval, paired over their common windows."""
+        return common_ratio(ours["perplexity"], (other or self.dense())["perplexity"])
 
     def times_dense(self, cell: dict) -> dict:
         """`ratio` to the dense model, as columns of a table; one window alone has no interval."""

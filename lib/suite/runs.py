@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import nbformat
 
 from lib.suite.results import RAW, Ledger, content_key, ledger_lines, write_atomically
 
@@ -128,6 +127,8 @@ def raise_failures(outcomes: Iterable[RunError | None]) -> None:
 
 
 def _reproduce(run: Run, force: bool, engine: Engine) -> None:
+    import nbformat  # late: it takes a second, and a command that only catches RunError does without
+
     cells = nbformat.read(run.notebook, as_version=4).cells
     # A ledger cell is identified by its settings, whose meaning depends on the notebook's code: other code, another ledger.
     opened = {"opened": run.paper, "code": [cell.source for cell in cells if cell.cell_type == "code"]}
@@ -209,6 +210,8 @@ def execute(notebook: Path, parameters: dict, profile: str, folder: Path, place:
 
 def relink(path: Path) -> None:
     """Make the links of an executed notebook, which are relative to `notebooks/`, relative to `results/<profile>/<paper>/`."""
+    import nbformat  # late: it takes a second, and a command that only catches RunError does without
+
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -218,6 +221,8 @@ def relink(path: Path) -> None:
 
 def tidy(path: Path) -> None:
     """Remove from an executed notebook where and when it ran."""
+    import nbformat  # late: it takes a second, and a command that only catches RunError does without
+
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lib.evaluation.paired import Interval, envelope, holm, perplexity_ratio
-from lib.evaluation.text import spread
+from lib.evaluation.paired import Interval, common_ratio, envelope, holm
 
 FIRST, LEVEL, BEHIND = "first", "level", "behind"
 SIGNIFICANT = 0.05
@@ -20,15 +19,10 @@ def paired(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
     if not ours or not other:
         return None
     count = max(len(ours), len(other)) if 1 in (len(ours), len(other)) else min(len(ours), len(other))
-    draws = []
-    for i in range(count):
-        cells = [side[i if len(side) > 1 else 0]["perplexity"] for side in (ours, other)]
-        few = min(len(cell["losses"]) for cell in cells)
-        if few < 2:
-            return None
-        losses = [[cell["losses"][k] for k in spread(len(cell["losses"]), few)] for cell in cells]
-        draws.append(perplexity_ratio(*losses, tokens=cells[0]["length"] - 1))
-    return envelope(draws)
+    pairs = [[side[i if len(side) > 1 else 0]["perplexity"] for side in (ours, other)] for i in range(count)]
+    if min(len(record["losses"]) for pair in pairs for record in pair) < 2:
+        return None
+    return envelope([common_ratio(*pair) for pair in pairs])
 
 
 def standings(dense: dict, cells: Mapping[str, Sequence[dict]]) -> list[dict]:
