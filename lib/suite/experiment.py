@@ -122,7 +122,7 @@ class Subject:
         return self.dense()["perplexity"]["perplexity"]
 
     def ratio(self, ours: dict, other: dict | None = None) -> Interval:
-        """Perplexity of one cell over that of another, or of the dense model: with its interval, paired over their common windows."""
+        """Perplexity of one cell over that of another, or of the dense model, paired over their common windows."""
         return common_ratio(ours["perplexity"], (other or self.dense())["perplexity"])
 
     def times_dense(self, cell: dict) -> dict:
