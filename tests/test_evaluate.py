@@ -62,7 +62,7 @@ def test_perplexity_never_needs_all_logits_at_once(family, at_once, monkeypatch)
     with torch.no_grad():
         losses = nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     widest = []
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(scoring, "FLOATS_AT_ONCE", at_once)
     monkeypatch.setattr(scoring.F, "cross_entropy", _remember(scoring.F.cross_entropy, widest))
     found = perplexity(model, ids.flatten(), length=16, batch=4)
     assert found.perplexity == pytest.approx(losses.exp().item(), rel=1e-6)

@@ -1,5 +1,6 @@
 """Differences between models, with their intervals: against formulas by hand, simulated pairs, and a model against itself."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib.evaluation.divergence import divergence
+from lib.evaluation.divergence import Reference, compared
 from lib.evaluation.paired import accuracy_difference, common_ratio, flips, holm, perplexity_ratio
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import load_corpus, sample_blocks, tokens_of, windows
@@ -149,14 +150,16 @@ def test_divergence_is_that_of_the_whole_logits():
     dense, tokenizer = load("wiki-a-llama")
     text = tokens_of(load_corpus("wiki-a", "test"), tokenizer)[: 64 * 5]
     small = make("magnitude-neurons", dense, text.view(5, 64), 0.3)
-    found = divergence(small, dense, text, 64, batch=2)
+    alone, found = compared(small, Reference(dense, text, 64, batch=2))
     with torch.no_grad():
         p, q = (F.softmax(m(text.view(5, 64)).logits[:, :-1].double(), -1) for m in (dense, small))
     assert found.tokens == 5 * 63
     assert found.kl == pytest.approx((p * (p.log() - q.log())).sum(-1).mean().item(), rel=1e-4)
     assert found.same_top == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=2 / 315)
     assert found.kl > 0.05
-    same = divergence(dense, dense, text, 64)
+    assert alone.perplexity == pytest.approx(perplexity(small, text, 64).perplexity, rel=1e-6)
+    assert alone.losses == pytest.approx(perplexity(small, text, 64).losses, rel=1e-6)
+    same = compared(dense, Reference(dense, text, 64))[1]
     assert (same.kl, same.same_top) == (pytest.approx(0.0, abs=1e-9), 1.0)
 
 
@@ -169,3 +172,15 @@ def test_records_are_compared_on_the_windows_that_both_have():
     assert common_ratio(all_seven, few).estimate == pytest.approx(1 / found.estimate, rel=1e-12)
     with pytest.raises(ValueError, match="not pairs"):
         common_ratio(few, {"length": 11, "losses": (1.0,)})
+
+
+def test_logits_that_change_after_the_head_are_compared_too():
+    """They do not follow from the inputs of the head, which a `Reference` otherwise keeps."""
+    capped, text = tiny("gemma3_text", torch.float32, final_logit_softcapping=0.05), token_ids(2, 20).flatten()
+    plain = copy.deepcopy(capped)
+    plain.config.final_logit_softcapping = None
+    found = compared(plain, Reference(capped, text, 20))[1]
+    with torch.no_grad():
+        p, q = (F.softmax(m(text.view(2, 20)).logits[:, :-1].double(), -1) for m in (capped, plain))
+    assert found.kl == pytest.approx((p * (p.log() - q.log())).sum(-1).mean().item(), rel=1e-4)
+    assert found.kl > 0

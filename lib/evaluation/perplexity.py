@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from lib.evaluation.text import windows
-from lib.primitives.losses import next_token_losses
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,17 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, length: int, limit: int |
     if length < 2 or (limit is not None and limit < 1):
         raise ValueError(f"{limit or 'all'} windows of {length} tokens score nothing: use at least 1 window of 2 tokens")
     blocks = windows(tokens, length)[:limit]
-    device = next(model.parameters()).device
-    losses = torch.cat([_next_token_losses(model, ids.to(device)) for ids in blocks.split(batch)])
-    scored = blocks.shape[0] * (length - 1)
-    return Perplexity(float((losses.sum() / scored).exp()), scored, blocks.shape[0], length, tuple(losses.tolist()))
+    return of_losses(torch.cat([_summed_losses(model, ids) for ids in blocks.split(batch)]), length)
 
 
-LOGITS_AT_ONCE = 2**26  # numbers in one piece of logits: 256 positions of Gemma's vocabulary of 262,144; long products are fast
-FLOATS_AT_ONCE = 2**23  # of these, in float32 at a time: 32 MB, so that the softmax stays in the processor's cache
+def of_losses(losses: torch.Tensor, length: int) -> Perplexity:
+    """The record of windows of `length` tokens with these summed losses in nats, float64 [windows]."""
+    scored = len(losses) * (length - 1)
+    return Perplexity(float((losses.sum() / scored).exp()), scored, len(losses), length, tuple(losses.tolist()))
+
+
+FLOATS_AT_ONCE = 2**23  # logits in float32 at a time: 32 MB, so that the softmax stays in the processor's cache
+ROWS_AT_ONCE = 8  # times as many rows in one product of the head: long products are fast
 
 
 def head_inputs(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor | None]:
@@ -84,22 +87,37 @@ def before_head(model: nn.Module, **inputs) -> tuple[ModelOutput, torch.Tensor |
     return output, hidden if same else None
 
 
-def _next_token_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the next tokens, summed over each window of ids [batch, tokens]: [batch] in float64, on the CPU.
+def logits_in_pieces(model: nn.Module, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Float32 logits of every position but the last of the windows ids [batch, tokens], in their order: [rows, vocabulary] each.
 
-    Softmax in float32, never with all logits at once: the head is applied to the hidden states of a few positions at a time,
-    where the logits are the head's.
+    Never all logits at once: the head is applied to a few hidden states at a time, where its outputs are the logits.
     """
+    ids = ids.to(next(model.parameters()).device)
     output, hidden = before_head(model, input_ids=ids, use_cache=False)
-    if hidden is None:
-        whole = output.logits.shape[1] == ids.shape[1]  # a model without a head has been run in full
-        logits = output.logits if whole else model(input_ids=ids, use_cache=False).logits
-        return next_token_losses(logits, ids).sum(1, dtype=torch.float64).cpu()
-    head = model.get_output_embeddings()
-    hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    pieces, rows = (max(1, numbers // output.logits.shape[-1]) for numbers in (LOGITS_AT_ONCE, FLOATS_AT_ONCE))
-    losses = []
-    for x, target in zip(hidden.split(pieces), targets.split(pieces), strict=True):
-        for logits, y in zip(head(x).split(rows), target.split(rows), strict=True):
-            losses.append(F.cross_entropy(logits.float(), y.to(logits.device), reduction="none").cpu())
+    if hidden is not None:
+        yield from from_head(model, hidden[:, :-1].flatten(0, 1), output.logits.shape[-1])
+        return
+    whole = output.logits.shape[1] == ids.shape[1]  # a model without a head has been run in full
+    logits = (output if whole else model(input_ids=ids, use_cache=False)).logits[:, :-1].flatten(0, 1)
+    yield from (piece.float() for piece in logits.split(rows_at_once(logits.shape[-1])))
+
+
+def from_head(model: nn.Module, hidden: torch.Tensor, vocabulary: int) -> Iterator[torch.Tensor]:
+    """The same pieces from the inputs of the head, [positions, d]."""
+    head, rows = model.get_output_embeddings(), rows_at_once(vocabulary)
+    for x in hidden.split(ROWS_AT_ONCE * rows):
+        yield from (logits.float() for logits in head(x).split(rows))
+
+
+def rows_at_once(vocabulary: int) -> int:
+    return max(1, FLOATS_AT_ONCE // vocabulary)
+
+
+def _summed_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the next tokens, summed over each window of ids [batch, tokens]: [batch] in float64, on the CPU."""
+    targets, losses, first = ids[:, 1:].flatten(), [], 0
+    for logits in logits_in_pieces(model, ids):
+        own = targets[first : first + len(logits)].to(logits.device)
+        losses.append(F.cross_entropy(logits, own, reduction="none").cpu())
+        first += len(logits)
     return torch.cat(losses).view(len(ids), -1).sum(1, dtype=torch.float64)

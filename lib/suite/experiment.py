@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lib.evaluation.benchmark_tasks import files_record
+from lib.evaluation.divergence import Reference, compared
 from lib.evaluation.paired import Interval, common_ratio
-from lib.evaluation.perplexity import perplexity
+from lib.evaluation.perplexity import Perplexity, perplexity
 from lib.evaluation.text import Calibration, Corpus, calibration_text, sample_blocks, spread, tokens_of, windows
 from lib.evaluation.zero_shot import zero_shot as accuracies
 from lib.models.checkpoint import fingerprint
@@ -86,32 +87,49 @@ class Subject:
         On fewer windows it is that of the dense model on all of them times the ratio of both on these, so that all values of a
         table can be compared: windows differ more in how hard they are than models do.
         """
-        fewer = None if full else self.protocol.fewer
-        chosen = self.windows[spread(len(self.windows), fewer)]
-        found = perplexity(self.in_evaluation_dtype(model), chosen.flatten(), self.protocol.length).record()
-        if len(chosen) < len(self.windows):
-            dense = [self.dense()["perplexity"]["losses"][i] for i in spread(len(self.windows), fewer)]
-            gain = (sum(found["losses"]) - sum(dense)) / found["tokens"]
-            found["perplexity"] = self.baseline() * math.exp(gain)
-        return found
+        chosen = self.windows if full else self.fewer_windows()
+        return self._on_all(perplexity(self.in_evaluation_dtype(model), chosen.flatten(), self.protocol.length))
+
+    def fewer_windows(self) -> torch.Tensor:
+        """The windows [fewer, length] on which curves and ablations are evaluated."""
+        return self.windows[spread(len(self.windows), self.protocol.fewer)]
+
+    def _on_all(self, found: Perplexity) -> dict:
+        """The record of a perplexity, brought from fewer windows to all of them."""
+        record, count = found.record(), len(self.windows)
+        if found.windows < count:
+            dense = [self.dense()["perplexity"]["losses"][i] for i in spread(count, found.windows)]
+            gain = (sum(found.losses) - sum(dense)) / found.tokens
+            record["perplexity"] = self.baseline() * math.exp(gain)
+        return record
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The dense model on `fewer_windows`, in the precision of the evaluation."""
+        return Reference(self.in_evaluation_dtype(self.model), self.fewer_windows().flatten(), self.protocol.length)
+
+    def apart(self, model: nn.Module) -> dict:
+        """Perplexity and divergence from the dense model, `kl` and `same_top`, from one pass over `fewer_windows`."""
+        found, divergence = compared(self.in_evaluation_dtype(model), self.reference)
+        return {"perplexity": self._on_all(found), "kl": divergence.kl, "same_top": divergence.same_top}
 
     def in_evaluation_dtype(self, model: nn.Module) -> nn.Module:
         """The model itself, or a copy in the precision that the protocol evaluates in."""
         return model if model.dtype == self.evaluated_in else cast(copy.deepcopy(model), self.evaluated_in)
 
-    def measure(self, model: nn.Module, zero_shot: bool = True, full: bool | None = None) -> dict:
+    def measure(self, model: nn.Module, zero_shot: bool = True, full: bool | None = None, apart: bool = False) -> dict:
         """Size, perplexity and, unless told otherwise, zero-shot rows of a model made from this subject.
 
-        full: on all windows of the protocol, and not only on `Protocol.fewer`; None: if it also faces the tasks.
+        full: on all windows of the protocol, and not only on `Protocol.fewer`; None: if it also faces the tasks. apart: on
+        `fewer_windows`, with its divergence from the dense model, see `apart`.
         """
         found, tasks = count(model), self.protocol.tasks if zero_shot else ()
         scored = self.in_evaluation_dtype(model)
         return {
             "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
             "zeros": zero_share(model),
-            "perplexity": self.perplexity(scored, zero_shot if full is None else full),
             "zero_shot": accuracies(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
-        }
+        } | (self.apart(scored) if apart else {"perplexity": self.perplexity(scored, zero_shot if full is None else full)})
 
     def dense(self) -> dict:
         """The baseline of every row: `measure` of the dense model, once per run."""
