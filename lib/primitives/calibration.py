@@ -16,6 +16,10 @@ from torch import nn
 from lib.primitives.anatomy import Anatomy, Family, whole_block
 from lib.primitives.linalg import add_gram, remove_mean
 
+# Of a calibration set at once: enough to keep matrix products busy, and few beside the weights of a block. A batch of 4,096
+# tokens is no faster, and what an FFN of three times the width of the stream computes for it is as large as a small model.
+BATCH_TOKENS = 1024
+
 
 @contextlib.contextmanager
 def resident(*modules: nn.Module) -> Iterator[None]:
@@ -93,6 +97,11 @@ class Batch(NamedTuple):
     kwargs: dict  # the block's other arguments: positions, rotary angles, masks
 
 
+def batch_of(length: int) -> int:
+    """Sequences of `length` tokens that are read at once: `BATCH_TOKENS` tokens, at least one sequence."""
+    return max(1, BATCH_TOKENS // length)
+
+
 class ResidualStream:
     """Hidden states of a calibration set at one junction, advanced in place.
 
@@ -100,12 +109,12 @@ class ResidualStream:
     Blocks whose weights are on disk are `resident` while they run.
     """
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, batch: int = 8):
+    def __init__(self, model: nn.Module, ids: torch.Tensor, batch: int | None = None):
         self.anatomy = Anatomy(model)
         check_calibration(self.anatomy, ids)
         device = next(model.parameters()).device
         self.device = torch.device("cpu") if device.type == "meta" else device  # weights on disk are loaded to the CPU
-        self.ids, self.batch = ids, batch
+        self.ids, self.batch = ids, batch or batch_of(ids.shape[1])
         self._kwargs: dict[int, list[dict]] = {}  # sequences in a batch -> keyword arguments of every block
         self.hidden = torch.empty(*ids.shape, self.anatomy.width, dtype=model.dtype, device=self.device)
         self.restart()
