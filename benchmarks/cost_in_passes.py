@@ -52,7 +52,9 @@ RATIO, LEVELS = 0.2, (0.1, 0.2, 0.25, 0.3)
 PATIENCE = 1800  # seconds for one method on one model
 NOISE = 0.2  # F before and after may differ by this share
 FACTORISATIONS = {
-    torch.linalg: ("eigh", "eigvalsh", "svd", "svdvals", "cholesky", "cholesky_ex", "qr", "solve", "solve_triangular", "inv", "lstsq"),
+    torch.linalg: (
+        "eigh", "eigvalsh", "svd", "svdvals", "cholesky", "cholesky_ex", "qr", "solve", "solve_triangular", "inv", "lstsq",
+    ),
     torch: ("cholesky_solve", "cholesky_inverse", "geqrf", "ormqr", "svd_lowrank"),
 }  # fmt: skip
 

@@ -238,7 +238,8 @@ def _through_compressed(
                 for name, layer in fitted.items():
                     small.set_submodule(name, layer)
                 layers |= fitted
-                stream.advance_block(block)
+                if block < len(stream.anatomy.blocks) - 1:  # nobody needs the last block's output
+                    stream.advance_block(block)
                 if progress:
                     progress(f"{ratio:.0%}: compressed layer {block + 1} of {len(stream.anatomy.blocks)}")
         yield ratio, put(small, layers)
@@ -293,11 +294,11 @@ class LowRankWalk(Walk):
 
     def step(self, i: int) -> None:
         [stream] = self.streams
-        grams = block_grams(stream, i, advance=self.order == "original", outputs=True)
+        grams = block_grams(stream, i, self.order == "original" and i < self.blocks - 1, outputs=True)
         for name, layer in truncated_block(self.dense, self.report, grams, self.ranks).items():
             self.model.set_submodule(name, layer)
         self._forget(i)
-        if self.order == "compressed":
+        if self.order == "compressed" and i < self.blocks - 1:
             stream.advance_block(i)
 
     def _forget(self, i: int) -> list[str]:

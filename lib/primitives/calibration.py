@@ -98,8 +98,8 @@ class Batch(NamedTuple):
 
 
 def batch_of(length: int) -> int:
-    """Sequences of `length` tokens that are read at once: `BATCH_TOKENS` tokens, at least one sequence."""
-    return max(1, BATCH_TOKENS // length)
+    """Sequences of `length` tokens that are read at once: at most 8, and `BATCH_TOKENS` tokens; at least one sequence."""
+    return max(1, min(8, BATCH_TOKENS // length))
 
 
 class ResidualStream:
@@ -160,12 +160,14 @@ class ResidualStream:
         see: dict[str, Callable[[torch.Tensor], None]],
         advance: bool = False,
         results: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] | None = None,
+        moved: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
         """Run a block on the stream to look inside. The stream stays where it is, or moves behind the block with `advance`.
 
         see: {name of a module inside the block: function of its inputs [n, features]}, called for every batch. Of modules that
         share an input (q, k, v), one is enough. results: the same with functions of inputs and outputs [n, features].
-        Without `advance` the pass ends as soon as all of these modules have run.
+        Without `advance` the pass ends as soon as all of these modules have run. moved: a function of each batch before and
+        behind the block, [b, tokens, d], as the stream moves on.
         """
         module, results = self.anatomy.blocks[block], results or {}
         places = [*((name, "in") for name in see), *((name, "out") for name in results)]
@@ -190,6 +192,8 @@ class ResidualStream:
                     unseen.update(places)
                     with contextlib.suppress(_Enough):
                         output = module(x, **kwargs)
+                        if moved:
+                            moved(x, output)
                         if advance:
                             self.hidden[rows] = output
         finally:

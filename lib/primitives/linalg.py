@@ -238,15 +238,17 @@ def refit(w: torch.Tensor, u: torch.Tensor, v: torch.Tensor, root: torch.Tensor)
 
     root: S [n, n] of the new inputs. Closed form of SVD-LLM's layer-wise update, u' = W G vᵀ (v G vᵀ)⁻¹, solved for the change
     u' - u, which vanishes where the inputs have not drifted. The latents vS are brought to unit energy first, so that the
-    spread of the singular values (10³ and more) does not enter the condition of the k x k system. float64.
+    spread of the singular values (10³ and more) does not enter the condition of the k x k system. Products are ordered so that
+    none takes m n² multiplications. float64.
     """
     w, u, v = w.double(), u.double(), v.double()
-    latents = v @ root
+    latents = scale_inputs(v, root)
     energy = latents.norm(dim=1, keepdim=True)
     energy = torch.where(energy > 0, energy, torch.ones_like(energy))
     latents = latents / energy
-    triangle, _ = root_of(latents @ latents.T)
-    wanted = latents @ ((w - u @ v) @ root).T
+    system = latents @ latents.T
+    triangle, _ = root_of(system)
+    wanted = (latents @ root.T) @ w.T - (system * energy.T) @ u.T  # vS ((W - uv) S)ᵀ, with vS = latents times energy
     return u + (torch.cholesky_solve(wanted, triangle) / energy).T
 
 
