@@ -99,7 +99,7 @@ def neuron_method(name: str, sweep: Callable, settings: type, needs: str, paper:
 
 def _ranks(name: str, sweep: Callable, settings: type, needs: str, paper: str, **more) -> Method:
     """A method that replaces matrices by two factors."""
-    more |= {"shape": low_rank.shape}
+    more |= {"shape": low_rank.shape, "consumes": True}
     return Method(name, sweep, settings, "ranks of the blocks' matrices", OF_MATRICES, needs, paper, MERGED, **more)
 
 
