@@ -99,7 +99,7 @@ def neuron_method(name: str, sweep: Callable, settings: type, needs: str, paper:
 
 def _ranks(name: str, sweep: Callable, settings: type, needs: str, paper: str, **more) -> Method:
     """A method that replaces matrices by two factors."""
-    more |= {"shape": low_rank.shape}
+    more |= {"shape": low_rank.shape, "consumes": True}
     return Method(name, sweep, settings, "ranks of the blocks' matrices", OF_MATRICES, needs, paper, MERGED, **more)
 
 
@@ -151,22 +151,23 @@ METHODS: dict[str, Method] = {
             "shortgpt", shortgpt.sweep, shortgpt.Settings, "blocks", OF_BLOCKS, TEXT, "ShortGPT, arXiv 2403.03853", ANYWHERE,
             shortgpt.shape, consumes=True,
         ),
-        neuron_method("cfsp", cfsp.sweep, cfsp.Settings, TEXT, "CFSP, arXiv 2409.13199"),
+        neuron_method("cfsp", cfsp.sweep, cfsp.Settings, TEXT, "CFSP, arXiv 2409.13199", consumes=True),
         Method(
             "flap", flap.sweep, flap.Settings, "FFN neurons and groups of heads", OF_COMPETING, TEXT, "FLAP, arXiv 2312.11983",
-            THIS_SUITE, flap.shape, takes=(UNEQUAL, FACTORED_ATTENTION),
+            THIS_SUITE, flap.shape, consumes=True, takes=(UNEQUAL, FACTORED_ATTENTION),
         ),
         Method(
             "lorap", lorap.sweep, lorap.Settings, "ranks of attention, FFN neurons", OF_HALVES, TEXT, "LoRAP, arXiv 2404.09695",
-            THIS_SUITE, lorap.shape, takes=(UNEQUAL, FACTORED_ATTENTION),
+            THIS_SUITE, lorap.shape, consumes=True, takes=(UNEQUAL, FACTORED_ATTENTION),
         ),
-        neuron_method("wanda-sp", wanda.sweep_neurons, NoSettings, TEXT, "Wanda-sp without heads, as in CFSP, arXiv 2409.13199"),
+        neuron_method("wanda-sp", wanda.sweep_neurons, NoSettings, TEXT, "Wanda-sp without heads, as in CFSP, arXiv 2409.13199",
+            consumes=True),
         Method(
             "wanda-sp-heads", wanda.sweep_units, NoSettings, "FFN neurons and groups of heads", OF_UNITS, TEXT,
-            "Wanda-sp, arXiv 2312.11983", EQUAL_WIDTHS, wanda.shape,
+            "Wanda-sp, arXiv 2312.11983", EQUAL_WIDTHS, wanda.shape, consumes=True,
         ),
-        neuron_method("magnitude-neurons", magnitude.sweep_neurons, magnitude.Settings, NOTHING, "a control"),
-        neuron_method("random-neurons", random_neurons.sweep, random_neurons.Settings, NOTHING, "a control"),
+        neuron_method("magnitude-neurons", magnitude.sweep_neurons, magnitude.Settings, NOTHING, "a control", consumes=True),
+        neuron_method("random-neurons", random_neurons.sweep, random_neurons.Settings, NOTHING, "a control", consumes=True),
     )
 }  # fmt: skip
 

@@ -69,6 +69,7 @@ def sweep(
     ratios: Sequence[float],
     settings: Settings = Settings(),
     progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) with every matrix truncated by activation-scaled SVD, of uniform rank or with the rank `search`.
 
@@ -83,7 +84,7 @@ def sweep(
     if settings.search:
         trials = sensitivities(model, ids, found, progress)
         plans = [search_ranks(trials, shapes(model), ratio) for ratio in ratios]
-    return sweep_of(model, found, ratios, plans, progress)
+    return sweep_of(model, found, ratios, plans, progress, inplace)
 
 
 # --- the rank search -----------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import COUNTS, check_settings, check_share, kept_share
-from lib.primitives.moments import measure, turning_angle
+from lib.primitives.checks import COUNTS, check_inplace, check_settings, check_share, kept_share
+from lib.primitives.moments import measure, turning_angles
 from lib.primitives.structured import keep_highest, remove_neurons
 
 # The authors divide angles summed over 128 x 1024 tokens by 10,000; this is the same for mean angles, for any number of tokens.
@@ -78,9 +78,13 @@ def scores(model: nn.Module, ids: torch.Tensor, fine: str = "code") -> Scores:
     stream = ResidualStream(model, ids)
     mlp, neurons, angles = stream.anatomy.family.mlp, [], []
     for i, block in enumerate(stream.anatomy.blocks):
-        before = stream.hidden.clone()
-        squares = measure(stream, i, [mlp.writer], advance=True)[mlp.writer].square
-        angles.append(turning_angle(before, stream.hidden))
+        turned: list[torch.Tensor] = []
+
+        def turn(before: torch.Tensor, after: torch.Tensor, turned: list[torch.Tensor] = turned) -> None:
+            turned.append(turning_angles(before, after))
+
+        squares = measure(stream, i, [mlp.writer], advance=True, moved=turn)[mlp.writer].square
+        angles.append(torch.cat(turned).mean().item())
         weights = [block.get_submodule(name).weight.detach() for name in (*mlp.readers, mlp.writer)]
         neurons.append(code_scores(squares) if fine == "code" else equation8_scores(weights[:-1], weights[-1], squares))
     return Scores(neurons, torch.tensor(angles, dtype=torch.float64))
@@ -102,16 +106,18 @@ def sweep(
     ratios: Sequence[float],
     settings: Settings = Settings(),
     progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of its FFN neurons) for every ratio, from one pass; no repair.
 
     ids: [samples, tokens]. Raises ValueError, before any work, for a ratio outside [0, 1) and for ids that cannot be used.
     """
+    check_inplace(inplace, ratios)
     for ratio in ratios:
         check_share(ratio)
     found = scores(model, ids, settings.fine)
     for ratio in ratios:
-        yield ratio, remove_neurons(model, keep(found, ratio, settings.coarse, settings.multiple))
+        yield ratio, remove_neurons(model, keep(found, ratio, settings.coarse, settings.multiple), inplace=inplace)
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import check_settings, kept_share
+from lib.primitives.checks import check_inplace, check_settings, kept_share
 from lib.primitives.moments import walk
 from lib.primitives.structured import (
     channels,
@@ -117,8 +117,11 @@ def compensation(writer: torch.Tensor, means: torch.Tensor, keep: torch.Tensor) 
 
 
 @torch.no_grad()
-def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True) -> nn.Module:
-    """The model without a share of the parameters of its neurons (and groups, if they are scored), from known scores."""
+def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = True, inplace: bool = False) -> nn.Module:
+    """The model without a share of the parameters of its neurons (and groups, if they are scored), from known scores.
+
+    The given model stays intact, unless `inplace`.
+    """
     anatomy = Anatomy(model)
     neurons, groups = choose(model, found.neurons, found.groups, ratio)
 
@@ -131,7 +134,7 @@ def cut(model: nn.Module, found: Scores, ratio: float, *, compensate: bool = Tru
         ]
 
     shifts = biases(anatomy.family.mlp.writer, found.means, neurons)
-    smaller = remove_neurons(model, neurons, bias=shifts)
+    smaller = remove_neurons(model, neurons, bias=shifts, inplace=inplace)
     if not groups:
         return smaller
     sizes = [len(mean) // len(score) for mean, score in zip(found.group_means, found.groups, strict=True)]
@@ -146,18 +149,20 @@ def sweep(
     ratios: Sequence[float],
     settings: Settings = Settings(),
     progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the parameters of neurons and key-value groups) for every ratio, from one pass.
 
     Least fluctuation goes first, with bias compensation. ratio: of the parameters of the units that compete. Raises ValueError,
     before any work, for a ratio outside [0, 1) and for ids that cannot be used.
     """
+    check_inplace(inplace, ratios)
     units = in_order(ffn_widths(model)), in_order(kv_groups(model)) if settings.attention else []
     for ratio in ratios:
         choose(model, *units, ratio)  # raises now rather than after the pass
     found = scores(model, ids, attention=settings.attention)
     for ratio in ratios:
-        yield ratio, cut(model, found, ratio, compensate=settings.compensate)
+        yield ratio, cut(model, found, ratio, compensate=settings.compensate, inplace=inplace)
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:

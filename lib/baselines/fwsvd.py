@@ -77,7 +77,12 @@ def _watch(watched: contextlib.ExitStack, layer: nn.Linear, total: torch.Tensor,
 
 
 def sweep(
-    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], settings: object = None, progress: Callable | None = None
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    settings: object = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model) with every matrix truncated by Fisher-weighted SVD, which minimises Σ_j d_j² ‖(W - W')_j‖².
 
@@ -85,4 +90,4 @@ def sweep(
     """
     plans = [uniform_ranks(model, ratio) for ratio in ratios]
     weights = fisher(model, ids, progress=progress)
-    return sweep_of(model, (([name], value.sqrt()) for name, value in weights.items()), ratios, plans, progress)
+    return sweep_of(model, (([name], value.sqrt()) for name, value in weights.items()), ratios, plans, progress, inplace)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream
-from lib.primitives.checks import check_settings, exact, kept_share
+from lib.primitives.checks import check_inplace, check_settings, exact, kept_share
 from lib.primitives.low_rank import block_name, factored, put, rank_for, replay
 from lib.primitives.moments import measure
 from lib.primitives.structured import cut_neurons, describe, ffn_widths, kept_count, separate_readers, shape_without_neurons
@@ -73,15 +73,17 @@ def sweep(
     ratios: Sequence[float],
     settings: Settings = Settings(),
     progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of its neurons and, unless `mlp_only`, of the parameters of attention); a pass for each.
 
     Raises ValueError, before any work, for a ratio that leaves no rank or no neuron, and for ids that cannot be used.
     """
+    check_inplace(inplace, ratios)
     for ratio in ratios:
         for width in ffn_widths(model):
             kept_count(width, ratio)
-    return ((ratio, _compress(model, ids, ratio, settings.mlp_only)) for ratio in ratios)
+    return ((ratio, _compress(model if inplace else shell(model), ids, ratio, settings.mlp_only)) for ratio in ratios)
 
 
 def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.Module:
@@ -91,7 +93,8 @@ def prune(model: nn.Module, ids: torch.Tensor, ratio: float, **settings) -> nn.M
 
 @torch.no_grad()
 def _compress(model: nn.Module, ids: torch.Tensor, ratio: float, mlp_only: bool) -> nn.Module:
-    stream = ResidualStream(shell(model), ids)
+    """The given model, compressed in place."""
+    stream = ResidualStream(model, ids)
     anatomy, layers = stream.anatomy, {}
     mlp, attention = anatomy.family.mlp, anatomy.family.attention
     names = [] if mlp_only or ratio == 0 else [*separate_readers(anatomy), attention.writer]
@@ -114,7 +117,8 @@ def _compress(model: nn.Module, ids: torch.Tensor, ratio: float, mlp_only: bool)
                 layer = factored(block.get_submodule(name), root, rank)
                 layers[block_name(anatomy.family, i, name)] = layer
                 block.set_submodule(name, layer)
-        stream.advance_block(i)
+        if i < len(anatomy.blocks) - 1:  # nobody needs the last block's output
+            stream.advance_block(i)
     return put(describe(anatomy.model), layers)
 
 

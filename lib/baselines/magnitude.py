@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import check_settings
+from lib.primitives.checks import check_inplace, check_settings
 from lib.primitives.layerwise import check_prunable, replace_layers
 from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
 from lib.primitives.structured import remove_neurons, uniform
@@ -69,8 +69,10 @@ def sweep_neurons(
     ratios: Sequence[float],
     settings: Settings = Settings(),
     progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block, smallest norms first); needs no data."""
+    check_inplace(inplace, ratios)
     found = neuron_scores(model, settings.order)
     for ratio in ratios:
-        yield ratio, remove_neurons(model, uniform(found, ratio))
+        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)

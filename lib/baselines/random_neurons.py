@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lib.primitives.checks import FROM_ZERO, check_settings
+from lib.primitives.checks import FROM_ZERO, check_inplace, check_settings
 from lib.primitives.structured import ffn_widths, remove_neurons, uniform
 
 
@@ -31,8 +31,10 @@ def sweep(
     ratios: Sequence[float],
     settings: Settings = Settings(),
     progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block, at random); a lower ratio keeps what a higher one keeps."""
+    check_inplace(inplace, ratios)
     found = scores(model, torch.Generator().manual_seed(settings.seed))
     for ratio in ratios:
-        yield ratio, remove_neurons(model, uniform(found, ratio))
+        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy
-from lib.primitives.checks import exact
+from lib.primitives.checks import check_inplace, exact
 from lib.primitives.layerwise import SQUARES, pruning
 from lib.primitives.linalg import Sparsity, check_sparsity, keep_mask
 from lib.primitives.moments import walk
@@ -73,18 +73,24 @@ def unit_scores(model: nn.Module, ids: torch.Tensor, attention: bool = True) -> 
 
 
 def sweep_neurons(
-    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], settings: object = None, progress: Callable | None = None
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    settings: object = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons of every block by Wanda-sp) for every ratio, from one pass.
 
     Heads stay, as in CFSP's comparison. ids: [samples, tokens]; there are no settings. Raises ValueError, before any work, for a
     ratio outside [0, 1).
     """
+    check_inplace(inplace, ratios)
     for ratio in ratios:
         uniform(in_order(ffn_widths(model)), ratio)  # raises now rather than after the pass
     found = neuron_scores(model, ids)
     for ratio in ratios:
-        yield ratio, remove_neurons(model, uniform(found, ratio))
+        yield ratio, remove_neurons(model, uniform(found, ratio), inplace=inplace)
 
 
 def kept_groups(scores: Sequence[torch.Tensor], ratio: float) -> list[torch.Tensor]:
@@ -93,17 +99,23 @@ def kept_groups(scores: Sequence[torch.Tensor], ratio: float) -> list[torch.Tens
 
 
 def sweep_units(
-    model: nn.Module, ids: torch.Tensor, ratios: Sequence[float], settings: object = None, progress: Callable | None = None
+    model: nn.Module,
+    ids: torch.Tensor,
+    ratios: Sequence[float],
+    settings: object = None,
+    progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """(ratio, model without that share of the neurons and of the key-value groups of every block) for every ratio, from one pass.
 
     The published Wanda-sp. Arguments and errors as for `sweep_neurons`, and ValueError where q, k and v are one matrix.
     """
+    check_inplace(inplace, ratios)
     for ratio in ratios:
         shape(model, ratio)  # raises now rather than after the pass
     neurons, groups = unit_scores(model, ids)
     for ratio in ratios:
-        small = remove_neurons(model, uniform(neurons, ratio))
+        small = remove_neurons(model, uniform(neurons, ratio), inplace=inplace)
         yield ratio, remove_groups(small, kept_groups(groups, ratio), inplace=True)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from lib.primitives.calibration import batch_of
+
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
@@ -78,6 +80,24 @@ def _seconds(
     for _ in range(generated):
         cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
     return prefill, clock() - start
+
+
+@torch.no_grad()
+def forward_seconds(model: nn.Module, ids: torch.Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one forward pass over the tokens ids [samples, length] without the head: F, the unit of a method's cost.
+
+    In the batches of `lib.primitives.calibration`, so that a method is compared with the pass that it makes itself. clock:
+    another one than that on the wall, such as `time.process_time`, which other work on the machine does not disturb.
+    """
+    device = next(model.parameters()).device
+    parts = ids.to(device).split(batch_of(ids.shape[1]))
+    model.base_model(input_ids=parts[0][:, :1], use_cache=False)  # what the libraries set up once
+    _synchronise(device)
+    start = clock()
+    for part in parts:
+        model.base_model(input_ids=part, use_cache=False)
+    _synchronise(device)
+    return clock() - start
 
 
 @torch.no_grad()

@@ -233,15 +233,18 @@ class Pair(NamedTuple):
 
 
 @torch.no_grad()
-def block_system(block: nn.Module, family: Family, pairs: Iterable[Pair], settings: Settings) -> System:
+def block_system(
+    block: nn.Module, family: Family, pairs: Iterable[Pair], settings: Settings, run: Callable = whole_block
+) -> System:
     """The least-squares system of one block's neurons, from its calibration.
 
+    run: the step from the student's stream in `pairs` to the block's output, the FFN alone where attention has been added.
     The wanted output is Y_T + R_T - R_S (`residual`), Y_T (`teacher`), or the block's own output (`same input`): T is
     the dense model on its own stream, S the pruned one, Y the FFN's output, R the residual that it is added to.
     """
     sums = Sums(block.get_submodule(family.mlp.writer).weight.T, precision=getattr(torch, settings.precision))
     for batch, wanted_output, wanted_ffn in pairs:
-        output, x, y = run_seeing(whole_block, block, family, batch, family.mlp.writer)
+        output, x, y = run_seeing(run, block, family, batch, family.mlp.writer)
         counted = slice(1 if settings.drop_first and x.shape[1] > 1 else 0, None)  # tokens
         beyond = None
         if settings.reference == "residual":  # Y_T + R_T is the dense block's output, Y + R_S the pruned prefix's
@@ -366,14 +369,22 @@ class Demand:
     bound: float
 
 
-def prune_block(block: nn.Module, family: Family, pairs: Iterable[Pair], demand: Demand, settings: Settings) -> Pruned:
+def prune_block(
+    block: nn.Module,
+    family: Family,
+    pairs: Iterable[Pair],
+    demand: Demand,
+    settings: Settings,
+    run: Callable = whole_block,
+) -> Pruned:
     """Which neurons of one block stay, and their multipliers. The block itself is not changed.
 
-    pairs: the block's calibration, read once. Holds two n x n matrices, whatever the number of tokens and blocks.
+    pairs: the block's calibration, read once; run: as in `block_system`. Holds two n x n matrices, whatever the number of tokens
+    and blocks.
     """
     if demand.quota == 0 and (settings.reference == "same input" or not settings.tune):
         return Pruned(torch.arange(block.get_submodule(family.mlp.writer).in_features), None, 0)
-    system = block_system(block, family, pairs, settings)
+    system = block_system(block, family, pairs, settings, run)
     return prune_system(system, demand.quota, settings, demand.epsilon, demand.bound)
 
 
@@ -544,7 +555,7 @@ class CompWalk(Walk):
     The student's stream is that of the copy, the teacher's that of the dense model. One block of each is in memory at a time.
     """
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Settings, batch: int = 8):
+    def __init__(self, model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Settings, batch: int | None = None):
         self.dense, self.ids, self.plan, self.settings, self.batch = model, ids, plan, settings, batch
         self.kept = [i for i in range(len(Anatomy(model).blocks)) if i not in plan.drop]
         widths = ffn_widths(model)
@@ -569,13 +580,17 @@ class CompWalk(Walk):
         anatomy, dense = self.student.anatomy, self.kept[i]
         block = anatomy.blocks[i]
         with resident(block, *([self.teacher.anatomy.blocks[dense]] if self.teacher else [])):
+            *before, (run, _) = anatomy.steps  # attention, where it comes before the FFN, runs once: only the FFN is cut
+            for attend, _ in before:
+                self.student.advance(attend, i)
             pairs = _pairs(self.student, i, self.teacher, dense)
-            result = prune_block(block, anatomy.family, pairs, self.round.ask(i), self.settings)
+            result = prune_block(block, anatomy.family, pairs, self.round.ask(i), self.settings, run)
             for _ in pairs:  # moves the teacher on if prune_block did not read the pairs
                 pass
         self.round.paid(result)
         cut_result(anatomy, block, result)
-        self.student.advance_block(i)
+        if i < self.blocks - 1:  # nobody needs the last block's output
+            self.student.advance(run, i)
 
     def finish(self) -> bool:
         following = None
@@ -637,11 +652,15 @@ def _global_quotas(model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Se
     rank = METRICS[settings.metric] or METRICS["C1 once"]
     scores = []
     for i, block in enumerate(stream.anatomy.blocks):
+        *before, (run, _) = stream.anatomy.steps
         with resident(block):
-            system = block_system(block, stream.anatomy.family, _pairs(stream, i, None, i), alone)
+            for attend, _ in before:
+                stream.advance(attend, i)
+            system = block_system(block, stream.anatomy.family, _pairs(stream, i, None, i), alone, run)
             found = rank(system, epsilon=settings.epsilon, gamma=settings.gamma, seed=settings.seed)
         scores.append(found / max(system.wanted, 1e-300) ** 0.5)
-        stream.advance_block(i)
+        if i < len(stream.anatomy.blocks) - 1:
+            stream.advance(run, i)
     widths, total = ffn_widths(small), sum(plan.quotas)
     least = max(n - most(n, settings) for n in widths)
     keep = globally(scores, Fraction(total, sum(widths)), least)

@@ -22,9 +22,9 @@ from torch import nn
 
 from lib.primitives.anatomy import Anatomy, shared_inputs
 from lib.primitives.calibration import ResidualStream, check_calibration
-from lib.primitives.checks import check_settings, check_share
+from lib.primitives.checks import check_inplace, check_settings, check_share
 from lib.primitives.finetune import LoRA, Recovered, recover
-from lib.primitives.layerwise import Walk
+from lib.primitives.layerwise import Walk, go
 from lib.primitives.linalg import add_gram, decompose_outputs, eigenvalue_roots, refit, root_of, singular_values
 from lib.primitives.low_rank import (
     Ranks,
@@ -173,17 +173,23 @@ def sweep(
     ratios: Sequence[float],
     settings: Settings = Settings(),
     progress: Callable | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
     """Compress a model at several ratios; yields (ratio, model), each the same as from a run of its own.
 
     ids: calibration tokens [samples, length]. ratios: share R of the matrices' parameters to remove, 0 leaves them dense. The
     dense model is read only, and so are the results, which share tensors with it. Original order: one pass and one
     decomposition of each matrix for all ratios, and another pass for each ratio that is refitted; unequal ranks take a pass and
-    a decomposition more. Raises ValueError before any work starts.
+    a decomposition more. inplace: where one walk over the blocks is enough (variant W, uniform ranks), each dense matrix is freed
+    when its factors are there. Raises ValueError before any work starts.
     """
+    check_inplace(inplace, ratios)
     for ratio in ratios:
         check_share(ratio)
     check_calibration(Anatomy(model), ids)
+    if inplace and (settings.variant, settings.allocation) == ("W", "uniform"):
+        walk = LowRankWalk(model, ids, ratios[0], settings.order)
+        return ((ratio, go(walk, "factored", progress)) for ratio in ratios)
     dense = matrices(model)
     # 1. Ranks.
     if settings.allocation == "loss":
@@ -238,7 +244,8 @@ def _through_compressed(
                 for name, layer in fitted.items():
                     small.set_submodule(name, layer)
                 layers |= fitted
-                stream.advance_block(block)
+                if block < len(stream.anatomy.blocks) - 1:  # nobody needs the last block's output
+                    stream.advance_block(block)
                 if progress:
                     progress(f"{ratio:.0%}: compressed layer {block + 1} of {len(stream.anatomy.blocks)}")
         yield ratio, put(small, layers)
@@ -293,11 +300,11 @@ class LowRankWalk(Walk):
 
     def step(self, i: int) -> None:
         [stream] = self.streams
-        grams = block_grams(stream, i, advance=self.order == "original", outputs=True)
+        grams = block_grams(stream, i, self.order == "original" and i < self.blocks - 1, outputs=True)
         for name, layer in truncated_block(self.dense, self.report, grams, self.ranks).items():
             self.model.set_submodule(name, layer)
         self._forget(i)
-        if self.order == "compressed":
+        if self.order == "compressed" and i < self.blocks - 1:
             stream.advance_block(i)
 
     def _forget(self, i: int) -> list[str]:

@@ -16,6 +16,10 @@ from torch import nn
 from lib.primitives.anatomy import Anatomy, Family, whole_block
 from lib.primitives.linalg import add_gram, remove_mean
 
+# Of a calibration set at once: enough to keep matrix products busy, and few beside the weights of a block. A batch of 4,096
+# tokens is no faster, and what an FFN of three times the width of the stream computes for it is as large as a small model.
+BATCH_TOKENS = 1024
+
 
 @contextlib.contextmanager
 def resident(*modules: nn.Module) -> Iterator[None]:
@@ -93,6 +97,11 @@ class Batch(NamedTuple):
     kwargs: dict  # the block's other arguments: positions, rotary angles, masks
 
 
+def batch_of(length: int) -> int:
+    """Sequences of `length` tokens that are read at once: at most 8, and `BATCH_TOKENS` tokens; at least one sequence."""
+    return max(1, min(8, BATCH_TOKENS // length))
+
+
 class ResidualStream:
     """Hidden states of a calibration set at one junction, advanced in place.
 
@@ -100,12 +109,12 @@ class ResidualStream:
     Blocks whose weights are on disk are `resident` while they run.
     """
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, batch: int = 8):
+    def __init__(self, model: nn.Module, ids: torch.Tensor, batch: int | None = None):
         self.anatomy = Anatomy(model)
         check_calibration(self.anatomy, ids)
         device = next(model.parameters()).device
         self.device = torch.device("cpu") if device.type == "meta" else device  # weights on disk are loaded to the CPU
-        self.ids, self.batch = ids, batch
+        self.ids, self.batch = ids, batch or batch_of(ids.shape[1])
         self._kwargs: dict[int, list[dict]] = {}  # sequences in a batch -> keyword arguments of every block
         self.hidden = torch.empty(*ids.shape, self.anatomy.width, dtype=model.dtype, device=self.device)
         self.restart()
@@ -151,12 +160,14 @@ class ResidualStream:
         see: dict[str, Callable[[torch.Tensor], None]],
         advance: bool = False,
         results: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] | None = None,
+        moved: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
         """Run a block on the stream to look inside. The stream stays where it is, or moves behind the block with `advance`.
 
         see: {name of a module inside the block: function of its inputs [n, features]}, called for every batch. Of modules that
         share an input (q, k, v), one is enough. results: the same with functions of inputs and outputs [n, features].
-        Without `advance` the pass ends as soon as all of these modules have run.
+        Without `advance` the pass ends as soon as all of these modules have run. moved: a function of each batch before and
+        behind the block, [b, tokens, d], as the stream moves on.
         """
         module, results = self.anatomy.blocks[block], results or {}
         places = [*((name, "in") for name in see), *((name, "out") for name in results)]
@@ -181,6 +192,8 @@ class ResidualStream:
                     unseen.update(places)
                     with contextlib.suppress(_Enough):
                         output = module(x, **kwargs)
+                        if moved:
+                            moved(x, output)
                         if advance:
                             self.hidden[rows] = output
         finally:

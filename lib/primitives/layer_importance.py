@@ -80,12 +80,12 @@ def layer_scores(
     final_norm = stream.anatomy.get(stream.anatomy.family.final_norm)
     scores = []
     for block in range(len(stream.anatomy.blocks)):
-        change, before = Change(), stream.hidden.clone()
-        stream.advance_block(block)
-        last = after_norm and block == len(stream.anatomy.blocks) - 1
-        for row in range(len(ids)):
-            out = stream.hidden[row]
-            change.add(before[row], final_norm(out) if last else out)
+        change, last = Change(), after_norm and block == len(stream.anatomy.blocks) - 1
+
+        def add(before: torch.Tensor, after: torch.Tensor, change: Change = change, last: bool = last) -> None:
+            change.add(before.flatten(0, 1), (final_norm(after) if last else after).flatten(0, 1))
+
+        stream.observe(block, {}, advance=True, moved=add)
         scores.append(BLOCK_SCORES[score](change))
     return scores
 

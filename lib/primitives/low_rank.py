@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lib.primitives.anatomy import Anatomy, Family, shared_inputs
-from lib.primitives.checks import kept_share
+from lib.primitives.checks import check_inplace, kept_share
 from lib.primitives.linalg import decompose, truncate
 from lib.primitives.surgery import LowRankLinear, linear, low_rank, record_edit, set_edits, shape_shell, shell
 
@@ -185,9 +185,29 @@ def sweep_of(
     ratios: Sequence[float],
     plans: Sequence[Ranks],
     progress: Callable[[str], None] | None = None,
+    inplace: bool = False,
 ) -> Iterator[tuple[float, nn.Module]]:
-    """(ratio, model) for every plan of ranks, from one decomposition of each matrix."""
+    """(ratio, model) for every plan of ranks, from one decomposition of each matrix.
+
+    inplace: for one ratio, each dense matrix is freed when its factors are there.
+    """
+    check_inplace(inplace, ratios)
+    if inplace:
+        return ((ratio, _in_place(model, roots, ranks, progress)) for ratio, ranks in zip(ratios, plans, strict=True))
     return nested(model, lambda ranks: factor(matrices(model), roots, ranks, progress), ratios, plans)
+
+
+def _in_place(model: nn.Module, roots: Roots, ranks: Ranks, progress: Callable[[str], None] | None) -> nn.Module:
+    """The given model, with matrices replaced by two factors one after the other."""
+    for names, root in roots:
+        for name in names:
+            if name in ranks:
+                model.set_submodule(name, factored(model.get_submodule(name), root, ranks[name]))
+        if progress:
+            progress(f"factored {names[-1]}")
+    if ranks:
+        record_edit(model, edit="low-rank", ranks=ranks)
+    return model
 
 
 def nested(
