@@ -491,17 +491,23 @@ def merge_to_dense(c, model, out, device="cpu", dtype=""):
 
 @task(
     help={
-        "folder": "a stock model: made with method slicegpt-stock, or any Llama, Mistral or Qwen 2 in the Hugging Face format",
+        "folder": "a Llama, Mistral or Qwen 2 in the Hugging Face format, or one that `invoke compress` has pruned",
         "out": "new .gguf file",
-        "dtype": "precision of the matrices: float16, bfloat16 or float32",
+        "dtype": "of the matrices: float16, bfloat16, float32, Q8_0 (8.5 bits) or Q4_0 (4.5 bits)",
     }
 )
 def export_gguf(c, folder, out, dtype="float16"):
-    """Convert a stock model folder to one GGUF file, for llama.cpp (needs the extra `gguf`)."""
-    from lib.models.gguf_export import to_gguf
+    """Convert a stock or pruned model to one GGUF file, which runs in llama.cpp."""
+    from lib.models.gguf_export import kinds, to_gguf
 
-    path = checked(lambda: to_gguf(folder, out, dtype))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, matrices in {dtype}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        path = checked(lambda: to_gguf(folder, out, dtype))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    for row in kinds(path).itertuples():
+        print(f"  {row.tensors} tensors in {row.type}, {row.bytes / 1e6:.1f} MB")
+    for warning in said:
+        print(f"  {warning.message}")
 
 
 @task

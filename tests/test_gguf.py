@@ -5,6 +5,8 @@ import inspect
 import itertools
 import json
 import shutil
+import urllib.request
+import warnings
 
 import gguf
 import pytest
@@ -16,11 +18,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import tasks
 from lib.evaluation.text import load_corpus, sample_blocks
-from lib.methods import make
+from lib.methods import METHODS, make
 from lib.models.checkpoint import export, save
-from lib.models.gguf_export import SPLITS, to_gguf
+from lib.models.gguf_export import SPLITS, kinds, to_gguf
 from lib.models.load import load
 from lib.papers.slicegpt import global_axes, slice_globally, stock_model
+from lib.primitives.structured import remove_groups, remove_neurons
 from tests.conftest import relative, tiny, token_ids
 
 ROWS = 2050  # embeddings: two more than the tokenizer of the embedded models has tokens
@@ -99,7 +102,10 @@ def run(path, ids):
     keys, w = header(path), {name: value.double() for name, value in matrices(path).items()}
     arch = keys["general.architecture"]
     keys = {name.removeprefix(f"{arch}."): value for name, value in keys.items()}
-    heads, groups, size = (keys[f"attention.{name}"] for name in ("head_count", "head_count_kv", "key_length"))
+    size = keys["attention.key_length"]
+
+    def each(name):  # one number stands for all blocks
+        return keys[name] if isinstance(keys[name], list) else [keys[name]] * keys["block_count"]
 
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
@@ -120,7 +126,8 @@ def run(path, ids):
         return out
 
     x = w["token_embd.weight"][ids]
-    for i in range(keys["block_count"]):
+    for i, (heads, groups) in enumerate(zip(each("attention.head_count"), each("attention.head_count_kv"), strict=True)):
+        assert w[f"blk.{i}.ffn_down.weight"].shape[1] == each("feed_forward_length")[i] > 0
         u = norm(x, f"blk.{i}.attn_norm")
         q, k, v = (split(linear(u, f"blk.{i}.attn_{n}"), c) for n, c in (("q", heads), ("k", groups), ("v", groups)))
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (rotated(k), v))
@@ -326,50 +333,158 @@ def test_scores_replace_merges(tmp_path, kind):
 # --- llama.cpp -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def llama_cpp():
-    return pytest.importorskip("llama_cpp", reason="llama.cpp is not installed")
+class Runtime:
+    """llama.cpp with a file: on one thread, with keys and values in float32 and without flash attention."""
+
+    def __init__(self, path, context=64):
+        xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = str(path), context, 1, False, 0
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        self.server = xllamacpp.Server(params)
+
+    def complete(self, prompt, **settings):
+        """The answer to a prompt, which is text or ids, continued by the likeliest tokens."""
+        return self.server.handle_completions({"prompt": prompt, "temperature": 0.0} | settings)["choices"][0]
+
+    def log_probabilities(self, ids, vocabulary, cached=True):
+        """Of every token after each beginning of ids: [tokens, vocabulary]. cached: beginnings are read once."""
+        rows = torch.full((len(ids), vocabulary), float("nan"))
+        # Nothing is listed after an end of the text or half a character, so the choice is forced; the list is of all tokens as
+        # they are before that.
+        settings = dict(n_predict=1, n_probs=vocabulary, cache_prompt=cached, logit_bias=[[self.tokens("a")[-1], 1e4]])
+        for end in range(1, len(ids) + 1):
+            for token in self.complete(ids[:end], **settings)["logprobs"]["content"][0]["top_logprobs"]:
+                rows[end - 1, token["id"]] = token["logprob"]
+        return rows
+
+    def tokens(self, text):
+        body = json.dumps({"content": text, "add_special": True}).encode()
+        request = urllib.request.Request(f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["tokens"]
 
 
-def opened(llama_cpp, path, context=256):
-    full = llama_cpp.GGML_TYPE_F32  # or keys and values are rounded to float16 on the way
-    return llama_cpp.Llama(str(path), n_ctx=context, logits_all=True, type_k=full, type_v=full, n_threads=2, verbose=False)
+def assert_same(model, path, cached=True):
+    """llama.cpp finds the model's log-probabilities after every beginning of a text."""
+    ids = token_ids(1)
+    found = Runtime(path).log_probabilities(ids[0].tolist(), ROWS, cached)
+    with torch.no_grad():
+        expected = model(ids).logits[0].float().log_softmax(-1)
+    assert (found - expected).abs().max() < 1e-3  # NaN, a token that was not listed, fails as well
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_the_same(tmp_path, tokenizer, llama_cpp, case):
+def test_llama_cpp_computes_the_same(tmp_path, tokenizer, case):
     model = CASES[case][0]()
-    path = to_gguf(export(model, tokenizer, tmp_path / "m"), tmp_path / "m.gguf", "float32")
-    ids = token_ids(1)
-    runtime = opened(llama_cpp, path, 64)
-    runtime.eval(ids[0].tolist())
-    with torch.no_grad():
-        assert relative(torch.tensor(runtime.scores[: ids.shape[1]]), model(ids).logits[0].float()) < 1e-5
-    runtime.close()
+    assert_same(model, to_gguf(export(model, tokenizer, tmp_path / "m"), tmp_path / "m.gguf", "float32"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float16", 5e-3)])
-def test_llama_cpp_continues_real_text(tmp_path, embedded, tokenizer, llama_cpp, dtype, tolerance):
+def test_llama_cpp_continues_real_text(tmp_path, embedded, tokenizer, dtype, tolerance):
     plain = transformers.AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
-    runtime = opened(llama_cpp, to_gguf(embedded, tmp_path / "m.gguf", dtype))
-    ids = tokenizer(load_corpus("wiki-a", "test").text[:500]).input_ids
-    runtime.eval(ids)
+    runtime = Runtime(to_gguf(embedded, tmp_path / "m.gguf", dtype), 256)
+    ids = tokenizer(load_corpus("wiki-a", "test").text[:200]).input_ids
     with torch.no_grad():
-        assert relative(torch.tensor(runtime.scores[: len(ids)]), plain(torch.tensor([ids])).logits[0]) < tolerance
-    prompt = tokenizer("The history of").input_ids
-    greedy = plain.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
-    stream = runtime.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
-    assert [*prompt, *(next(stream) for _ in greedy[len(prompt) :])] == greedy
-    runtime.close()
+        expected = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert relative(runtime.log_probabilities(ids, len(tokenizer)), expected) < tolerance
+    prompt = tokenizer("The history of", return_tensors="pt").input_ids
+    greedy = plain.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+    assert runtime.complete("The history of", n_predict=40)["text"] == tokenizer.decode(greedy)
 
 
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL, *SENTENCEPIECE])
-def test_llama_cpp_tokenizes_the_same(tmp_path, llama_cpp, kind):
+def test_llama_cpp_tokenizes_the_same(tmp_path, kind):
     made = (BYTE_LEVEL | SENTENCEPIECE)[kind]()
-    runtime = opened(llama_cpp, to_gguf(export(sliced("llama"), made, tmp_path / "m"), tmp_path / "m.gguf"), 64)
+    runtime = Runtime(to_gguf(export(sliced("llama"), made, tmp_path / "m"), tmp_path / "m.gguf"))
     for text in [*texts_for(made), load_corpus("wiki-a", "test").text[:20_000]]:
-        assert runtime.tokenize(text.encode(), add_bos=True) == made(text).input_ids
-    runtime.close()
+        assert runtime.tokens(text) == made(text).input_ids
+
+
+# --- pruned models -------------------------------------------------------------------------------------------------------
+
+# Every method that removes neurons, heads or blocks, with settings under which the blocks become unequal where it has them.
+STRUCTURED = [name for name, method in METHODS.items() if "neurons" in method.removes or method.removes == "blocks"]
+
+
+def pruned(method, family):
+    model = tiny(family, vocab_size=ROWS, num_hidden_layers=4)
+    return make(method, model, token_ids(), 0.3 if method != "lorap" else 0.5)
+
+
+def written(model, tokenizer, folder, dtype="float32"):
+    return to_gguf((save if getattr(model, "edits", None) else export)(model, tokenizer, folder / "m"), folder / "m.gguf", dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("method", [name for name in STRUCTURED if name != "lorap"])
+def test_a_pruned_model_is_its_file(tmp_path, tokenizer, method, family):
+    """By our reading of the format, and by llama.cpp where it is installed, reading every beginning afresh."""
+    model = pruned(method, family)
+    path = written(model, tokenizer, tmp_path)
+    with torch.no_grad():
+        assert relative(run(path, token_ids()), model(token_ids()).logits) < 1e-5
+    assert_same(model, path, cached=False)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_unequal_blocks_with_and_without_a_cache(tmp_path, tokenizer, cached):
+    """Other neurons, heads and groups in every block, and biases that only compensation writes."""
+    model = tiny("llama", vocab_size=ROWS)
+    model = remove_neurons(model, [torch.arange(n) for n in (37, 48, 7)], bias=[torch.full((32,), 0.1), None, None])
+    model = remove_groups(model, [torch.arange(2), torch.tensor([1]), torch.arange(2)], bias=[None, torch.full((32,), 0.2), None])
+    path = written(model, tokenizer, tmp_path)
+    assert header(path)["general.architecture"] == "deci"
+    assert header(path)["deci.feed_forward_length"] == [37, 48, 7]
+    assert header(path)["deci.attention.head_count"] == [4, 2, 4]
+    assert header(path)["deci.attention.head_count_kv"] == [2, 1, 2]
+    with torch.no_grad():
+        assert relative(run(path, token_ids()), model(token_ids()).logits) < 1e-5
+    assert_same(model, path, cached)
+
+
+def test_equal_blocks_stay_an_ordinary_architecture(tmp_path, tokenizer):
+    for method, name in (("wanda-sp", "llama"), ("shortgpt", "llama"), ("cfsp", "deci")):
+        path = written(pruned(method, "llama"), tokenizer, tmp_path / method)
+        assert header(path)["general.architecture"] == name, method
+
+
+@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0"])
+def test_quantised_files(tmp_path, tokenizer, dtype):
+    """Rows of 32 and 64 numbers are quantised as the gguf library does it; rows of 37 keep 16 bits, with a warning."""
+    model = tiny("llama", torch.float32, vocab_size=ROWS, intermediate_size=64, head_dim=16)
+    model = remove_neurons(model, [torch.arange(37), None, None])
+    with pytest.warns(UserWarning, match=r"^1 matrices with rows of 37 to 37 .* multiple of 32, stay in 16 bits.*multiple=32"):
+        path = written(model, tokenizer, tmp_path, dtype)
+    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    assert found["blk.0.ffn_down.weight"].tensor_type.name == "F16"
+    assert found["blk.1.ffn_down.weight"].tensor_type.name == dtype
+    assert found["token_embd.weight"].tensor_type.name == "Q8_0"
+    assert found["blk.1.ffn_norm.weight"].tensor_type.name == "F32"
+    weight = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    kind = gguf.GGMLQuantizationType[dtype]
+    expected = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+    assert torch.equal(matrices(path)["blk.1.ffn_up.weight"], torch.tensor(expected))
+    step = abs(weight).max() / (127 if dtype == "Q8_0" else 8)
+    assert abs(expected - weight).max() <= step * 1.01
+    counted = kinds(path).set_index("type")
+    assert counted.tensors.sum() == len(found)
+    assert counted.loc[dtype, "bytes"] == sum(int(t.n_bytes) for t in found.values() if t.tensor_type.name == dtype)
+    with torch.no_grad():
+        apart = relative(run(path, token_ids()), model(token_ids()).logits.double())
+    assert apart < (0.02 if dtype == "Q8_0" else 0.3)
+    assert Runtime(path).log_probabilities([1, 2, 3], ROWS).isfinite().all()
+
+
+def test_a_multiple_of_32_keeps_every_matrix_quantised(tmp_path, tokenizer):
+    model = tiny("llama", torch.float32, vocab_size=ROWS, intermediate_size=256, head_dim=16)
+    small = make("comp", model, token_ids(), 0.25, multiple=32, rho=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = written(small, tokenizer, tmp_path, "Q8_0")
+    assert set(kinds(path).type) == {"F32", "Q8_0"}
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------
@@ -484,7 +599,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tokeni
 
 @pytest.mark.parametrize(
     ("method", "way"),
-    [("slicegpt", "slicegpt-stock"), ("svd", "merge-to-dense"), ("flap", "such as wanda-sp")],
+    [("slicegpt", "slicegpt-stock"), ("svd", "merge-to-dense"), ("lorap", "merge-to-dense")],
 )
 def test_compressed_models_of_this_suite_are_refused_with_a_way(tmp_path, tokenizer, method, way):
     folder = save(make(method, tiny("llama", vocab_size=ROWS), token_ids(), 0.25), tokenizer, tmp_path / "m")
@@ -498,7 +613,7 @@ def test_arguments(tmp_path, stock):
     with pytest.raises(FileExistsError, match="choose another output"):
         to_gguf(stock, tmp_path / "there.gguf")
     assert (tmp_path / "there.gguf").read_text() == "kept"
-    with pytest.raises(ValueError, match="float16, bfloat16, float32"):
+    with pytest.raises(ValueError, match="float16, bfloat16, float32, Q8_0, Q4_0"):
         to_gguf(stock, tmp_path / "m.gguf", "int8")
 
 

@@ -23,6 +23,7 @@ from lib.models.folder import (
     CONFIG,
     GENERATION,
     INDEX,
+    Place,
     config_of,
     empty_model,
     name_in_stock,
@@ -181,11 +182,8 @@ def load_checkpoint(folder: str | Path, device: str = "cpu", dtype: torch.dtype 
     Raises CheckpointError for anything that does not fit together: schema, edits, config, tensor names, shapes, dtypes.
     """
     folder = Path(folder).expanduser()
-    record = read_record(folder)
-    model = _empty_model(folder, record)
+    model, record = described(folder)
     expected = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
-    recorded = {name: facts for shard in record["shards"].values() for name, facts in shard.items()}
-    _same_names("the record and the edited model", set(recorded), set(expected))
     tensors = {}
     for file, names in record["shards"].items():
         tensors |= _read_shard(folder, file, names, expected)
@@ -193,6 +191,40 @@ def load_checkpoint(folder: str | Path, device: str = "cpu", dtype: torch.dtype 
     model.load_state_dict(tensors, strict=not shared, assign=True)
     model.tie_weights()  # tie the head to the embedding again, if the config says they are tied
     return (cast(model, dtype) if dtype else model).to(device).eval()
+
+
+def described(folder: Path) -> tuple[nn.Module, dict]:
+    """The compressed model of a folder, with its parameters on the meta device, and the folder's record.
+
+    Raises CheckpointError as `load_checkpoint`; the files of weights are not opened.
+    """
+    record = read_record(folder)
+    model = _empty_model(folder, record)
+    recorded = {name for shard in record["shards"].values() for name in shard}
+    _same_names("the record and the edited model", recorded, set(stored_tensors(model)))
+    return model, record
+
+
+def places_in(model: nn.Module, folder: Path, record: dict) -> dict[str, Place]:
+    """The place of every tensor of a compressed model, in the model's order; headers are read and checked, weights are not.
+
+    Raises CheckpointError for a file that is missing, damaged or of another model.
+    """
+    expected, places = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}, {}
+    for file, names in record["shards"].items():
+        try:
+            with safe_open(folder / file, framework="pt") as shard:
+                _same_names(file, set(shard.keys()), set(names))
+                shapes = {name: tuple(shard.get_slice(name).get_shape()) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}/{file} is missing or damaged: {error}") from error
+        if wrong := [name for name in names if shapes[name] != expected[name]]:
+            name = wrong[0]
+            raise CheckpointError(
+                f"tensor {name} in {file} has shape {shapes[name]}, but the edited model needs {expected[name]}"
+            )
+        places |= {name: Place(str(folder / file), name) for name in names}
+    return {name: places[name] for name in expected}
 
 
 def read_record(folder: Path) -> dict:

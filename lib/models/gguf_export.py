@@ -1,8 +1,12 @@
-"""Write an exported stock model as one GGUF file, for llama.cpp and the programs built on it.
+"""Write a stock or a pruned model as one GGUF file, for llama.cpp and the programs built on it.
 
 GGUF is a header of typed keys followed by tensors. Every key that a reader could otherwise guess from the width is
 written, because the guess would be wrong for a sliced model, whose heads keep their size while the width shrinks. One tensor
 is in memory at a time.
+
+Structured pruning leaves blocks of unequal width, which readers refuse in a `llama`. Their architecture `deci` is the same
+network with arrays in place of three numbers: neurons, heads and key-value heads of each block. A block without neurons would be
+skipped there together with its attention, and the first block must have attention; our methods leave every block some of both.
 """
 
 from __future__ import annotations
@@ -11,13 +15,17 @@ import contextlib
 import itertools
 import json
 import struct
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
+import numpy
+import pandas as pd
 import torch
 from torch import nn
 
-from lib.models.checkpoint import is_checkpoint, read_record, way_to_stock
+from lib.models.checkpoint import described, is_checkpoint, places_in, way_to_stock
 from lib.models.folder import (
     CONFIG,
     GENERATION,
@@ -32,16 +40,21 @@ from lib.models.folder import (
     take_generation_config,
 )
 from lib.models.output import check_output, written_whole
-from lib.primitives.anatomy import has_fixed_rotation, head_size
+from lib.primitives.anatomy import Anatomy, has_fixed_rotation, head_size
 from lib.primitives.checks import choose_one
+from lib.primitives.structured import ffn_widths, kv_groups
 
 TOKENIZER = "tokenizer.json"
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-DTYPES = {  # ours -> torch's, and GGUF's names for a tensor and for a file of it
-    "float16": (torch.float16, "F16", "MOSTLY_F16"),
-    "bfloat16": (torch.bfloat16, "BF16", "MOSTLY_BF16"),
-    "float32": (torch.float32, "F32", "ALL_F32"),
+DTYPES = {  # ours -> GGUF's names for a matrix and for a file of it
+    "float16": ("F16", "MOSTLY_F16"),
+    "bfloat16": ("BF16", "MOSTLY_BF16"),
+    "float32": ("F32", "ALL_F32"),
+    "Q8_0": ("Q8_0", "MOSTLY_Q8_0"),  # 8.5 bits: blocks of 32 numbers with one scale
+    "Q4_0": ("Q4_0", "MOSTLY_Q4_0"),  # 4.5 bits
 }
+PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+TABLES = ("token_embd.weight", "output.weight")  # 8 bits in a file of 4, as llama.cpp's own tool keeps them in more bits
 ROPE_TYPES = ("default", "linear", "llama3", "longrope")  # those that can do no more than divide each frequency by a constant
 
 # A byte-level tokenizer first splits text into words by a regular expression; GGUF stores only a name for it.
@@ -51,40 +64,47 @@ BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # SentencePiece's toke
 
 
 def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path:
-    """Convert a stock model folder, such as method slicegpt-stock writes, to the new GGUF file `out`. Returns `out`.
+    """Convert a stock model folder, or a structurally pruned model of this suite, to the new GGUF file `out`. Returns `out`.
 
-    dtype: float16, bfloat16 or float32, of the matrices; norms and biases are always float32. A sliding window that is
-    shorter than the model's positions becomes the context length, because readers ignore windows: up to that length they agree.
+    dtype: float16, bfloat16, float32, Q8_0 or Q4_0, of the matrices; norms and biases are always float32, and with Q4_0 the
+    table and the head have Q8_0. A matrix whose rows are no multiple of 32 numbers keeps 16 bits, with a
+    warning; `kinds` counts them. A
+    sliding window that is shorter than the model's positions becomes the context length, because readers ignore windows: up
+    to that length they agree.
 
-    Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, and
-    ValueError, with the reason, for a model or tokenizer that readers of GGUF would run differently:
-    all before anything is written. A weight too large for `dtype` raises ValueError when it is written; the file is complete
-    or absent. Format: docs/gguf.md in the repository of ggml.
+    Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, and ValueError, with the reason, for
+    a model or tokenizer that readers of GGUF would run differently: all before anything is written. A weight too large for
+    `dtype` raises ValueError when it is written; the file is complete or absent. Format: docs/gguf.md in the repository of ggml.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     _check_arguments(folder, out, dtype)
-    model = _empty_model(folder)
+    model, places = _described(folder)
     take_generation_config(model, folder)  # raises for a damaged file
-    places, factors = places_of(model, folder), _rope_factors(model)
-    writer = gguf.GGUFWriter(None, _architecture(model.config, factors))
+    factors, blocks = _rope_factors(model), _blocks(model)
+    writer = gguf.GGUFWriter(None, _architecture(model, factors, blocks))
     writer.add_name(folder.resolve().name)
-    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][2]])
-    _add_shape(writer, model.config)
+    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
+    _add_shape(writer, model.config, blocks)
     _add_tokenizer(writer, folder, model.config)
-    check_output(out, sum(value.numel() for value in model.parameters()) * DTYPES[dtype][0].itemsize)
+    tensors = _tensors(writer.arch, model, dtype)
+    check_output(out, sum(tensor.size for tensor in tensors.values()))
     try:
         with written_whole(out) as partial, contextlib.closing(writer):
-            _write(writer, partial, model, places, factors, dtype)
+            _write(writer, partial, tensors, places, factors, dtype)
     except (struct.error, OverflowError) as error:  # each key has a type of its own
         raise ValueError(f"a number in the configuration of {folder} has no place in GGUF: {error}") from error
     return out
 
 
+def kinds(path: str | Path) -> pd.DataFrame:
+    """What the tensors of a GGUF file are kept in: a row for each type, with the number of `tensors` and their `bytes`."""
+    tensors = [{"type": t.tensor_type.name, "bytes": int(t.n_bytes)} for t in gguf.GGUFReader(path).tensors]
+    return pd.DataFrame(tensors).groupby("type").bytes.agg(tensors="count", bytes="sum").reset_index()
+
+
 def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
     choose_one("dtype of a GGUF file", dtype, DTYPES)
     check_output(out)
-    if is_checkpoint(folder):
-        raise ValueError(f"no GGUF architecture is the model in {folder}: {way_to_stock(read_record(folder)['edits'])}")
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: give a model folder in the Hugging Face format, with its tokenizer")
@@ -93,9 +113,33 @@ def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
 # --- what the folder holds ----------------------------------------------------------------------------------------------
 
 
-def _empty_model(folder: Path) -> nn.Module:
-    """The model of config.json without weights. Raises ValueError for one that readers of GGUF would run differently."""
+class Blocks(NamedTuple):
+    """What each block has: neurons, heads and key-value heads."""
+
+    neurons: list[int]
+    heads: list[int]
+    groups: list[int]
+
+    @property
+    def equal(self) -> bool:
+        return all(len(set(counts)) == 1 for counts in self)
+
+
+def _described(folder: Path) -> tuple[nn.Module, dict[str, Place]]:
+    """The folder's model without weights, and where they are. Raises ValueError for one that readers would run differently."""
+    if is_checkpoint(folder):
+        model, record = described(folder)
+        if {edit["edit"] for edit in record["edits"]} != {"structured"}:
+            raise ValueError(f"no GGUF architecture is the model in {folder}: {way_to_stock(record['edits'])}")
+        _check_config(model.config)
+        return model, places_in(model, folder, record)
     config = plain(config_of(folder))
+    _check_config(config)
+    model = empty_model(config)
+    return model, places_of(model, folder)
+
+
+def _check_config(config) -> None:
     if config.model_type not in MODEL_TYPES:
         raise ValueError(f"model type {config.model_type!r} has no GGUF export here: supported are {', '.join(MODEL_TYPES)}")
     if config.hidden_act != "silu":
@@ -104,7 +148,13 @@ def _empty_model(folder: Path) -> nn.Module:
         raise ValueError(f"rotary scaling {kind!r} is not translated to GGUF: supported are {', '.join(ROPE_TYPES)}")
     if kind == "longrope" and not (has_fixed_rotation(config) and config.rope_parameters.get("attention_factor") == 1.0):
         raise ValueError("rotary scaling 'longrope' is translated only with the same factors for all lengths, and attention 1")
-    return empty_model(config)
+
+
+def _blocks(model: nn.Module) -> Blocks:
+    anatomy, size = Anatomy(model), head_size(model.config)
+    query = anatomy.family.attention.readers[0]
+    heads = [block.get_submodule(query).out_features // size for block in anatomy.blocks]
+    return Blocks(ffn_widths(model), heads, kv_groups(model))
 
 
 def _rope_factors(model: nn.Module) -> torch.Tensor:
@@ -122,24 +172,29 @@ def _rope_factors(model: nn.Module) -> torch.Tensor:
 # --- the header ---------------------------------------------------------------------------------------------------------
 
 
-def _architecture(config, factors: torch.Tensor) -> str:
-    """GGUF's name for the network: `llama` for a Mistral, and for a Qwen 2 that readers would otherwise not load.
+def _architecture(model: nn.Module, factors: torch.Tensor, blocks: Blocks) -> str:
+    """GGUF's name for the network: `deci` for unequal blocks, `llama` for a Mistral, and for a Qwen 2 that would not load.
 
-    llama.cpp loads a `qwen2` only if its heads together are as wide as the stream, and without rotary factors. Its `llama`
-    has neither limit and takes biases on q, k and v, the only difference of a Qwen 2.
+    llama.cpp loads a `qwen2` only if its heads together are as wide as the stream, without rotary factors, and without biases
+    other than on q, k and v. Its `llama` and `deci` have none of these limits.
     """
-    square = config.num_attention_heads * head_size(config) == config.hidden_size
-    return "qwen2" if config.model_type == "qwen2" and square and factors.eq(1).all() else "llama"
+    if not blocks.equal:
+        return "deci"
+    config = model.config
+    square = blocks.heads[0] * head_size(config) == config.hidden_size
+    usual = not any(name.endswith(("o_proj.bias", "down_proj.bias")) for name in stored_tensors(model))
+    return "qwen2" if config.model_type == "qwen2" and square and usual and factors.eq(1).all() else "llama"
 
 
-def _add_shape(writer, config) -> None:
+def _add_shape(writer, config, blocks: Blocks) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or float("inf")))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    for add, counts in zip(
+        (writer.add_feed_forward_length, writer.add_head_count, writer.add_head_count_kv), blocks, strict=True
+    ):
+        add(counts[0] if blocks.equal else counts)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(head_size(config))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
@@ -226,17 +281,15 @@ def _check_bpe(spec: dict) -> None:
 
 def _token_table(spec: dict, rows: int) -> tuple[list[str], list[int]]:
     """Text and GGUF type of the token of each embedding row; rows without a token are marked unused."""
-    from gguf import TokenType
-
-    table = {i: (f"[unused {i}]", TokenType.UNUSED) for i in range(rows)}
+    table = {i: (f"[unused {i}]", gguf.TokenType.UNUSED) for i in range(rows)}
     falls_back = spec["model"]["byte_fallback"]
     for token, i in spec["model"]["vocab"].items():
-        table[i] = token, TokenType.BYTE if falls_back and token in BYTE_TOKENS else TokenType.NORMAL
+        table[i] = token, gguf.TokenType.BYTE if falls_back and token in BYTE_TOKENS else gguf.TokenType.NORMAL
     for token in spec["added_tokens"]:
-        table[token["id"]] = token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        table[token["id"]] = token["content"], gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     unknown = spec["model"]["unk_token"]
     if falls_back and unknown is not None:  # a byte-level tokenizer has no unknown text
-        table[spec["model"]["vocab"][unknown]] = unknown, TokenType.UNKNOWN
+        table[spec["model"]["vocab"][unknown]] = unknown, gguf.TokenType.UNKNOWN
     if len(table) > rows:
         raise ValueError(f"the tokenizer's id {max(table)} exceeds the model's {rows} embeddings: wrong tokenizer?")
     tokens, types = zip(*(table[i] for i in range(rows)), strict=True)
@@ -310,37 +363,79 @@ def _steps(stage: dict | None, name: str) -> list[dict]:
 # --- the tensors --------------------------------------------------------------------------------------------------------
 
 
-def _interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of q or k, [heads · size, ...], from transformers' rotary layout to that of a GGUF `llama`.
+class Tensor(NamedTuple):
+    """A tensor of the file: its name there, shape, type, and bytes."""
 
-    transformers rotates coordinates i and i + size/2 of a head together, a `llama` rotates 2i and 2i + 1.
+    name: str
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    size: int
+
+
+def _tensors(architecture: str, model: nn.Module, dtype: str) -> dict[str, Tensor]:
+    """{name in the model: the tensor of the file}. Warns of matrices that cannot be quantised."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
+    found, spilled = {}, 0
+    for name, value in stored_tensors(model).items():
+        theirs, shape = names.get_name(name, (".weight", ".bias")), tuple(value.shape)
+        wished = gguf.GGMLQuantizationType[_wished(theirs, shape, dtype)]
+        kind = wished if shape[-1] % gguf.GGML_QUANT_SIZES[wished][0] == 0 else gguf.GGMLQuantizationType.F16
+        found[name] = Tensor(theirs, shape, kind, _bytes(shape, kind))
+        block, size = gguf.GGML_QUANT_SIZES[wished]
+        spilled += max(0, found[name].size - torch.Size(shape).numel() * size // block)
+    if spilled:
+        widths = [t.shape[-1] for t in found.values() if t.kind.name == "F16"]
+        warnings.warn(
+            f"{len(widths)} matrices with rows of {min(widths)} to {max(widths)} numbers, no multiple of 32, stay in 16 bits: "
+            f"{spilled / 1e6:.1f} MB more than in {dtype}. Compress with `--set multiple=32` where the method has it",
+            stacklevel=3,
+        )
+    return found
+
+
+def _wished(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    """GGUF's type for a tensor, if the length of its rows allows it."""
+    if len(shape) == 1:
+        return "F32"
+    return "Q8_0" if dtype == "Q4_0" and name in TABLES else DTYPES[dtype][0]
+
+
+def _bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return torch.Size(shape).numel() // block * size
+
+
+def _interleave(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Reorder the rows of q or k, [heads · size, ...], from transformers' rotary layout to that of a GGUF `llama` or `deci`.
+
+    transformers rotates coordinates i and i + size/2 of a head together, these two rotate 2i and 2i + 1.
     """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _write(writer, path: Path, model: nn.Module, places: dict[str, Place], factors: torch.Tensor, dtype: str) -> None:
+def _write(writer, path: Path, tensors: dict[str, Tensor], places: dict[str, Place], factors: torch.Tensor, dtype: str) -> None:
     """The whole file: keys, the list of tensors, then each tensor, read from its safetensors file just before it is written."""
     # 1. Names, shapes and types of all tensors, and the keys.
-    config, (kind, matrix, _) = model.config, DTYPES[dtype]
-    shapes = {name: tuple(value.shape) for name, value in stored_tensors(model).items()}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[writer.arch.upper()], config.num_hidden_layers)
     if stretched := not factors.eq(1).all():
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.numpy().dtype, factors.nbytes)
-    for name, shape in shapes.items():
-        stored = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else matrix]
-        size = torch.Size(shape).numel() * (4 if len(shape) == 1 else kind.itemsize)
-        writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), shape, None, size, raw_dtype=stored)
+    for tensor in tensors.values():
+        writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.size, raw_dtype=tensor.kind)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     # 2. The tensors in the same order.
     if stretched:
         writer.write_tensor_data(factors.numpy())
-    for name, shape in shapes.items():
-        value = read(places[name]).to(torch.float32 if len(shape) == 1 else kind)
-        if not torch.isfinite(value).all():
-            raise ValueError(f"tensor {name} holds NaN, or numbers too large for {dtype}: use bfloat16 or float32")
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if writer.arch == "llama" and f".{part}." in name:
-                value = _interleave(value, heads)
-        writer.write_tensor_data(value.contiguous().view(torch.uint8).numpy())
+    for name, tensor in tensors.items():
+        value = read(places[name])
+        if writer.arch in ("llama", "deci") and (".q_proj." in name or ".k_proj." in name):
+            value = _interleave(value, 2 * len(factors))
+        writer.write_tensor_data(_stored(name, value, tensor.kind, dtype))
+
+
+def _stored(name: str, value: torch.Tensor, kind: gguf.GGMLQuantizationType, dtype: str) -> numpy.ndarray:
+    """The bytes of a tensor in a type of GGUF. Raises ValueError, naming it, for numbers that the type cannot hold."""
+    value = value.to(PLAIN.get(kind.name, torch.float32)).contiguous()
+    if not torch.isfinite(value).all():
+        raise ValueError(f"tensor {name} holds NaN, or numbers too large for {dtype}: use bfloat16 or float32")
+    return value.view(torch.uint8).numpy() if kind.name in PLAIN else gguf.quants.quantize(value.numpy(), kind)
