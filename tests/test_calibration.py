@@ -80,6 +80,16 @@ def test_observing_can_advance():
     assert len(torch.cat(seen)) == ids.numel()
 
 
+def test_what_a_block_moves_is_shown_before_and_behind_it():
+    model, ids = tiny("opt"), token_ids(5)
+    stream, seen = ResidualStream(model, ids, batch=2), []
+    before = stream.hidden.clone()
+    stream.observe(0, {}, advance=True, moved=lambda x, y: seen.append((x.clone(), y.clone())))
+    assert torch.equal(torch.cat([x for x, _ in seen]), before)
+    assert torch.equal(torch.cat([y for _, y in seen]), stream.hidden)
+    assert not torch.equal(before, stream.hidden)
+
+
 def test_observing_ends_at_the_last_module_that_is_looked_at():
     model, ids = tiny("llama"), token_ids(5)
     stream, ran, seen = ResidualStream(model, ids, batch=2), [], {"mlp.down_proj": [], "self_attn.q_proj": []}

@@ -81,7 +81,7 @@ def scores(model: nn.Module, ids: torch.Tensor, fine: str = "code") -> Scores:
         turned: list[torch.Tensor] = []
 
         def turn(before: torch.Tensor, after: torch.Tensor, turned: list[torch.Tensor] = turned) -> None:
-            turned.append(turning_angles(before, after))
+            turned.extend(map(turning_angles, before, after))  # one sequence is in float64 at once
 
         squares = measure(stream, i, [mlp.writer], advance=True, moved=turn)[mlp.writer].square
         angles.append(torch.cat(turned).mean().item())

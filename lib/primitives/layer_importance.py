@@ -83,7 +83,8 @@ def layer_scores(
         change, last = Change(), after_norm and block == len(stream.anatomy.blocks) - 1
 
         def add(before: torch.Tensor, after: torch.Tensor, change: Change = change, last: bool = last) -> None:
-            change.add(before.flatten(0, 1), (final_norm(after) if last else after).flatten(0, 1))
+            for x, y in zip(before, after, strict=True):  # one sequence is in float64 at once
+                change.add(x, final_norm(y) if last else y)
 
         stream.observe(block, {}, advance=True, moved=add)
         scores.append(BLOCK_SCORES[score](change))

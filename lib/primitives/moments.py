@@ -11,6 +11,8 @@ from torch import nn
 
 from lib.primitives.calibration import ResidualStream
 
+CHUNK = 256  # rows that are in float64 at once
+
 
 @dataclass
 class Moments:
@@ -36,9 +38,10 @@ def measure(
 
     def add_to(sum_: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def add(x: torch.Tensor) -> None:
-            x = x.to(torch.float64, copy=True)
-            sum_[0] += x.sum(0)
-            sum_[1] += x.square_().sum(0)
+            for chunk in x.split(CHUNK):
+                chunk = chunk.to(torch.float64, copy=True)
+                sum_[0] += chunk.sum(0)
+                sum_[1] += chunk.square_().sum(0)
 
         return add
 
@@ -59,6 +62,6 @@ def walk(model: nn.Module, ids: torch.Tensor, names: Sequence[str]) -> Iterator[
 
 @torch.no_grad()
 def turning_angles(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Angle of every token [s, t] between the residual stream before and after a block, as a share of π. Both: [s, t, d]."""
+    """Angle of every token [...] between the residual stream before and after a block, as a share of π. Both: [..., d]."""
     cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).clamp(-1, 1)
     return cosine.arccos() / math.pi
