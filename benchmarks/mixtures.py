@@ -76,7 +76,7 @@ def sklearn_fits(z: torch.Tensor, same_start: bool = True, floor: float = FLOOR)
     for k in COMPONENTS:
         given = {}
         if same_start:
-            weights, means, variances = (t[0].double() for t in starts(cells(z[None], binned=False), k, floor=floor))
+            weights, means, variances = (t[0] for t in starts(cells(z[None].double(), binned=False), k, floor=floor))
             given = dict(weights_init=weights, means_init=means[:, None], precisions_init=1 / variances[:, None, None])
             given = {name: value.numpy() for name, value in given.items()}
         mixture = GaussianMixture(k, reg_covar=floor, tol=TOLERANCE, max_iter=ITERATIONS, random_state=0, **given)
