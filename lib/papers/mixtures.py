@@ -26,7 +26,7 @@ COMPONENTS = (1, 2, 3, 4, 5)
 # look dense, and not be clipped.
 FLOOR = 1e-2
 # A row is done when its mean log-likelihood changes by less. This is part of the method: converged fits clip other scores in a
-# fifth of the rows, though of the neurons removed only one in thirty changes (`python -m benchmarks.mixtures`).
+# fifth of the rows, though of the neurons removed at 20 % only one in thirty changes (`python -m benchmarks.mixtures`).
 TOLERANCE, ITERATIONS = 1e-4, 100
 WIDEST, NARROWEST = 0.5, 0.005  # shares of the first and the last shell of the scale start, before they are normalised
 SINGLES, GROWTH = 64, 16  # values at each end that stay alone; further inside a cell holds a 16th of the values beyond it
