@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.primitives.anatomy import Anatomy, attention_half, family_of
-from lib.primitives.calibration import ResidualStream, check_calibration, enter, run_seeing
+from lib.primitives.calibration import ResidualStream, check_calibration, enter, inputs_on_the_way, run_seeing
 from tests.conftest import CONFIGS, LAYERS, WIDTH, relative, tiny, token_ids
 
 
@@ -207,6 +207,7 @@ def test_a_step_run_seeing_shows_what_a_module_read_and_put_out(family):
             pairs.append((x, y))
             watched.append(out)
             assert x.shape[:2] == y.shape[:2] == batch.hidden.shape[:2]
+            assert torch.equal(inputs_on_the_way(run, block, anatomy.family, batch, half.writer), x)
             assert relative(block.get_submodule(half.writer)(x), y) < 1e-12
             assert relative(batch.hidden + y, out) < 1e-12
         stream.advance(run, 0)

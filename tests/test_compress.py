@@ -21,9 +21,9 @@ SETTINGS = {
 
 ONCE = {
     "svd-llm": (svd_llm, "truncated"), "svd": (low_rank, "factor"), "fwsvd": (low_rank, "factor"), "asvd": (low_rank, "factor"),
-    "afr": (afr, "scores"), "fpt": (fpt, "mask_gradients"), "llm-pruner": (llm_pruner, "unit_scores"), "cfsp": (cfsp, "scores"),
-    "flap": (flap, "scores"), "wanda-sp": (wanda, "neuron_scores"), "wanda-sp-heads": (wanda, "unit_scores"),
-    "comp": (comp, "layer_scores"), "shortgpt": (shortgpt, "layer_scores"),
+    "afr": (afr, "scores"), "fpt": (fpt, "mask_gradients"), "llm-pruner": (llm_pruner, "channel_scores"),
+    "cfsp": (cfsp, "scores"), "flap": (flap, "scores"), "wanda-sp": (wanda, "neuron_scores"),
+    "wanda-sp-heads": (wanda, "unit_scores"), "comp": (comp, "layer_scores"), "shortgpt": (shortgpt, "layer_scores"),
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_the_common_work_is_done_once(method, monkeypatch):
     calls, real = [], getattr(part, name)
     monkeypatch.setattr(part, name, lambda *a, **k: calls.append(name) or real(*a, **k))
     assert len(list(sweep(method, tiny("llama"), token_ids(), [0.1, 0.2, 0.3]))) == 3
-    assert len(calls) == (2 if method == "llm-pruner" else 1)  # LLM-Pruner scores neurons and groups
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -175,6 +175,18 @@ def test_solve_is_lsmr_with_damping_one_on_the_normal_matrix():
     assert relative(solve(h, g), torch.linalg.solve(h, g)) < 1e-2
 
 
+def test_solve_by_default_is_lsmr_with_a_hundredth_of_the_mean_eigenvalue():
+    from scipy.sparse.linalg import lsmr
+
+    generator = torch.Generator().manual_seed(2)
+    a = torch.randn(60, 40, generator=generator, dtype=torch.float64) * torch.logspace(0, -4, 40, dtype=torch.float64)
+    h, g = a.T @ a, a.T @ torch.randn(60, dtype=torch.float64, generator=generator)
+    scale = h.trace() / 40
+    right = (g - h.sum(1)) / scale
+    by_lsmr = lsmr((h / scale).numpy(), right.numpy(), damp=0.01, atol=1e-15, btol=1e-15, conlim=1e16, maxiter=10_000)[0]
+    assert relative(solve(h, g) - 1, torch.from_numpy(by_lsmr)) < 1e-8
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_the_loss_never_rises(seed, literal, scale):

@@ -139,7 +139,7 @@ def test_two_far_clusters_are_found():
 # --- cells -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [640, 1000, 4096, 12288])
+@pytest.mark.parametrize("values", [512, 577, 640, 1000, 4096, 12288])
 def test_cells_keep_count_mean_and_variance(values):
     z = sorted_robust(scores(4, values))
     data = cells(z)
@@ -153,9 +153,16 @@ def test_cells_keep_count_mean_and_variance(values):
     assert len(data.counts) < 640 + 128
 
 
-def test_4096_values_become_512_cells_and_short_rows_stay():
-    assert len(cells(torch.zeros(1, 4096)).counts) == 512
-    assert cells(torch.zeros(1, 639)).variances is None
+def test_cells_grow_towards_the_middle_and_short_rows_stay():
+    assert len(cells(torch.zeros(1, 576)).counts) == 182
+    assert len(cells(torch.zeros(1, 4096)).counts) == 248
+    assert cells(torch.zeros(1, 511)).variances is None
+    assert cells(torch.zeros(1, 4096), binned=False).variances is None
+    counts = cells(torch.zeros(1, 4097)).counts
+    assert torch.equal(counts, counts.flip(0))
+    beyond = counts.cumsum(0) - counts
+    inner = (beyond >= 64) & (beyond < 2048)
+    assert (counts[inner] <= beyond[inner] / 16).all()
 
 
 def test_binned_fits_choose_and_clip_as_unbinned_ones():
@@ -164,6 +171,15 @@ def test_binned_fits_choose_and_clip_as_unbinned_ones():
     assert (binned.chosen == whole.chosen).float().mean() > 0.95
     for ours, theirs in zip(low_density_tails(x, binned), low_density_tails(x, whole), strict=True):
         assert (ours - theirs).abs().max() <= 2
+
+
+def test_rows_as_wide_as_a_small_model_are_clipped_as_without_cells():
+    x = heavy_tailed(400, 576)
+    binned, whole = fit(x), fit(x.double(), binned=False)
+    assert (binned.chosen == whole.chosen).double().mean() >= 0.98
+    torch.testing.assert_close(binned.log_likelihood.double(), whole.log_likelihood, atol=2e-3, rtol=0)
+    same = [ours == theirs for ours, theirs in zip(low_density_tails(x, binned), low_density_tails(x, whole), strict=True)]
+    assert (same[0] & same[1]).double().mean() >= 0.98
 
 
 # --- scikit-learn ------------------------------------------------------------------------------------------------------

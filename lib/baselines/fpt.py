@@ -23,7 +23,7 @@ from torch import nn
 
 from lib.papers.mask_tuning import Sums, acceptable
 from lib.primitives.anatomy import Anatomy, Half, attention_half, mlp_half
-from lib.primitives.calibration import ResidualStream, check_calibration, inputs_of, run_seeing
+from lib.primitives.calibration import ResidualStream, check_calibration, inputs_of, inputs_on_the_way
 from lib.primitives.checks import check_settings, kept_share
 from lib.primitives.cost import count
 from lib.primitives.linalg import at_least_float32
@@ -269,7 +269,8 @@ def solve(h: torch.Tensor, g: torch.Tensor, literal: bool = False) -> torch.Tens
     m = 1 + argmin_x ‖Hx - r‖² + δ²‖x‖² with r = g - H 1, that is x = (H² + δ²I)⁻¹ H r, LSMR with damping δ on the *normal*
     matrix. Literal: δ = 1 on the raw sums, so more data means less damping. Default: δ = 0.01 after H and r are
     divided by tr(H)/n, which does not depend on scale. The loss never rises. One unknown is solved directly. None where the
-    damped system passes the solver's condition limit, 10⁸; its limit of iterations does not apply to this closed form.
+    damped system passes the solver's condition limit, 10⁸, which the default cannot: its eigenvalues are at most n. The solver's
+    limit of iterations does not apply to this closed form.
     """
     n = len(g)
     r = g - h.sum(1)
@@ -280,12 +281,17 @@ def solve(h: torch.Tensor, g: torch.Tensor, literal: bool = False) -> torch.Tens
     h, r = h / scale, r / scale
     if not torch.isfinite(h).all() or not torch.isfinite(r).all():
         return None
-    values, vectors = torch.linalg.eigh(h)
-    values = values.clamp(min=0)
-    damped = values.square() + damping**2
-    if damped.max() > 1e16 * damped.min():
-        return None
-    return 1 + vectors @ (values / damped * (vectors.T @ r))
+    if literal:
+        # On raw sums the eigenvalues of H² may exceed the damping so much that only those of H itself are accurate.
+        values, vectors = torch.linalg.eigh(h)
+        values = values.clamp(min=0)
+        damped = values.square() + damping**2
+        if damped.max() > 1e16 * damped.min():
+            return None
+        return 1 + vectors @ (values / damped * (vectors.T @ r))
+    damped = h @ h
+    damped.diagonal().add_(damping**2)
+    return 1 + torch.cholesky_solve((h @ r)[:, None], torch.linalg.cholesky(damped))[:, 0]
 
 
 def tune(
@@ -381,7 +387,7 @@ def _measure(
     sums = (WithOnes if ones else Sums)(writer.weight.detach().T[features], int(kept.sum()))
     bias = 0 if writer.bias is None else writer.bias.detach()
     for batch in stream.inputs(block):
-        _, x, _ = run_seeing(run, anatomy.blocks[block], anatomy.family, batch, half.writer)
+        x = inputs_on_the_way(run, anatomy.blocks[block], anatomy.family, batch, half.writer)
         target = reached[batch.rows] - batch.hidden - bias
         sums.add(x[:, 1:].flatten(0, 1)[:, features], target[:, 1:].flatten(0, 1))
     return sums

@@ -92,8 +92,13 @@ def unit_scores(
     and the query heads of a group, see FOLDS.
     """
     choose_one("fold", fold, FOLDS)
+    names = [name for part in half_names(model, half) for name in part]
+    return per_unit(model, channel_scores(model, ids, names, importance), half, fold)
+
+
+def per_unit(model: nn.Module, found: dict[str, list], half: str, fold: str = "neighbours") -> list[torch.Tensor]:
+    """Importance [units] of every block from that of the channels, see `unit_scores`."""
     blocks = half_names(model, half)
-    found = channel_scores(model, ids, [name for part in blocks for name in part], importance)
     matrices = [[*(found[name][0] for name in part[:-1]), found[part[-1]][1]] for part in blocks]
     if half == "mlp":
         return [sum(parts[1:], parts[0]) for parts in matrices]
@@ -151,8 +156,11 @@ def sweep(
     check_blocks(spared, len(half_names(model)))
     for ratio in ratios:
         choose(in_order(ffn_widths(model)), ratio, spared)  # raises now rather than after the gradients
-    neurons = unit_scores(model, ids, settings.importance)
-    heads = unit_scores(model, ids, settings.importance, "attention", settings.fold) if groups else []
+    # One set of backward passes for both halves, although the attention's w g are then kept beside those of the neurons.
+    names = [name for half in (("mlp", "attention") if groups else ("mlp",)) for part in half_names(model, half) for name in part]
+    channels = channel_scores(model, ids, names, settings.importance)
+    neurons = per_unit(model, channels, "mlp")
+    heads = per_unit(model, channels, "attention", settings.fold) if groups else []
     for ratio in ratios:
         small = remove_neurons(model, choose(neurons, ratio, spared), inplace=inplace)
         if groups:

@@ -242,6 +242,20 @@ def run_seeing(
     return output, x, y
 
 
+@torch.no_grad()
+def inputs_on_the_way(run: Callable, block: nn.Module, family: Family, batch: Batch, name: str) -> torch.Tensor:
+    """Input [b, t, n] of the module `name` of a step of a block. The step ends there: the module itself does not run."""
+    seen = []
+
+    def end(_, inputs):
+        seen.append(inputs[0])
+        raise _Enough
+
+    with block.get_submodule(name).register_forward_pre_hook(end), contextlib.suppress(_Enough):
+        run(block, family, batch.hidden, batch.kwargs)
+    return seen[0].reshape(*batch.hidden.shape[:2], -1)  # OPT flattens batch and tokens before its FFN
+
+
 def check_length(anatomy: Anatomy, length: int) -> None:
     """Raise ValueError for calibration sequences of more tokens than the model has positions."""
     if length > anatomy.positions:
