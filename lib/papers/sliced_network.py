@@ -345,7 +345,7 @@ def connect(
         return Step(start, end, a, b, a.T @ b, "dense")
     if k == len(axes) > before:
         return Step(start, end, a, complete(a), None, "low-rank")
-    b, c = symmetric_shortcut(a, axes, k)
+    b, c = symmetric_shortcut(a, axes, k, start.axes[:, before:])
     if rank is None:
         rank = c.shape[1] if drop_below == 0 else int((c.square().sum(0) >= drop_below).sum())
     return Step(start, end, a, b, c[:, :rank] if rank else None, "low-rank")
