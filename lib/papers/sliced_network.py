@@ -416,11 +416,13 @@ def rotate_and_slice(
 def _embeddings(dense: Anatomy, a: torch.Tensor, stream_width: int, layout: str) -> dict[str, nn.Module]:
     """The tables that write the first stream, cut to the columns of `a`; in the `tied` layout the token table stays whole."""
     family = dense.family
-    tables = {name: slice_embedding(dense.get(name), a, family) for name in family.embeddings}
-    if layout == "tied":
-        token_table = family.embeddings[0]
-        projection = remove_mean(a, dim=0) if family.subtracts_mean else a  # E M A: the mean is taken from the rows of A
-        tables[token_table] = ProjectedEmbedding(dense.get(token_table), projection)
+    tables: dict[str, nn.Module] = {}
+    for i, name in enumerate(family.embeddings):
+        if layout == "tied" and i == 0:
+            projection = remove_mean(a, dim=0) if family.subtracts_mean else a  # E M A: the mean is taken from the rows of A
+            tables[name] = ProjectedEmbedding(dense.get(name), projection)
+        else:
+            tables[name] = slice_embedding(dense.get(name), a, family)
     if a.shape[1] < stream_width:
         for table in tables.values():
             table.register_forward_hook(_PadOutput(stream_width))

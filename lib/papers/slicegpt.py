@@ -376,15 +376,16 @@ def _estimate_norm(
 def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy) -> Callable:
     """x -> x A Aᵀ (centred first for LayerNorm families), in the coordinates of the dense model.
 
-    The product is at least float32: a half-precision A is no longer orthogonal.
+    Computed as x - x D Dᵀ with the d - k deleted axes D, which are usually fewer. The product is at least float32: a
+    half-precision D is no longer orthogonal.
     """
 
     def project(x: torch.Tensor) -> torch.Tensor:
         wide = at_least_float32(x)
         wide = remove_mean(wide) if anatomy.family.subtracts_mean else wide
         if k < anatomy.width:
-            a = axes[:, :k].to(wide)
-            wide = (wide @ a) @ a.T
+            rows, deleted = wide.flatten(0, -2), axes[:, k:].to(wide)
+            wide = torch.addmm(rows, rows @ deleted, deleted.T, alpha=-1).view_as(wide)
         return wide.to(x.dtype)
 
     return project
