@@ -560,6 +560,22 @@ def test_one_basis_is_one_projection_everywhere(family):
             assert relative(logits(slice_globally(model, axes, k, slice_head), ids), expected) < EXACT
 
 
+def test_passes_in_bfloat16_change_the_axes_only():
+    """The energies come close, and are not the same; whatever the axes, at level 0 the network is the dense one to float32."""
+    model = tiny("llama").float()
+    runs = []
+    for passes in ("exact", "bfloat16"):
+        stream, settings = ResidualStream(model, token_ids(), batch=4), Settings(passes=passes)
+        widths = [WIDTH] * stream.anatomy.junctions
+        runs.append(torch.stack([found.values for found in junctions(stream, decompose(stream), widths, settings)]))
+        assert stream.hidden.dtype == torch.float32
+    exact, quick = runs
+    assert torch.equal(exact[0], quick[0])
+    assert 1e-6 < relative(quick[1:], exact[1:]) < 1e-2
+    whole = slice_model(model, token_ids(), 0, passes="bfloat16")
+    assert relative(logits(whole), logits(model)) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_float32_weights_are_cut_to_float32_rounding(family):
     """Large means and gains of unequal size, against the same products in float64 throughout."""
