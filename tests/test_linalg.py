@@ -106,6 +106,34 @@ def test_symmetric_shortcut(k):
     assert c.shape == (k, min(k, d - k))
 
 
+@pytest.mark.parametrize(("j", "k"), [(4, 4), (4, 9), (12, 15), (15, 15), (12, 20)])
+def test_symmetric_shortcut_is_the_polar_form(j, k):
+    """Against singular value decompositions of AᵀB itself; with a next subspace that is wider, too."""
+    d = 20
+    before, axes = random_rotation(d, generator(1)), random_rotation(d, generator(2))
+    a, kept = before[:, :j], axes[:, :k]
+    b, c = symmetric_shortcut(a, axes, k, outside=before[:, j:])
+    left, cosine, _ = torch.linalg.svd(a.T @ kept)
+    polar = left @ torch.diag(cosine) @ left.T
+    assert torch.allclose(a.T @ b, torch.cat([polar, torch.zeros(j, k - j)], dim=1), atol=1e-12)
+    assert torch.allclose(torch.eye(j) - c @ c.T, polar, atol=1e-12)
+    assert orthonormality_error(b) < 1e-12
+    assert torch.allclose(b @ b.T, kept @ kept.T, atol=1e-12)
+    assert torch.allclose(c.square().sum(0), (1 - cosine).flip(0)[: min(j, d - k)].sort(descending=True)[0], atol=1e-12)
+
+
+def test_symmetric_shortcut_between_orthogonal_subspaces():
+    """A principal angle of 90 degrees, where AᵀB is singular and its polar form not unique: any basis will do."""
+    d, k = 8, 5
+    before = random_rotation(d, generator(1))
+    axes = before[:, [5, 6, 2, 3, 4, 0, 1, 7]]  # two kept directions change places with two deleted ones
+    b, c = symmetric_shortcut(before[:, :k], axes, k, outside=before[:, k:])
+    assert orthonormality_error(b) < 1e-12
+    assert torch.allclose(b @ b.T, axes[:, :k] @ axes[:, :k].T, atol=1e-12)
+    assert torch.allclose(before[:, :k].T @ b, torch.eye(k, dtype=torch.float64) - c @ c.T, atol=1e-12)
+    assert torch.allclose(c.square().sum(0), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), atol=1e-12)
+
+
 def test_symmetric_shortcut_keeps_tiny_angles():
     """Two subspaces 1e-9 apart: sin/√(1 + cos) keeps the angle, 1 - cos computed directly would be zero."""
     d, k, angle = 6, 3, 1e-9

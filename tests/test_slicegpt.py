@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.literal_slicegpt import LiteralSliceGPT
-from lib.papers.sliced_network import Junction, rotate_and_slice, shapes_only, slice_embedding, slice_reader
+from lib.papers.sliced_network import Junction, rotate_and_slice, shapes_only, slice_embedding, slice_reader, slice_writer
 from lib.papers.slicegpt import (
     Rounding,
     Settings,
@@ -558,6 +558,44 @@ def test_one_basis_is_one_projection_everywhere(family):
             x = centred(stream.hidden)
             expected = anatomy.head(anatomy.get(anatomy.family.final_norm)(x @ kept @ kept.T if slice_head else x))
             assert relative(logits(slice_globally(model, axes, k, slice_head), ids), expected) < EXACT
+
+
+def test_passes_in_bfloat16_change_the_axes_only():
+    """The energies come close, and are not the same; whatever the axes, at level 0 the network is the dense one to float32."""
+    model = tiny("llama").float()
+    runs = []
+    for passes in ("exact", "bfloat16"):
+        stream, settings = ResidualStream(model, token_ids(), batch=4), Settings(passes=passes)
+        widths = [WIDTH] * stream.anatomy.junctions
+        runs.append(torch.stack([found.values for found in junctions(stream, decompose(stream), widths, settings)]))
+        assert stream.hidden.dtype == torch.float32
+    exact, quick = runs
+    assert torch.equal(exact[0], quick[0])
+    assert 1e-6 < relative(quick[1:], exact[1:]) < 1e-2
+    whole = slice_model(model, token_ids(), 0, passes="bfloat16")
+    assert relative(logits(whole), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_float32_weights_are_cut_to_float32_rounding(family):
+    """Large means and gains of unequal size, against the same products in float64 throughout."""
+    d, k, g = 256, 192, torch.Generator().manual_seed(0)
+    a, kind = random_rotation(d, g)[:, :k], FAMILIES[family]
+    norm = nn.LayerNorm(d) if kind.subtracts_mean else nn.RMSNorm(d)
+    norm.weight.data = torch.logspace(-2, 2, d)
+    layer, table = nn.Linear(d, d, bias=False), nn.Embedding(100, d)
+    layer.weight.data = torch.randn(d, d, generator=g) + 10
+    table.weight.data = torch.randn(100, d, generator=g) + 10
+    mean = torch.full((d, d), 1 / d, dtype=torch.float64) if kind.subtracts_mean else torch.zeros(d, d, dtype=torch.float64)
+    centring, w = torch.eye(d, dtype=torch.float64) - mean, layer.weight.double()
+    pairs = [
+        (slice_reader(layer, norm, a, kind), w * norm.weight.double() @ a),
+        (slice_writer(layer, a, kind), a.T @ centring @ w),
+        (slice_embedding(table, a, kind), table.weight.double() @ centring @ a),
+    ]
+    for found, expected in pairs:
+        assert found.weight.dtype == torch.float32
+        assert relative(found.weight.double(), expected) < 5e-7
 
 
 def test_coordinates_in_place_of_axes():

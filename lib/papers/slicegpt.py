@@ -36,7 +36,7 @@ from lib.papers.sliced_network import (
     shapes_only,
     usual_layout,
 )
-from lib.primitives.anatomy import Anatomy, head_size, norm_epsilon, norm_gain
+from lib.primitives.anatomy import Anatomy, Family, head_size, norm_epsilon, norm_gain
 from lib.primitives.calibration import ResidualStream, inputs_of
 from lib.primitives.checks import COUNTS, FROM_ZERO, check_inplace, check_settings, check_share, choose_one, exact
 from lib.primitives.cost import count
@@ -58,9 +58,13 @@ CHOICES = {
     "orientation": ("pca", "random"),
     "statistics": ("sliced", "dense"),
     "precision": tuple(PRECISIONS),
+    "passes": ("exact", "bfloat16"),
 }
 SCHEDULES = ("constant", "variance")
 ESTIMATES = ("metric", "fitted")  # of OUTPUT_NORMS, those that estimate a norm from what a cut leaves of its input
+
+
+BATCH_TOKENS = 1024  # that pass through a half block at once: its activations stay in the processor's caches
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Settings:
     - orientation: `pca`, or `random`, which rotates the kept axes among themselves and so leaves the function unchanged.
     - statistics: `sliced` measures each junction on the network sliced so far, `dense` all junctions on the dense model. One
       calibration then serves all cuts, but all axes are held in memory (8 d² bytes a junction).
+    - passes: `exact` runs the calibration in the model's own dtype; `bfloat16` multiplies matrices in bfloat16, an approximation
+      that saves time where the processor has units for it, see `_quick`.
     - drop_below: leave out shortcut columns whose principal angle has 1 - cos below this, an approximation.
 
     Raises ValueError for values that do not exist or exclude each other.
@@ -95,6 +101,7 @@ class Settings:
     drop_below: float = 0.0
     seed: int = 0  # of the random orientation
     precision: str = "float64"  # of the eigendecompositions
+    passes: str = "exact"
     ONLY_WITH: ClassVar = {
         "seed": ("orientation", ("random",)), "ratio": ("schedule", SCHEDULES), "round_interval": ("schedule", SCHEDULES),
     }  # fmt: skip
@@ -203,6 +210,11 @@ def size_of(model: nn.Module, widths: Sequence[int], settings: Settings) -> int:
 # --- calibration --------------------------------------------------------------------------------------------------------
 
 
+def _stream(model: nn.Module, ids: torch.Tensor) -> ResidualStream:
+    """The calibration set in front of the first block, to be run in batches of about `BATCH_TOKENS`."""
+    return ResidualStream(model, ids, batch=max(1, BATCH_TOKENS // max(1, ids.shape[-1])))
+
+
 def rms_normalise(x: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
     """Each row of x [..., d] divided by its root mean square; at least float32."""
     x = at_least_float32(x)
@@ -246,6 +258,7 @@ def junctions(
         # Run the dense half block on the cut stream, and find the axes of the next junction.
         estimate = estimated and next_k < anatomy.width
         output_norm = anatomy.blocks[block].get_submodule(halves[0].output_norm) if estimate else None
+        run = _quick(run) if settings.passes == "bfloat16" else run
         with _shifted(norms, shifts[1], anatomy), inputs_of(output_norm) as written:
             stream.advance(run, block, before=project, after=shifts[0])
         found = decompose(stream, settings)
@@ -270,7 +283,7 @@ def dense_junctions(stream: ResidualStream, first: tuple[torch.Tensor, torch.Ten
 
 def spectra(model: nn.Module, ids: torch.Tensor, signal: str = Settings.signal) -> torch.Tensor:
     """Eigenvalues [junctions, d] of the dense model, largest first: how much energy slicing could keep."""
-    stream, settings = ResidualStream(model, ids), Settings(signal=signal)
+    stream, settings = _stream(model, ids), Settings(signal=signal)
     return torch.stack([found.values for found in dense_junctions(stream, decompose(stream, settings), settings)])
 
 
@@ -284,6 +297,20 @@ def _deleted_means(stream: ResidualStream, project: Callable, epsilon: float) ->
         from_norm += (rms_normalise(x, epsilon).double() - rms_normalise(kept, epsilon).double()).sum(0)
         tokens += len(x)
     return from_stream / tokens, from_norm / tokens
+
+
+def _quick(run: Callable) -> Callable:
+    """A step of a block with matrix products in bfloat16. Stream, norms, projections, axes and all weights keep their precision.
+
+    Rounding changes the axes only. Against exact passes, perplexities of the workshop Llama at 10 to 30 % differ by less than
+    0.01 %, that of SmolLM2-135M at 25 % by 0.2 % (16 x 512 calibration tokens, 8 windows of 512).
+    """
+
+    def quick(block: nn.Module, family: Family, x: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return run(block, family, x, kwargs).to(x.dtype)
+
+    return quick
 
 
 @contextlib.contextmanager
@@ -376,15 +403,16 @@ def _estimate_norm(
 def _projection(axes: torch.Tensor, k: int, anatomy: Anatomy) -> Callable:
     """x -> x A Aᵀ (centred first for LayerNorm families), in the coordinates of the dense model.
 
-    The product is at least float32: a half-precision A is no longer orthogonal.
+    Computed as x - x D Dᵀ with the d - k deleted axes D, which are usually fewer. The product is at least float32: a
+    half-precision D is no longer orthogonal.
     """
 
     def project(x: torch.Tensor) -> torch.Tensor:
         wide = at_least_float32(x)
         wide = remove_mean(wide) if anatomy.family.subtracts_mean else wide
         if k < anatomy.width:
-            a = axes[:, :k].to(wide)
-            wide = (wide @ a) @ a.T
+            rows, deleted = wide.flatten(0, -2), axes[:, k:].to(wide)
+            wide = torch.addmm(rows, rows @ deleted, deleted.T, alpha=-1).view_as(wide)
         return wide.to(x.dtype)
 
     return project
@@ -425,7 +453,7 @@ def sweep(
     schedules = [_widths(model, cut, settings) for cut in cuts]
     for widths in schedules:
         check_widths(Anatomy(model), widths, settings.layout_for(model, widths))
-    return _sweep(ResidualStream(model, ids), cuts, schedules, settings, progress, inplace)
+    return _sweep(_stream(model, ids), cuts, schedules, settings, progress, inplace)
 
 
 def _widths(model: nn.Module, cut: Cut, settings: Settings) -> list[int]:
@@ -500,7 +528,7 @@ def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True) -> tor
     coordinates as they are, sorted by energy; cutting those is the paper's baseline of deleting columns of small norm.
     """
     check_sliceable(model)
-    stream = ResidualStream(model, ids)
+    stream = _stream(model, ids)
     total = stream.gram()
     total /= total.trace()
     for block in range(len(stream.anatomy.blocks)):

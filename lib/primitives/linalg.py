@@ -83,23 +83,33 @@ def coordinate_axes(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, torch.eye(len(gram), dtype=gram.dtype, device=gram.device)[:, order]
 
 
-def symmetric_shortcut(a: torch.Tensor, axes: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def symmetric_shortcut(
+    a: torch.Tensor, axes: torch.Tensor, k: int, outside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the basis B of a kept subspace so that the shortcut AᵀB becomes [I - CCᵀ, 0]. Returns (B [d, k], C [j, r]).
 
     a: orthonormal columns [d, j] of the previous kept subspace, j <= k; axes: orthogonal [d, d], whose first k columns span
-    the next one. Inside that span any basis gives the same network, because the norm commutes with rotations. Writing
-    AᵀB = P O in polar form and absorbing O into B leaves the symmetric P = cos of the principal angles, and
-    I - P = CCᵀ has rank r <= min(j, d - k). With T = AᵀB_perp = U sin Wᵀ, C = U sin / sqrt(1 + cos): no cancellation
-    when the angles are small. The squared length of a column of C is 1 - cos of its angle; columns come longest first.
+    the next one; outside: orthonormal columns [d, d - j] of what `a` leaves out, if they are known. Inside the span of the
+    first k axes any basis gives the same network, because the norm commutes with rotations; I - CCᵀ holds the cosines of the
+    principal angles, in the form AᵀB = (I - CCᵀ) O the polar one, with O absorbed into B. Rank r <= min(j, d - k).
+
+    It takes one decomposition, of what is deleted before and behind: outsideᵀ axes[:, k:] = X cos Zᵀ. The deleted directions
+    are paired, E = outside X and F = axes[:, k:] Z, and the reflection H = I - (E + F)(1 + cos)⁻¹(E + F)ᵀ takes E to -F, so A
+    (with the rest of `outside`, where it becomes wider) to a basis B without F. AᵀHA is I - CCᵀ for C = AᵀF / sqrt(1 + cos).
+    Nothing cancels when the angles are small, nothing is divided by a small cosine. The squared length of a column of C is
+    1 - cos of its angle; columns come longest first.
     """
-    j, kept, dropped = a.shape[1], axes[:, :k], axes[:, k:]
+    j, deleted = a.shape[1], axes[:, k:]
     if a.is_meta:  # a search counts shapes a hundred times, and torch is slow in decomposing meta tensors
-        return kept, a.new_empty(j, min(dropped.shape[1], j))
-    left, _, right = torch.linalg.svd(a.T @ kept)  # [j, j], [k, k]: the last k - j rows of `right` are new directions
-    u, sine, _ = torch.linalg.svd(a.T @ dropped, full_matrices=False)
-    cosine = (1 - sine.square()).clamp(min=0).sqrt()
-    b = kept @ torch.cat([right[:j].T @ left.T, right[j:].T], dim=1)
-    return b, u * (sine / (1 + cosine).sqrt())
+        return axes[:, :k], a.new_empty(j, min(deleted.shape[1], j))
+    outside = complete(a)[:, j:] if outside is None else outside
+    x, cosine, z = torch.linalg.svd(outside.T @ deleted)
+    before, gained = (outside @ x).split([deleted.shape[1], k - j], dim=1)
+    behind, wider = deleted @ z.T, torch.cat([a, gained], dim=1)
+    seen = wider.T @ behind
+    b = wider - (before + behind) @ (seen / (1 + cosine)).T
+    c = seen[:j] / (1 + cosine).sqrt()
+    return b, c.flip(1)[:, : min(c.shape)]
 
 
 def complete(a: torch.Tensor) -> torch.Tensor:
