@@ -63,7 +63,8 @@ def _file(module: str) -> Path:
     return ROOT / Path(*module.split(".")).with_suffix(".py")
 
 
-def _imports(source: str) -> set[str]:
+@functools.lru_cache(maxsize=1024)  # reading a module takes longer than all else here, and many closures hold the same ones
+def _imports(source: str) -> frozenset[str]:
     """The modules of `lib` that a text of Python names in its import statements, wherever they stand."""
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -73,7 +74,7 @@ def _imports(source: str) -> set[str]:
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = {name for name in inside if _file(name).is_file()}
             found |= modules | ({node.module} if modules != inside else set())
-    return {name for name in found if _file(name).is_file()}
+    return frozenset(name for name in found if _file(name).is_file())
 
 
 @functools.cache
