@@ -124,6 +124,20 @@ def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
     return chosen
 
 
+def budget_of(file: str, **targets: str):
+    """The one budget that is asked for, or None. Raises ValueError for two, and for a file type without bytes."""
+    from lib.budgets import Budget, quantity
+    from lib.models.gguf_export import DTYPES
+    from lib.primitives.checks import choose_one
+
+    asked = {of: quantity(text) for of, text in targets.items() if text}
+    if len(asked) > 1:
+        raise ValueError(f"give one of {', '.join(f'--target-{of}' for of in asked)}: each decides the size")
+    if file and "bytes" not in asked:
+        raise ValueError("--file says how --target-bytes is counted: give both")
+    return Budget(*asked.popitem(), choose_one("GGUF type", file, DTYPES) if file else "") if asked else None
+
+
 def use_data_dir(path: str) -> None:
     """Read corpora and benchmarks from a folder instead of the hub, in this process and those that it starts."""
     if path and not Path(path).is_dir():
@@ -340,6 +354,10 @@ def checked(run):
         "method": "slicegpt, svd-llm, afr, comp, or a rival: `invoke methods` describes all of them",
         "ratio": "how much to remove, such as 0.25 or 25%, in the method's own sense (slicegpt: slicing level; svd-llm: share of "
         "the matrices' parameters; afr: of the neurons; comp: of the blocks' parameters; sparsegpt, wanda: share of zeros)",
+        "target-params": "in place of --ratio: parameters that the result may have, such as 100M",
+        "target-share": "in place of --ratio: share of the model's parameters that the result may have, such as 0.8",
+        "target-bytes": "in place of --ratio: bytes that the result may have, such as 80MB, saved or, with --file, as GGUF",
+        "file": "count --target-bytes in the GGUF file that export-gguf writes with this --dtype, such as Q4_0",
         "corpus": "calibration text: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
         "length": "tokens per calibration sequence (default: the model's positions, at most 2048)",
         "data-dir": "folder with benchmark and calibration files, used instead of the hub",
@@ -350,8 +368,8 @@ def checked(run):
     iterable=["set"],
 )
 def compress(
-    c, model, out, method="slicegpt", ratio=0.25, corpus="wiki-a", samples=128, length=0, seed=0, device="cpu",
-    dtype="", data_dir="", set=None, streamed=False,
+    c, model, out, method="slicegpt", ratio=0.25, target_params="", target_share="", target_bytes="", file="", corpus="wiki-a",
+    samples=128, length=0, seed=0, device="cpu", dtype="", data_dir="", set=None, streamed=False,
 ):  # fmt: skip
     """Compress a model and save it as a folder for evaluate and generate (with slicegpt-stock: for any runtime)."""
     from lib.compress import compress as compress_model
@@ -371,13 +389,18 @@ def compress(
         for sentence in without_effect(method, with_saved_widths(method, settings)):
             print(sentence, flush=True)
         draw = Calibration(corpus, samples, length or usual_length(model), seed)
-        return compress_model(model, out, method, ratio, draw, device, dtype or None, streamed, **settings)
+        return compress_model(model, out, method, budget or ratio, draw, device, dtype or None, streamed, **settings)
 
+    budget = checked(lambda: budget_of(file, params=target_params, share=target_share, bytes=target_bytes))
     row = checked(work)
+    ratio = row["ratio"]
     print(
         f"{model}, {method} at {ratio:.0%}: {row['params']:,} parameters, {row['removed_model']:.1%} of the model really removed "
         f"({row['dense_bytes'] / 1e6:.1f} to {row['bytes'] / 1e6:.1f} MB), saved in {out}"
     )
+    if budget:
+        over = "" if row["budget"] <= budget.most else ": more, because the blocks became unequally wide; ask for a little less"
+        print(f"it has {budget.said(row['budget'])}, and may have {budget.said(budget.most)}{over}")
     if ratio > 0 and row["removed_model"] == 0 and "zero" not in METHODS[method].removes:
         print("nothing was removed: the ratio is too small, or a step or a limit in the settings too large, for this model")
 

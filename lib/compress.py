@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lib.budgets import Budget, fitting_ratio
 from lib.evaluation.console import Progress
 from lib.evaluation.process import package_versions
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks
@@ -30,7 +32,7 @@ def compress(
     model: str,
     out: str | Path,
     method: str = "slicegpt",
-    ratio: float = 0.25,
+    ratio: float | Budget = 0.25,
     calibration: Calibration | None = None,
     device: str = "cpu",
     dtype: str | None = None,
@@ -39,7 +41,8 @@ def compress(
 ) -> dict:
     """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of counted sizes.
 
-    ratio: in [0, 1), in the method's own sense (see `lib.methods`). calibration: 128 sequences of wiki-a, as long as the model's
+    ratio: in [0, 1), in the method's own sense (see `lib.methods`), or a budget, for the lowest ratio whose shapes keep to it;
+    the row then says under `budget` what the result has of it. calibration: 128 sequences of wiki-a, as long as the model's
     positions permit but at most 2,048, unless given. dtype: of the work and of the result; the model's own unless given.
     streamed: work from the model's folder block by block, without loading it whole (`lib.models.disk`); an interrupted run
     continues when it is started again. values: fields of the method's settings; a slicegpt `schedule` may also be the folder of
@@ -48,7 +51,8 @@ def compress(
     """
     values = with_saved_widths(method, values)
     record, settings = (on_disk_method if streamed else method_named)(method), settings_of(method, values)
-    check_share(ratio)
+    if not isinstance(ratio, Budget):
+        check_share(ratio)
     with reserved(Path(out).expanduser()) as out:
         if streamed:
             _check_streamed(model, device)
@@ -56,6 +60,7 @@ def compress(
         text = load_corpus(draw.corpus, "train")
         network, tokenizer = _open(model, device, dtype, streamed)
         check_changes(network, record, settings)
+        ratio, measured = _resolved(ratio, method, network, settings, model, out.name)
         check_finished(record, settings, network, ratio, out)
         check_length(Anatomy(network), draw.length)  # raises now, before many long sequences are drawn
         generator = torch.Generator().manual_seed(draw.seed)
@@ -65,13 +70,11 @@ def compress(
 
         def sizes(small: nn.Module) -> dict:
             size = count(small)
-            return {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
+            row = {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
+            return row | ({"budget": measured(small)} if measured else {})
 
         def facts(small: nn.Module) -> dict:
-            base = {"name": Path(model).name if Path(model).exists() else model, "weights": weights}
-            tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # identifies the samples that rule and seed gave
-            calibrated = {"calibration": draw.record() | {"tokens_sha256": tokens}}
-            return {"base": base} | calibrated | {"packages": package_versions(), "settings": values} | sizes(small)
+            return _provenance(model, weights, draw, ids, values) | sizes(small)
 
         if streamed:
             run = {"method": method, "ratio": ratio, "settings": asdict(settings)}
@@ -81,11 +84,27 @@ def compress(
             )  # fmt: skip
             return sizes(small)
         small = make(method, network, ids, ratio, progress, inplace=True, **values)
-        if hasattr(small, "edits"):
-            save(small, tokenizer, out, **facts(small))
-        else:  # an ordinary architecture, which plain transformers loads
-            export(small, tokenizer, out)
+        plain = not hasattr(small, "edits")  # an ordinary architecture, which plain transformers loads
+        export(small, tokenizer, out) if plain else save(small, tokenizer, out, **facts(small))
         return sizes(small)
+
+
+def _resolved(
+    ratio: float | Budget, method: str, network: nn.Module, settings: object, model: str, name: str
+) -> tuple[float, Callable[[nn.Module], float] | None]:
+    """The ratio, and for a budget the measure of what a model has of it. name: of the output folder."""
+    if not isinstance(ratio, Budget):
+        return ratio, None
+    measure = ratio.size_of(network, locate(model), name)
+    return fitting_ratio(method, network, ratio, measure, settings), measure
+
+
+def _provenance(model: str, weights: str, draw: Calibration, ids: torch.Tensor, values: dict) -> dict:
+    """Where a compressed model comes from, for its record. weights: fingerprint of the dense ones."""
+    base = {"name": Path(model).name if Path(model).exists() else model, "weights": weights}
+    tokens = hashlib.sha256(ids.numpy().tobytes()).hexdigest()  # identifies the samples that rule and seed gave
+    calibrated = {"calibration": draw.record() | {"tokens_sha256": tokens}}
+    return {"base": base} | calibrated | {"packages": package_versions(), "settings": values}
 
 
 def check_finished(method: Method, settings: object, model: nn.Module, ratio: float, out: Path) -> None:

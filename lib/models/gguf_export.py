@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import struct
+import tempfile
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -80,20 +81,72 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     _check_arguments(folder, out, dtype)
     model, places = _described(folder)
     take_generation_config(model, folder)  # raises for a damaged file
-    factors, blocks = _rope_factors(model), _blocks(model)
-    writer = gguf.GGUFWriter(None, _architecture(model, factors, blocks))
-    writer.add_name(folder.resolve().name)
-    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
-    _add_shape(writer, model.config, blocks)
+    factors = _rope_factors(model)
+    writer = _writer(model, factors, folder.resolve().name, dtype)
     _add_tokenizer(writer, folder, model.config)
     tensors = _tensors(writer.arch, model, dtype)
     check_output(out, sum(tensor.size for tensor in tensors.values()))
+    _warn_of_rows(tensors, dtype)
     try:
         with written_whole(out) as partial, contextlib.closing(writer):
-            _write(writer, partial, tensors, places, factors, dtype)
+            _write_header(writer, partial, tensors, factors)
+            _write_tensors(writer, tensors, places, factors, dtype)
     except (struct.error, OverflowError) as error:  # each key has a type of its own
         raise ValueError(f"a number in the configuration of {folder} has no place in GGUF: {error}") from error
     return out
+
+
+class FileSize:
+    """Bytes of the GGUF files of models with the tokenizer of `folder`, counted before they are written; meta tensors suffice.
+
+    name: of the folder that will be exported. Raises ValueError, here or for a model, where `to_gguf` would.
+    """
+
+    def __init__(self, folder: str | Path, name: str, dtype: str):
+        choose_one("dtype of a GGUF file", dtype, DTYPES)
+        if not (Path(folder) / TOKENIZER).is_file():
+            raise ValueError(f"a GGUF file is counted with its tokenizer, and {folder} is no local folder that has a {TOKENIZER}")
+        self.name, self.dtype = name, dtype
+        config = plain(config_of(folder))
+        _check_config(config)
+        writer = gguf.GGUFWriter(None, "llama")
+        empty = _written_bytes(writer, {}, torch.ones(1))
+        writer = gguf.GGUFWriter(None, "llama")
+        _add_tokenizer(writer, Path(folder), config)
+        self.tokenizer = _written_bytes(writer, {}, torch.ones(1)) - empty
+        self.factors = _rope_factors(empty_model(config))
+
+    def __call__(self, model: nn.Module) -> int:
+        _check_config(model.config)
+        factors = self.factors
+        writer = _writer(model, factors, self.name, self.dtype)
+        tensors = _tensors(writer.arch, model, self.dtype)
+        stretch = [] if factors.eq(1).all() else [factors.nbytes]
+        header = _written_bytes(writer, tensors, factors) + self.tokenizer
+        return _padded(header) + sum(map(_padded, [*stretch, *(tensor.size for tensor in tensors.values())]))
+
+
+def _padded(size: int) -> int:
+    return -(-size // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+def _written_bytes(writer, tensors: dict[str, Tensor], factors: torch.Tensor) -> int:
+    """Bytes of a file without its tensors' data."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(writer):
+        path = Path(folder) / "header"
+        _write_header(writer, path, tensors, factors)
+        writer.flush()
+        return path.stat().st_size
+
+
+def _writer(model: nn.Module, factors: torch.Tensor, name: str, dtype: str) -> gguf.GGUFWriter:
+    """A writer that has all keys of the network."""
+    blocks = _blocks(model)
+    writer = gguf.GGUFWriter(None, _architecture(model, factors, blocks))
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
+    _add_shape(writer, model.config, blocks)
+    return writer
 
 
 def kinds(path: str | Path) -> pd.DataFrame:
@@ -373,24 +426,29 @@ class Tensor(NamedTuple):
 
 
 def _tensors(architecture: str, model: nn.Module, dtype: str) -> dict[str, Tensor]:
-    """{name in the model: the tensor of the file}. Warns of matrices that cannot be quantised."""
+    """{name in the model: the tensor of the file}. Rows that do not divide into the blocks of a type stay in 16 bits."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
-    found, spilled = {}, 0
+    found = {}
     for name, value in stored_tensors(model).items():
         theirs, shape = names.get_name(name, (".weight", ".bias")), tuple(value.shape)
         wished = gguf.GGMLQuantizationType[_wished(theirs, shape, dtype)]
         kind = wished if shape[-1] % gguf.GGML_QUANT_SIZES[wished][0] == 0 else gguf.GGMLQuantizationType.F16
         found[name] = Tensor(theirs, shape, kind, _bytes(shape, kind))
-        block, size = gguf.GGML_QUANT_SIZES[wished]
-        spilled += max(0, found[name].size - torch.Size(shape).numel() * size // block)
-    if spilled:
-        widths = [t.shape[-1] for t in found.values() if t.kind.name == "F16"]
-        warnings.warn(
-            f"{len(widths)} matrices with rows of {min(widths)} to {max(widths)} numbers, no multiple of 32, stay in 16 bits: "
-            f"{spilled / 1e6:.1f} MB more than in {dtype}. Compress with `--set multiple=32` where the method has it",
-            stacklevel=3,
-        )
     return found
+
+
+def _warn_of_rows(tensors: dict[str, Tensor], dtype: str) -> None:
+    """Warn of matrices that stay in 16 bits although fewer were asked for, with what that costs."""
+    left = [t for t in tensors.values() if t.kind.name == "F16" != _wished(t.name, t.shape, dtype)]
+    if not left:
+        return
+    more = sum(t.size - _bytes(t.shape, gguf.GGMLQuantizationType[_wished(t.name, t.shape, dtype)]) for t in left)
+    lengths = [t.shape[-1] for t in left]
+    warnings.warn(
+        f"{len(left)} matrices with rows of {min(lengths)} to {max(lengths)} numbers, no multiple of 32, stay in 16 bits: "
+        f"{more / 1e6:.1f} MB more than in {dtype}. Compress with `--set multiple=32` where the method has it",
+        stacklevel=3,
+    )
 
 
 def _wished(name: str, shape: tuple[int, ...], dtype: str) -> str:
@@ -402,7 +460,7 @@ def _wished(name: str, shape: tuple[int, ...], dtype: str) -> str:
 
 def _bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    return torch.Size(shape).numel() // block * size
+    return torch.Size(shape).numel() * size // block
 
 
 def _interleave(rows: torch.Tensor, size: int) -> torch.Tensor:
@@ -413,18 +471,20 @@ def _interleave(rows: torch.Tensor, size: int) -> torch.Tensor:
     return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _write(writer, path: Path, tensors: dict[str, Tensor], places: dict[str, Place], factors: torch.Tensor, dtype: str) -> None:
-    """The whole file: keys, the list of tensors, then each tensor, read from its safetensors file just before it is written."""
-    # 1. Names, shapes and types of all tensors, and the keys.
-    if stretched := not factors.eq(1).all():
+def _write_header(writer, path: Path, tensors: dict[str, Tensor], factors: torch.Tensor) -> None:
+    """The keys, and names, shapes and types of all tensors."""
+    if not factors.eq(1).all():
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.numpy().dtype, factors.nbytes)
     for tensor in tensors.values():
         writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.size, raw_dtype=tensor.kind)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    # 2. The tensors in the same order.
-    if stretched:
+
+
+def _write_tensors(writer, tensors: dict[str, Tensor], places: dict[str, Place], factors: torch.Tensor, dtype: str) -> None:
+    """Each tensor, in the order of the header, read from its safetensors file just before it is written."""
+    if not factors.eq(1).all():
         writer.write_tensor_data(factors.numpy())
     for name, tensor in tensors.items():
         value = read(places[name])

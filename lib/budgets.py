@@ -1,0 +1,92 @@
+"""Budgets as people have them, parameters, bytes or a share of the model, and the ratio of a method that keeps to one.
+
+Sizes are counted on shapes, of the very file that will be written, so the ratio is found before anything is compressed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lib.methods import METHODS, OF_STREAM, method_named
+from lib.models.gguf_export import FileSize
+from lib.primitives.cost import count
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+STEPS = 1024  # ratios are searched in steps of 1/1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a compressed model may have. of: `params`, `bytes`, or `share` of the dense model's parameters.
+
+    file: the matrices' type in the GGUF file whose bytes count (`lib.models.gguf_export.DTYPES`); empty for the bytes of all
+    parameters, as `invoke compress` saves them.
+    """
+
+    of: str
+    most: float
+    file: str = ""
+
+    def size_of(self, dense: nn.Module, folder: str | Path, name: str) -> Callable[[nn.Module], float]:
+        """The measure of this budget on models made from `dense`. folder: of its tokenizer; name: of the result's folder."""
+        if self.of == "bytes" and self.file:
+            return FileSize(folder, name, self.file)
+        whole = count(dense).params
+        return {
+            "params": lambda model: count(model).params,
+            "bytes": lambda model: count(model).bytes,
+            "share": lambda model: count(model).params / whole,
+        }[self.of]
+
+    def said(self, size: float) -> str:
+        """A size in the words of this budget."""
+        if self.of == "bytes":
+            return f"{size / 1e6:,.1f} MB" + (f" in {self.file}" if self.file else "")
+        return f"{size:,.0f} parameters" if self.of == "params" else f"{size:.1%} of the parameters"
+
+
+def quantity(text: str) -> float:
+    """A number with a unit: 80MB, 100M, 1.5 G, 512MiB, 0.3 or 30%. Raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|[KMG]?I?)B?\s*", text.upper())
+    if not found or (found[2] not in UNITS and found[2] != "%"):
+        raise ValueError(f"{text!r} is no size: write it like 80MB, 100M, 1.5G, 0.3 or 30%")
+    return float(found[1]) * (0.01 if found[2] == "%" else UNITS[found[2]])
+
+
+def fitting_ratio(name: str, model: nn.Module, budget: Budget, size: Callable[[nn.Module], float], settings: object) -> float:
+    """The lowest ratio of a method at which `size` of the result is within the budget.
+
+    model: dense, meta tensors suffice. Where data decide which block loses how much, the shape is one of the same size. Raises
+    ValueError for a method whose size depends on more than shapes, for a budget that the dense model keeps to already, and for
+    one that the method cannot reach, with the smallest size that it can.
+    """
+    method = method_named(name)
+    if method.shape is None:
+        known = ", ".join(other.name for other in METHODS.values() if other.shape)
+        raise ValueError(f"the size that {name} leaves is known only afterwards: give it a ratio, or choose one of {known}")
+    if (dense := size(model)) <= budget.most:
+        raise ValueError(f"the dense model has {budget.said(dense)} and is within the budget of {budget.said(budget.most)}")
+
+    @functools.cache
+    def at(ratio: float) -> float:
+        try:
+            return size(method.shape(model, ratio, settings))
+        except ValueError:  # a layer would be left without any unit
+            return -math.inf
+
+    d = model.config.hidden_size
+    ratios = [1 - k / d for k in range(d, 0, -1)] if method.ratio == OF_STREAM else [i / STEPS for i in range(STEPS)]
+    i = bisect.bisect_left(ratios, True, key=lambda ratio: at(ratio) <= budget.most)
+    if i == len(ratios) or at(ratios[i]) == -math.inf:
+        last = bisect.bisect_left(ratios, True, key=lambda ratio: at(ratio) == -math.inf) - 1
+        least, most = budget.said(at(ratios[last])), budget.said(budget.most)
+        raise ValueError(f"{name} leaves at least {least} of this model, and the budget is {most}")
+    return ratios[i]

@@ -1,0 +1,125 @@
+"""A budget is kept on the counts of the file that is written, by the lowest ratio that does."""
+
+import re
+
+import pytest
+import torch
+from invoke import Exit
+
+import tasks
+from lib.budgets import STEPS, Budget, fitting_ratio, quantity
+from lib.methods import METHODS, make, settings_of
+from lib.models.checkpoint import export, save
+from lib.models.gguf_export import DTYPES, FileSize, to_gguf
+from lib.models.load import ASSETS, load
+from lib.primitives.cost import count
+from tests.conftest import tiny, token_ids
+from tests.test_gguf import LLAMA3, ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("80MB", 80e6),
+        ("100M", 100e6),
+        ("1.5 g", 1.5e9),
+        ("512MiB", 512 * 2**20),
+        ("0.3", 0.3),
+        ("30%", 0.3),
+        ("7", 7),
+        (".5k", 500),
+    ],
+)
+def test_quantities(text, number):
+    assert quantity(text) == pytest.approx(number)
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3M", "80 TB", "1e6", "0.3.1", "%"])
+def test_what_is_no_quantity(text):
+    with pytest.raises(ValueError, match="write it like 80MB"):
+        quantity(text)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.shape])
+def test_the_lowest_ratio_that_keeps_to_it(name):
+    """One step less would be too large; the compressed model has the size that was counted, where data do not decide on it."""
+    model, settings = tiny("llama", intermediate_size=96, num_hidden_layers=4), settings_of(name, {})
+    budget = Budget("share", 0.85)
+    size = budget.size_of(model, "", "")
+    ratio = fitting_ratio(name, model, budget, size, settings)
+    step = (
+        1 / model.config.hidden_size if ratio * model.config.hidden_size == round(ratio * model.config.hidden_size) else 1 / STEPS
+    )
+    shape = METHODS[name].shape
+    assert size(shape(model, ratio, settings)) <= 0.85 < size(shape(model, ratio - step, settings))
+    assert size(make(name, model, token_ids(), ratio)) == pytest.approx(size(shape(model, ratio, settings)), abs=0.03)
+
+
+def test_budgets_that_cannot_be_kept():
+    model = tiny("llama")
+    whole = count(model).params
+    for name, most, said in (
+        ("fpt", 0.5, "known only afterwards: give it a ratio, or choose one of slicegpt"),
+        ("wanda", 0.5, "known only afterwards"),
+        ("cfsp", 1.0, r"the dense model has 100.0% .* is within the budget"),
+        ("cfsp", 0.1, r"cfsp leaves at least \d\d\.\d% of the parameters of this model, and the budget is 10.0%"),
+    ):
+        budget = Budget("share", most)
+        with pytest.raises(ValueError, match=said):
+            fitting_ratio(name, model, budget, budget.size_of(model, "", ""), settings_of(name, {}))
+    budget = Budget("params", whole - 1)
+    assert fitting_ratio("cfsp", model, budget, budget.size_of(model, "", ""), settings_of("cfsp", {})) > 0
+
+
+MADE = {
+    "dense": lambda: tiny("llama", torch.float32, vocab_size=ROWS),
+    "stretched": lambda: tiny("llama", torch.float32, vocab_size=ROWS, rope_parameters=LLAMA3),
+    "qwen2": lambda: tiny("qwen2", torch.float32, vocab_size=ROWS, head_dim=8),
+    "unequal blocks": lambda: make("cfsp", tiny("llama", torch.float32, vocab_size=ROWS), token_ids(), 0.3),
+    "fewer blocks": lambda: make("shortgpt", tiny("mistral", torch.float32, vocab_size=ROWS), token_ids(), 0.3),
+    "biases": lambda: make("flap", tiny("llama", torch.float32, vocab_size=ROWS), token_ids(), 0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*no multiple of 32")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", MADE)
+def test_a_file_has_the_bytes_that_were_counted(tmp_path, case, dtype):
+    model, tokenizer = MADE[case](), load("wiki-a-llama")[1]
+    folder = (save if getattr(model, "edits", None) else export)(model, tokenizer, tmp_path / "m")
+    path = to_gguf(folder, tmp_path / "m.gguf", dtype)
+    assert FileSize(folder, "m", dtype)(model.to("meta")) == path.stat().st_size
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    """As many bytes as asked for, in a file of eight bits, for a model of the suite."""
+    out, whole = tmp_path / "small", FileSize(ASSETS / "wiki-a-llama", "wiki-a-llama", "Q8_0")(load("wiki-a-llama")[0])
+    asked = {"samples": 4, "length": 64, "method": "wanda-sp", "target_bytes": "1.9MB", "file": "Q8_0"}
+    tasks.compress.body(None, "wiki-a-llama", str(out), **asked)
+    said = re.search(r"it has (.*) MB in Q8_0, and may have 1.9 MB in Q8_0$", capsys.readouterr().out, re.MULTILINE)
+    path = to_gguf(out, tmp_path / "small.gguf", "Q8_0")
+    assert 1.85e6 < path.stat().st_size <= 1.9e6 < whole
+    assert float(said[1]) == round(path.stat().st_size / 1e6, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_params": "1M", "target_share": "0.5"}, "give one of --target-params, --target-share"),
+        ({"target_params": "1M", "file": "Q4_0"}, "--file says how --target-bytes is counted"),
+        ({"target_bytes": "1MB", "file": "Q3"}, "unknown GGUF type 'Q3': choose one of float16"),
+        ({"target_bytes": "small"}, "'small' is no size"),
+        ({"target_params": "1T"}, "'1T' is no size"),
+        (
+            {"target_params": "1K", "method": "svd", "model": "wiki-a-opt"},
+            "svd leaves at least .* parameters of this model",
+        ),
+        ({"target_bytes": "1MB", "file": "Q8_0", "model": "wiki-a-opt"}, "model type 'opt' has no GGUF export here"),
+    ],
+)
+def test_bad_budgets_are_refused_before_the_work(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("lib.compress.make", None)
+    with pytest.raises(Exit, match=message) as stop:
+        tasks.compress.body(None, **({"model": "wiki-a-llama", "out": str(tmp_path / "o"), "method": "cfsp"} | arguments))
+    assert stop.value.code == 2
+    assert not (tmp_path / "o").exists()
