@@ -533,6 +533,36 @@ def export_gguf(c, folder, out, dtype="float16"):
         print(f"  {warning.message}")
 
 
+@task(
+    help={
+        "model": "a .gguf file; may be repeated, and the others are compared with the first",
+        "threads": "of llama.cpp (default: one per core)",
+        "prompt": "tokens to read before the first new one",
+        "tokens": "tokens to write",
+    },
+    iterable=["model"],
+)
+def device(c, model, threads=0, prompt=512, tokens=128):
+    """Run exported files in llama.cpp on this machine, in turns: bytes, memory, time to the first token, tokens a second."""
+    import pandas as pd
+
+    from lib.evaluation.device import run_files
+
+    at_least(1, prompt=prompt, tokens=tokens)
+    at_least(0, threads=threads)
+    if not model:
+        raise Exit("give --model FILE.gguf, once for each file", code=2)
+    rows = checked(lambda: run_files(model, threads or os.cpu_count() or 1, prompt, tokens))
+    table = pd.DataFrame(rows).set_index("file")
+    for name in ("bytes", "loaded", "used"):
+        table[name] /= 1e6
+    print(table.rename(columns={"bytes": "MB", "loaded": "MB loaded", "used": "MB used"}).round(1).to_string())
+    for row in rows[1:]:
+        size, speed = (row[name] / rows[0][name] for name in ("bytes", "decode_tokens_per_s"))
+        reading = rows[0]["first_token_ms"] / row["first_token_ms"]
+        print(f"{row['file']}: {size:.2f} of the bytes of the first, writes {speed:.2f} and reads {reading:.2f} times as fast")
+
+
 @task
 def site(c):
     """Build a static website of all notebooks, tables and figures in results/ into site/ (needs the extra `site`)."""

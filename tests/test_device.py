@@ -1,0 +1,64 @@
+"""Files run in llama.cpp in turns; what a file tells of itself is counted from its shapes."""
+
+import pytest
+import torch
+from invoke import Exit
+
+import tasks
+from lib.evaluation import device
+from lib.evaluation.device import run_files
+from lib.methods import make
+from lib.models.checkpoint import export, save
+from lib.models.gguf_export import to_gguf
+from lib.models.load import load
+from tests.conftest import tiny, token_ids
+from tests.test_gguf import ROWS
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A dense tiny Llama, and one whose attention has lost a group of every block."""
+    folder, tokenizer = tmp_path_factory.mktemp("files"), load("wiki-a-llama")[1]
+    dense = tiny("llama", torch.float32, vocab_size=ROWS)
+    small = make("wanda-sp-heads", dense, token_ids(), 0.5)
+    saved = {"dense": export(dense, tokenizer, folder / "dense")}
+    saved["small"] = (save if getattr(small, "edits", None) else export)(small, tokenizer, folder / "small")
+    return [to_gguf(path, folder / f"{name}.gguf") for name, path in saved.items()]
+
+
+def test_rows_are_in_order_and_counted(files):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    dense, small = run_files(files, prompt=20, generated=8, repeats=2)
+    assert [dense["file"], small["file"]] == ["dense.gguf", "small.gguf"]
+    assert dense["bytes"] == files[0].stat().st_size > small["bytes"]
+    assert dense["kv_bytes_per_token"] == 2 * 3 * 2 * (12 + 12)  # float16, three blocks of two groups
+    assert small["kv_bytes_per_token"] == dense["kv_bytes_per_token"] / 2
+    for row in (dense, small):
+        assert row["decode_tokens_per_s"] > 0
+        assert row["first_token_ms"] > 0
+        assert row["used"] >= row["bytes"]
+        assert row["loaded"] > 0
+
+
+def test_the_task_prints_ratios_to_the_first_file(files, capsys):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    tasks.device.body(None, [str(path) for path in files], threads=1, prompt=20, tokens=8)
+    said = capsys.readouterr().out
+    assert "dense.gguf" in said
+    assert "small.gguf: 0." in said
+
+
+def test_what_cannot_run_is_refused(files, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"give .gguf files"):
+        run_files([tmp_path / "none.gguf"])
+    text = tmp_path / "text.gguf"
+    text.write_text("no model, but long enough for a header of some kind")
+    with pytest.raises(ValueError, match="is no GGUF file of a model"):
+        run_files([text])
+    with pytest.raises(ValueError, match="has 64 positions, and prompt and text need 640"):
+        run_files(files)
+    with pytest.raises(Exit, match="give --model"):
+        tasks.device.body(None, [])
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pared-down\[device\]'"):
+        run_files(files)
