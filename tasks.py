@@ -516,7 +516,7 @@ def merge_to_dense(c, model, out, device="cpu", dtype=""):
     help={
         "folder": "a Llama, Mistral or Qwen 2 in the Hugging Face format, or one that `invoke compress` has pruned",
         "out": "new .gguf file",
-        "dtype": "of the matrices: float16, bfloat16, float32, Q8_0 (8.5 bits) or Q4_0 (4.5 bits)",
+        "dtype": "of the matrices: float16, bfloat16, float32, Q8_0 (8.5 bits), Q4_1 (5) or Q4_0 (4.5)",
     }
 )
 def export_gguf(c, folder, out, dtype="float16"):

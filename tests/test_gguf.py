@@ -451,7 +451,7 @@ def test_equal_blocks_stay_an_ordinary_architecture(tmp_path, tokenizer):
         assert header(path)["general.architecture"] == name, method
 
 
-@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_1", "Q4_0"])
 def test_quantised_files(tmp_path, tokenizer, dtype):
     """Rows of 32 and 64 numbers are quantised as the gguf library does it; rows of 37 keep 16 bits, with a warning."""
     model = tiny("llama", torch.float32, vocab_size=ROWS, intermediate_size=64, head_dim=16)
@@ -467,7 +467,7 @@ def test_quantised_files(tmp_path, tokenizer, dtype):
     kind = gguf.GGMLQuantizationType[dtype]
     expected = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
     assert torch.equal(matrices(path)["blk.1.ffn_up.weight"], torch.tensor(expected))
-    step = abs(weight).max() / (127 if dtype == "Q8_0" else 8)
+    step = abs(weight).max() / {"Q8_0": 127, "Q4_1": 7.5, "Q4_0": 8}[dtype]
     assert abs(expected - weight).max() <= step * 1.01
     counted = kinds(path).set_index("type")
     assert counted.tensors.sum() == len(found)
@@ -613,7 +613,7 @@ def test_arguments(tmp_path, stock):
     with pytest.raises(FileExistsError, match="choose another output"):
         to_gguf(stock, tmp_path / "there.gguf")
     assert (tmp_path / "there.gguf").read_text() == "kept"
-    with pytest.raises(ValueError, match="float16, bfloat16, float32, Q8_0, Q4_0"):
+    with pytest.raises(ValueError, match="float16, bfloat16, float32, Q8_0, Q4_1, Q4_0"):
         to_gguf(stock, tmp_path / "m.gguf", "int8")
 
 

@@ -52,6 +52,7 @@ DTYPES = {  # ours -> GGUF's names for a matrix and for a file of it
     "bfloat16": ("BF16", "MOSTLY_BF16"),
     "float32": ("F32", "ALL_F32"),
     "Q8_0": ("Q8_0", "MOSTLY_Q8_0"),  # 8.5 bits: blocks of 32 numbers with one scale
+    "Q4_1": ("Q4_1", "MOSTLY_Q4_1"),  # 5 bits: a scale and a least value
     "Q4_0": ("Q4_0", "MOSTLY_Q4_0"),  # 4.5 bits
 }
 PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -67,8 +68,8 @@ BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # SentencePiece's toke
 def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path:
     """Convert a stock model folder, or a structurally pruned model of this suite, to the new GGUF file `out`. Returns `out`.
 
-    dtype: float16, bfloat16, float32, Q8_0 or Q4_0, of the matrices; norms and biases are always float32, and with Q4_0 the
-    table and the head have Q8_0. A matrix whose rows are no multiple of 32 numbers keeps 16 bits, with a
+    dtype: float16, bfloat16, float32, Q8_0, Q4_1 or Q4_0, of the matrices; norms and biases are always float32, and with 4 bits
+    the table and the head have Q8_0. A matrix whose rows are no multiple of 32 numbers keeps 16 bits, with a
     warning; `kinds` counts them. A
     sliding window that is shorter than the model's positions becomes the context length, because readers ignore windows: up
     to that length they agree.
@@ -455,7 +456,7 @@ def _wished(name: str, shape: tuple[int, ...], dtype: str) -> str:
     """GGUF's type for a tensor, if the length of its rows allows it."""
     if len(shape) == 1:
         return "F32"
-    return "Q8_0" if dtype == "Q4_0" and name in TABLES else DTYPES[dtype][0]
+    return "Q8_0" if dtype.startswith("Q4") and name in TABLES else DTYPES[dtype][0]
 
 
 def _bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
