@@ -69,10 +69,9 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     """Convert a stock model folder, or a structurally pruned model of this suite, to the new GGUF file `out`. Returns `out`.
 
     dtype: float16, bfloat16, float32, Q8_0, Q4_1 or Q4_0, of the matrices; norms and biases are always float32, and with 4 bits
-    the table and the head have Q8_0. A matrix whose rows are no multiple of 32 numbers keeps 16 bits, with a
-    warning; `kinds` counts them. A
-    sliding window that is shorter than the model's positions becomes the context length, because readers ignore windows: up
-    to that length they agree.
+    the table and the head have Q8_0. A matrix whose rows are no multiple of 32 numbers keeps 16 bits, with a warning; `kinds`
+    counts them. A sliding window that is shorter than the model's positions becomes the context length, because readers
+    ignore windows: up to that length they agree.
 
     Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, and ValueError, with the reason, for
     a model or tokenizer that readers of GGUF would run differently: all before anything is written. A weight too large for
@@ -110,20 +109,18 @@ class FileSize:
         self.name, self.dtype = name, dtype
         config = plain(config_of(folder))
         _check_config(config)
-        writer = gguf.GGUFWriter(None, "llama")
-        empty = _written_bytes(writer, {}, torch.ones(1))
-        writer = gguf.GGUFWriter(None, "llama")
+        bare, writer = (gguf.GGUFWriter(None, "llama") for _ in range(2))
         _add_tokenizer(writer, Path(folder), config)
-        self.tokenizer = _written_bytes(writer, {}, torch.ones(1)) - empty
+        none = {}, torch.ones(1)  # no tensors, and no rotary factors
+        self.tokenizer = _written_bytes(writer, *none) - _written_bytes(bare, *none)
         self.factors = _rope_factors(empty_model(config))
 
     def __call__(self, model: nn.Module) -> int:
         _check_config(model.config)
-        factors = self.factors
-        writer = _writer(model, factors, self.name, self.dtype)
+        writer = _writer(model, self.factors, self.name, self.dtype)
         tensors = _tensors(writer.arch, model, self.dtype)
-        stretch = [] if factors.eq(1).all() else [factors.nbytes]
-        header = _written_bytes(writer, tensors, factors) + self.tokenizer
+        stretch = [] if self.factors.eq(1).all() else [self.factors.nbytes]
+        header = _written_bytes(writer, tensors, self.factors) + self.tokenizer
         return _padded(header) + sum(map(_padded, [*stretch, *(tensor.size for tensor in tensors.values())]))
 
 
