@@ -15,12 +15,12 @@ from pathlib import Path
 
 from torch import nn
 
-from lib.methods import METHODS, OF_STREAM, method_named
+from lib.equal_size import ratios_of
+from lib.methods import METHODS, method_named
 from lib.models.gguf_export import FileSize
 from lib.primitives.cost import count
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-STEPS = 1024  # ratios are searched in steps of 1/1024
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def fitting_ratio(name: str, model: nn.Module, budget: Budget, size: Callable[[n
         except ValueError:  # a layer would be left without any unit
             return -math.inf
 
-    d = model.config.hidden_size
-    ratios = [1 - k / d for k in range(d, 0, -1)] if method.ratio == OF_STREAM else [i / STEPS for i in range(STEPS)]
+    ratios = ratios_of(method, model)
     i = bisect.bisect_left(ratios, True, key=lambda ratio: at(ratio) <= budget.most)
     if i == len(ratios) or at(ratios[i]) == -math.inf:
         last = bisect.bisect_left(ratios, True, key=lambda ratio: at(ratio) == -math.inf) - 1

@@ -12,11 +12,17 @@ import math
 
 from torch import nn
 
-from lib.methods import METHODS, OF_BLOCKS, OF_STREAM, method_named
+from lib.methods import METHODS, OF_BLOCKS, OF_STREAM, Method, method_named
 from lib.primitives.checks import check_share
 from lib.primitives.cost import count
 
 STEPS = 512  # ratios are searched in steps of 1/512
+
+
+def ratios_of(method: Method, model: nn.Module) -> list[float]:
+    """The ratios among which a method's is searched, ascending: every width of the stream, or steps of 1 / `STEPS`."""
+    d = model.config.hidden_size
+    return [1 - k / d for k in range(d, 0, -1)] if method.ratio == OF_STREAM else [i / STEPS for i in range(STEPS)]
 
 
 def own_ratio(name: str, model: nn.Module, removed: float) -> float:
@@ -42,8 +48,7 @@ def own_ratio(name: str, model: nn.Module, removed: float) -> float:
         except ValueError:  # a layer would be left without any unit
             return math.inf
 
-    d = model.config.hidden_size
-    ratios = [1 - k / d for k in range(d, 0, -1)] if method.ratio == OF_STREAM else [i / STEPS for i in range(STEPS)]
+    ratios = ratios_of(method, model)
     i = bisect.bisect_left(ratios, removed, key=gone)
     best = min(ratios[max(i - 1, 0) : i + 1], key=lambda ratio: abs(gone(ratio) - removed))
     if abs(gone(best) - removed) > 0.05:

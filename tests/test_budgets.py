@@ -7,7 +7,8 @@ import torch
 from invoke import Exit
 
 import tasks
-from lib.budgets import STEPS, Budget, fitting_ratio, quantity
+from lib.budgets import Budget, fitting_ratio, quantity
+from lib.equal_size import STEPS
 from lib.methods import METHODS, make, settings_of
 from lib.models.checkpoint import export, save
 from lib.models.gguf_export import DTYPES, FileSize, to_gguf

@@ -35,7 +35,7 @@ def test_every_draw_counts():
 
 
 def test_the_hybrid_is_held_against_both_of_its_parts():
-    records = [comp(1.3, 0.25), comp(1.2, 0.25, "rho=0.0"), comp(1.5, 0.25, "rho=1.0")]
+    records = [comp(1.3, 0.25, "rho=0.5"), comp(1.2, 0.25, "rho=0.0"), comp(1.5, 0.25, "rho=1.0")]
     assert verdicts(records, "neurons alone") == {"m": CONTRADICTED}
     assert verdicts(records, "blocks alone") == {"m": REPRODUCED}
 

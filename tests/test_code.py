@@ -9,7 +9,7 @@ import pytest
 
 from lib.methods import METHODS
 from lib.suite import code, results
-from lib.suite.code import MEASURING, SHOWING, closure, code_version, modules_of, notebook_modules
+from lib.suite.code import ASIDE, MEASURING, SHOWING, closure, code_version, modules_of, notebook_modules
 from lib.suite.results import Results
 
 PAPERS = sorted((code.ROOT / "notebooks").glob("*.ipynb"))
@@ -23,7 +23,7 @@ def test_a_closure_is_what_python_imports(module):
     imported = {name for name in done.stdout.split() if name.count(".") > 1 or name in ("lib.methods", "lib.equal_size")}
     # An import inside a function is a dependence, too, though none that has happened yet.
     later = {"lib.evaluation.shared_context"}
-    assert imported - SHOWING <= set(closure([module])) <= (imported | later) - SHOWING
+    assert imported - ASIDE <= set(closure([module])) <= (imported | later) - ASIDE
 
 
 def test_notebooks_name_their_modules():

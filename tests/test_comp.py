@@ -20,6 +20,8 @@ from lib.papers.mask_tuning import Sums, System
 from lib.primitives.anatomy import Anatomy
 from lib.primitives.calibration import ResidualStream, inputs_of
 from lib.primitives.cost import count
+from lib.primitives.layer_importance import layer_scores
+from lib.primitives.layerwise import go
 from lib.primitives.structured import ffn_widths, neuron_params
 from tests.conftest import CONFIGS, relative, tiny, token_ids
 
@@ -483,7 +485,7 @@ def test_the_target_is_met_even_where_the_bound_cannot_be(rounds):
 
 def same(a: comp.Report, b: comp.Report, tolerance: float = 1e-8) -> None:
     """Two reports of the same decisions and multipliers."""
-    assert a.plan == b.plan
+    assert (a.plan.drop, a.plan.quotas) == (b.plan.drop, b.plan.quotas)
     assert a.scores == pytest.approx(b.scores, rel=tolerance)
     for one, other in zip(a.results, b.results, strict=True):
         assert torch.equal(one.keep, other.keep)
@@ -574,3 +576,68 @@ def test_report_has_one_row_per_dense_block():
     assert [row["block"] for row in rows if row["removed"]] == report.plan.drop
     assert [row["neurons"] for row in rows if not row["removed"]] == [r.removed for r in report.results]
     assert [row["importance"] for row in rows] == report.scores
+
+
+# --- how many whole blocks go, by trial -----------------------------------------------------------------------------------
+
+
+def last_normed(model, ids):
+    """Last hidden states behind the final norm, [tokens, d], by transformers alone."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).double()
+
+
+@pytest.mark.parametrize("reference", ["residual", "same input"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_trial_is_the_method_on_half_the_text_judged_by_the_other(family, reference):
+    """The distance of each number of blocks, against whole models pruned with that number, and the number that is taken."""
+    model, ids, ratio = tiny(family, num_hidden_layers=5), token_ids(6), 0.45
+    chosen = Settings(reference=reference)
+    plan = comp.decide(model, ids, layer_scores(model, ids), ratio, chosen)
+    assert len(plan.trials) > 1
+    for whole, distance in plan.trials:
+        scores = layer_scores(model, ids)
+        tried = comp.plan_for(model, ids[:3], scores, whole, ratio, chosen)
+        small = go(comp.CompWalk(model, ids[:3], tried, chosen), "pruned")
+        cosines = torch.cosine_similarity(last_normed(small, ids[3:]), last_normed(model, ids[3:]), dim=-1).detach()
+        assert distance == pytest.approx(1 - float(cosines.mean()), rel=1e-4)
+    distances = [distance for _, distance in plan.trials]
+    assert all(a > b for a, b in itertools.pairwise(distances[:-1]))  # only the last trial may be farther away
+    assert len(plan.drop) == plan.trials[distances.index(min(distances))][0]
+
+
+def test_the_trial_decides_as_the_model_asks_for(monkeypatch):
+    """The first rise of the distance ends the trials, and the number before it is taken."""
+    model, ids = tiny("llama", num_hidden_layers=6, intermediate_size=256), token_ids(4)
+    steps = {0: 0.5, 1: 0.4, 2: 0.3, 3: 0.35}
+    monkeypatch.setattr(comp.Trial, "distance", lambda trial, dense: steps[6 - len(trial.kept)])
+    plan = comp.decide(model, ids, [0.0, 0.3, 0.1, 0.2, 0.4, 0.0], 0.6, Settings())
+    assert plan.trials == list(steps.items())
+    assert plan.drop == [2, 3]
+
+
+def test_a_plan_by_trial_meets_the_ratio_and_leaves_the_model_alone():
+    model = tiny("llama", num_hidden_layers=5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small, report = comp.prune(model, token_ids(4), 0.4)
+    removed = count(small).against(count(model))["removed_decoder"]
+    assert removed == pytest.approx(0.4, abs=0.005)
+    assert report.plan.trials
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_numbers_of_blocks_are_those_with_which_neurons_make_up_the_rest():
+    model = tiny("llama", num_hidden_layers=10)
+    shape = comp.shape_of(model)
+    for ratio in (0.1, 0.45, 0.7):
+        found = comp.block_counts(model, ratio, Settings())
+        for count_gone in range(9):
+            owed = ratio * sum(shape.params) - count_gone * shape.params[0]
+            fits = owed + 1e-6 >= 0 and owed <= (10 - count_gone) * int(0.8 * shape.widths[0]) * shape.neuron[0]
+            assert (count_gone in found) == fits, (ratio, count_gone)
+    with pytest.raises(ValueError, match="at most 0 may go|lower the ratio"):
+        comp.block_counts(model, 0.95, Settings())
+
+
+def test_one_sequence_is_both_halves():
+    _, report = comp.prune(tiny("llama", num_hidden_layers=5), token_ids(1), 0.4)
+    assert report.plan.trials

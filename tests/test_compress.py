@@ -102,7 +102,8 @@ def test_unknown_settings_are_named():
 @pytest.mark.parametrize(
     ("method", "name", "value", "wanted"),
     [
-        ("comp", "rho", "half", "a number in [0, 1], as in rho=0.5"), ("comp", "rounds", 2.5, "a whole number of at least 1"),
+        ("comp", "rho", "half", "a number in [0, 1] or null, as in rho=0.5"),
+        ("comp", "rounds", 2.5, "a whole number of at least 1"),
         ("comp", "tune", 2, "yes or no, as in tune=yes"), ("slicegpt", "slice_head", "maybe", "yes or no, as in slice_head=no"),
         ("svd-llm", "variant", ["W"], "a word, as in variant=W"), ("afr", "scores", "snip", "a list, each part a word"),
         ("llm-pruner", "samples", "all", "a whole number of at least 1 or null"),

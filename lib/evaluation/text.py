@@ -81,6 +81,11 @@ def load_corpus(name: str, split: str = "train") -> Corpus:
     return Corpus(str(name), split, tuple(rows), source, digest)
 
 
+def evaluation_text(name: str) -> Corpus:
+    """The part of a corpus on which models are evaluated: its test split; of C4, which has none, the validation split."""
+    return load_corpus(name, "validation" if name == "c4" else "test")
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, packed by gzip where its name ends in .gz, without byte order mark, with line ends \\n.
 

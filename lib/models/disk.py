@@ -104,8 +104,9 @@ def empty(module: nn.Module) -> None:
 def model_on_disk(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The dense model of a Hugging Face folder with safetensors, sharded or not: every parameter a meta tensor, in eval mode.
 
-    Blocks and embeddings have an attribute `stored`, so their weights are in memory while they are `resident`. `model.stored`
-    is that of the whole model. Raises ValueError for a folder that is compressed already, and as `lib.models.folder` does.
+    Blocks, embeddings and final norm have an attribute `stored`, so their weights are in memory while they are `resident`;
+    `model.stored` is that of the whole model. Raises ValueError for a folder that is compressed already, and as
+    `lib.models.folder` does.
     """
     folder = Path(folder).expanduser()
     if is_checkpoint(folder):
@@ -118,7 +119,7 @@ def model_on_disk(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Mo
     model.stored = Stored(places_of(model, folder), model.dtype)
     for i, block in enumerate(anatomy.blocks):
         block.stored = _part(model.stored, f"{family.blocks}.{i}.")
-    for name in family.embeddings:
+    for name in (*family.embeddings, family.final_norm):
         anatomy.get(name).stored = _part(model.stored, f"{name}.")
     return model
 

@@ -10,6 +10,7 @@ one block and its calibration batches, and returns which neurons stay and their 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,9 +26,18 @@ from lib.papers.mask_tuning import LARGEST, METRICS, SEQUENTIAL, Sums, System, a
 from lib.primitives.anatomy import Anatomy, Family, whole_block
 from lib.primitives.calibration import Batch, ResidualStream, resident, run_seeing
 from lib.primitives.checks import COUNTS, FROM_ZERO, check_settings, check_share, exact
-from lib.primitives.layer_importance import BLOCK_SCORES, layer_scores, lowest
+from lib.primitives.layer_importance import BLOCK_SCORES, Change, layer_scores, lowest, mean_cosine
 from lib.primitives.layerwise import Walk, go
-from lib.primitives.structured import cut_neurons, describe, ffn_widths, globally, remove_blocks, remove_neurons, unit_params
+from lib.primitives.structured import (
+    cut_neurons,
+    describe,
+    edits_by_number,
+    ffn_widths,
+    globally,
+    remove_blocks,
+    remove_neurons,
+    unit_params,
+)
 from lib.primitives.surgery import shape_shell, shell
 
 CHOICES = {
@@ -48,7 +58,7 @@ class Settings:
     layer_score: str = "mean cosine"  # or: pooled cosine, relative change
     selection: str = "one-shot"  # or: iterative, scored anew after each removal
     protect_ends: bool = True  # the first and the last block stay
-    rho: float = 0.5  # share of the ratio that whole blocks should pay; 1: whole blocks only
+    rho: float | None = None  # share of the ratio that whole blocks should pay; 1: whole blocks only; None: found by trial
     # how many neurons each block loses
     allocation: str = "importance"  # r ~ exp(-alpha z); or: uniform, global
     alpha: float = 0.2
@@ -100,10 +110,14 @@ def shape_of(model: nn.Module) -> Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks that go, and for each block that stays the number of neurons it should lose."""
+    """Blocks that go, and for each block that stays the number of neurons it should lose.
+
+    trials: (number of whole blocks, distance from the dense model) of each, where `rho` was left to them.
+    """
 
     drop: list[int]
     quotas: list[int]
+    trials: list[tuple[int, float]] = field(default_factory=list)
 
 
 def blocks_to_drop(ratio: float, blocks: int, rho: float) -> int:
@@ -190,10 +204,32 @@ def protected(blocks: int, settings: Settings) -> tuple[int, ...]:
     return (0, blocks - 1) if settings.protect_ends else ()
 
 
-def choose_blocks(model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings) -> list[int]:
-    """The sorted blocks that go, by the importance of all blocks in the dense model."""
+def block_counts(model: nn.Module, ratio: float, settings: Settings) -> list[int]:
+    """How many whole blocks may go: the number that `rho` says, or all with which neurons can make up the rest; shapes suffice.
+
+    Raises ValueError where neurons cannot, and for blocks that a record of edits names by number.
+    """
+    shape = shape_of(model)
+    free = [i for i in range(len(shape.params)) if i not in protected(len(shape.params), settings)]
+    if settings.rho is not None:
+        count = blocks_to_drop(ratio, len(shape.params), settings.rho)
+        lowest([0.0] * len(free), count)
+        neurons_to_cut(shape, free[:count], ratio, settings)
+        if count:
+            remove_blocks(shape_shell(model), free[:count], inplace=True)
+        return [count]
+    largest = 0 if edits_by_number(model) else min(math.floor(exact(ratio) * len(shape.params)), len(free))
+    counts = []
+    for count in range(largest + 1):
+        with contextlib.suppress(ValueError):
+            neurons_to_cut(shape, free[:count], ratio, settings)
+            counts.append(count)
+    return counts or [neurons_to_cut(shape, free[:largest], ratio, settings)]  # raises
+
+
+def choose_blocks(model: nn.Module, ids: torch.Tensor, scores: list[float], count: int, settings: Settings) -> list[int]:
+    """The sorted blocks that go, so many of them, by the importance of all blocks in the dense model."""
     ends = protected(len(scores), settings)
-    count = blocks_to_drop(ratio, len(scores), settings.rho)
     if settings.selection == "one-shot" or count < 2:
         return lowest(scores, count, ends)
     lowest(scores, count, ends)  # raises now if so many cannot go
@@ -207,9 +243,12 @@ def choose_blocks(model: nn.Module, ids: torch.Tensor, scores: list[float], rati
 
 
 def shape(model: nn.Module, ratio: float, settings: Settings = Settings()) -> nn.Module:
-    """The model after a ratio, on the meta device: blocks go first, then neurons, as many from each of the others."""
+    """The model after a ratio, on the meta device: blocks go first, then neurons, as many from each of the others.
+
+    Where trials find how many blocks go, as few as may: the others have the same parameters to within norms and a neuron.
+    """
     found = shape_of(model)
-    drop = list(range(blocks_to_drop(ratio, len(found.params), settings.rho)))
+    drop = list(range(block_counts(model, ratio, settings)[0]))
     owed = neurons_to_cut(found, drop, ratio, settings)
     small = remove_blocks(shape_shell(model), drop, inplace=True)
     widths = ffn_widths(small)
@@ -483,23 +522,47 @@ def check(model: nn.Module, ratio: float, settings: Settings) -> None:
     if Anatomy(model).family.mlp.output_norm and settings.reference != "same input":
         raise ValueError("this family normalises the FFN's output before adding it: use reference='same input'")
     check_share(ratio)
-    shape = shape_of(model)
-    count = blocks_to_drop(ratio, len(shape.params), settings.rho)
-    ends = protected(len(shape.params), settings)
-    middle = [i for i in range(len(shape.params)) if i not in ends]
-    lowest([0.0] * len(shape.params), count, ends)
-    neurons_to_cut(shape, middle[:count], ratio, settings)
-    if count and hasattr(model, "edits"):
-        remove_blocks(shape_shell(model), middle[:count], inplace=True)  # raises now where edits name blocks by number
+    block_counts(model, ratio, settings)
 
 
 def decide(model: nn.Module, ids: torch.Tensor, scores: list[float], ratio: float, settings: Settings) -> Plan:
     """The plan for a ratio, from the importance of every block (`layer_scores`)."""
-    drop = choose_blocks(model, ids, scores, ratio, settings)
+    counts = block_counts(model, ratio, settings)
+    if settings.rho is None:
+        return by_trials(model, ids, scores, counts, ratio, settings)
+    return plan_for(model, ids, scores, counts[0], ratio, settings)
+
+
+def plan_for(model: nn.Module, ids: torch.Tensor, scores: list[float], count: int, ratio: float, settings: Settings) -> Plan:
+    """The plan with which so many whole blocks go."""
+    drop = choose_blocks(model, ids, scores, count, settings)
     plan = make_plan(shape_of(model), scores, drop, ratio, settings)
     if settings.allocation == "global":
         plan = replace(plan, quotas=_global_quotas(model, ids, plan, settings))
     return plan
+
+
+def by_trials(
+    model: nn.Module, ids: torch.Tensor, scores: list[float], counts: Sequence[int], ratio: float, settings: Settings
+) -> Plan:
+    """The plan whose trial stays nearest to the dense model: one more block goes, as long as that is nearer than without it.
+
+    Each trial has the same size, and is the whole method on half of the calibration sequences; the other half says how far it is
+    from the dense model (`Trial.distance`). So the price of a block is compared with that of the neurons that would go in its
+    place, in one unit. A single sequence is both halves.
+    """
+    half = max(1, len(ids) // 2)
+    seen, judging = ids[:half], ids[half:] if len(ids) > 1 else ids
+    if len(counts) == 1:
+        return plan_for(model, ids, scores, counts[0], ratio, settings)
+    dense, trials = last_states(model, judging), []
+    for count in counts:
+        plan = plan_for(model, seen, scores, count, ratio, settings)
+        trials.append((count, Trial(model, seen, judging, plan, settings).distance(dense)))
+        if len(trials) > 1 and trials[-1][1] >= trials[-2][1]:
+            break
+    best, _ = min(trials, key=lambda trial: trial[1])
+    return replace(plan_for(model, ids, scores, best, ratio, settings), trials=trials)
 
 
 def prune(
@@ -615,6 +678,41 @@ class CompWalk(Walk):
             result = Pruned(**facts | {"keep": keep, "scale": scale})
             cut_result(self.student.anatomy, block, result)
             self.round.paid(result)
+
+
+class Trial(CompWalk):
+    """COMP on some calibration sequences, `ids`; others, `judging`, pass through the pruned blocks and judge the result."""
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, judging: torch.Tensor, plan: Plan, settings: Settings):
+        self.judging = judging
+        super().__init__(model, ids, plan, settings)
+
+    def _begin(self, turn: Round, number: int) -> None:
+        super()._begin(turn, number)
+        self.judge = ResidualStream(self.model, self.judging)
+
+    def step(self, i: int) -> None:
+        with resident(self.judge.anatomy.blocks[i]):  # what is left of it, until both streams are behind it
+            super().step(i)
+            self.judge.advance_block(i)
+
+    @torch.no_grad()
+    def distance(self, dense: torch.Tensor) -> float:
+        """1 - mean cosine of the judging tokens' last states and those of the dense model, `dense` [samples, length, d]."""
+        go(self, "tried")
+        change, norm = Change(), self.judge.anatomy.get(self.judge.anatomy.family.final_norm)
+        with resident(norm):
+            for ours, theirs in zip(self.judge.hidden, dense, strict=True):
+                change.add(norm(theirs), norm(ours))
+        return mean_cosine(change)
+
+
+def last_states(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The residual stream behind the last block, [samples, length, d]."""
+    stream = ResidualStream(model, ids)
+    for i in range(len(stream.anatomy.blocks)):
+        stream.advance_block(i)
+    return stream.hidden
 
 
 def on_disk(model: nn.Module, ids: torch.Tensor, ratio: float, settings: Settings, note: dict) -> CompWalk:

@@ -64,9 +64,6 @@ SCHEDULES = ("constant", "variance")
 ESTIMATES = ("metric", "fitted")  # of OUTPUT_NORMS, those that estimate a norm from what a cut leaves of its input
 
 
-BATCH_TOKENS = 1024  # that pass through a half block at once: its activations stay in the processor's caches
-
-
 @dataclass(frozen=True)
 class Settings:
     """Every choice of a SliceGPT run. The defaults compute the paper's network and store it with fewer parameters.
@@ -210,11 +207,6 @@ def size_of(model: nn.Module, widths: Sequence[int], settings: Settings) -> int:
 # --- calibration --------------------------------------------------------------------------------------------------------
 
 
-def _stream(model: nn.Module, ids: torch.Tensor) -> ResidualStream:
-    """The calibration set in front of the first block, to be run in batches of about `BATCH_TOKENS`."""
-    return ResidualStream(model, ids, batch=max(1, BATCH_TOKENS // max(1, ids.shape[-1])))
-
-
 def rms_normalise(x: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
     """Each row of x [..., d] divided by its root mean square; at least float32."""
     x = at_least_float32(x)
@@ -283,7 +275,7 @@ def dense_junctions(stream: ResidualStream, first: tuple[torch.Tensor, torch.Ten
 
 def spectra(model: nn.Module, ids: torch.Tensor, signal: str = Settings.signal) -> torch.Tensor:
     """Eigenvalues [junctions, d] of the dense model, largest first: how much energy slicing could keep."""
-    stream, settings = _stream(model, ids), Settings(signal=signal)
+    stream, settings = ResidualStream(model, ids), Settings(signal=signal)
     return torch.stack([found.values for found in dense_junctions(stream, decompose(stream, settings), settings)])
 
 
@@ -302,8 +294,7 @@ def _deleted_means(stream: ResidualStream, project: Callable, epsilon: float) ->
 def _quick(run: Callable) -> Callable:
     """A step of a block with matrix products in bfloat16. Stream, norms, projections, axes and all weights keep their precision.
 
-    Rounding changes the axes only. Against exact passes, perplexities of the workshop Llama at 10 to 30 % differ by less than
-    0.01 %, that of SmolLM2-135M at 25 % by 0.2 % (16 x 512 calibration tokens, 8 windows of 512).
+    Rounding changes the axes only; `benchmarks/README.md` says by how much perplexity differs from that of exact passes.
     """
 
     def quick(block: nn.Module, family: Family, x: torch.Tensor, kwargs: dict) -> torch.Tensor:
@@ -453,7 +444,7 @@ def sweep(
     schedules = [_widths(model, cut, settings) for cut in cuts]
     for widths in schedules:
         check_widths(Anatomy(model), widths, settings.layout_for(model, widths))
-    return _sweep(_stream(model, ids), cuts, schedules, settings, progress, inplace)
+    return _sweep(ResidualStream(model, ids), cuts, schedules, settings, progress, inplace)
 
 
 def _widths(model: nn.Module, cut: Cut, settings: Settings) -> list[int]:
@@ -528,7 +519,7 @@ def global_axes(model: nn.Module, ids: torch.Tensor, rotate: bool = True) -> tor
     coordinates as they are, sorted by energy; cutting those is the paper's baseline of deleting columns of small norm.
     """
     check_sliceable(model)
-    stream = _stream(model, ids)
+    stream = ResidualStream(model, ids)
     total = stream.gram()
     total /= total.trace()
     for block in range(len(stream.anatomy.blocks)):

@@ -67,8 +67,10 @@ def _wanted(name: str, value: object, kind: object, rule: str | Iterable, exampl
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     sequence = "tuple" if isinstance(value, list) else "list"  # a list from the command line has become a tuple
     given = [words.get(part) or f"a {sequence}, each part {words[typing.get_args(part)[0]]}" for part in parts]
-    if isinstance(example, tuple) or example is None:
-        example = f"[{', '.join(map(str, example or (0, 1)))}]"
+    if example is None:
+        example = 0.5 if float in parts else (0, 1)
+    if isinstance(example, tuple):
+        example = f"[{', '.join(map(str, example))}]"
     elif isinstance(example, bool):
         example = "yes" if example else "no"
     shown = "" if example is MISSING else f", as in {name}={example}"

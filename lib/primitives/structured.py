@@ -222,9 +222,8 @@ def remove_blocks(model: nn.Module, drop: Sequence[int], *, inplace: bool = Fals
     Raises ValueError for blocks that do not exist or if none would be left, and for a model whose record of edits names
     blocks by number.
     """
-    edits = {edit["edit"] for edit in getattr(model, "edits", [])} - {"structured"}
-    if edits:
-        raise ValueError(f"{', '.join(sorted(edits))} refers to blocks by number: remove blocks first, compress then")
+    if edits := edits_by_number(model):
+        raise ValueError(f"{', '.join(edits)} refers to blocks by number: remove blocks first, compress then")
     total, drop = len(Anatomy(model).blocks), set(drop)
     if not drop <= set(range(total)) or len(drop) == total:
         raise ValueError(f"cannot remove blocks {sorted(drop)} of {total}: name blocks from 0 to {total - 1}, and leave one")
@@ -240,6 +239,11 @@ def remove_blocks(model: nn.Module, drop: Sequence[int], *, inplace: bool = Fals
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[i] for i in kept]
     return describe(small)
+
+
+def edits_by_number(model: nn.Module) -> list[str]:
+    """Edits of a model whose records name blocks by number, so that no block can go any more."""
+    return sorted({edit["edit"] for edit in getattr(model, "edits", [])} - {"structured"})
 
 
 # --- sizes, counted on shapes --------------------------------------------------------------------------------------------

@@ -35,23 +35,27 @@ SHOWING = frozenset(
     )  # fmt: skip
 )
 
+# What makes the files of a model: a measurement names the hash of its weights and of its evaluated tokens instead.
+FETCHING = frozenset({"lib.models.gguf_import", "lib.models.packaged"})
+ASIDE = SHOWING | FETCHING
+
 
 def closure(modules: Iterable[str]) -> list[str]:
-    """The given modules of `lib` and all that they import, directly or not, without those that only show numbers, sorted."""
-    found, waiting = set(), [name for name in modules if name not in SHOWING]
+    """The given modules of `lib` and all that they import, directly or not, without those that change no number, sorted."""
+    found, waiting = set(), [name for name in modules if name not in ASIDE]
     while waiting:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += [other for other in _imports(_file(name).read_text(encoding="utf-8")) if other not in SHOWING]
+            waiting += [other for other in _imports(_file(name).read_text(encoding="utf-8")) if other not in ASIDE]
     return sorted(found)
 
 
 def notebook_modules(path: Path) -> tuple[str, ...]:
-    """The modules of `lib` that a notebook imports, sorted; those that only show numbers left out."""
+    """The modules of `lib` that a notebook imports, sorted; those that change no number left out."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    return tuple(sorted(_imports(source) - SHOWING))
+    return tuple(sorted(_imports(source) - ASIDE))
 
 
 def modules_of(things: Iterable[object]) -> tuple[str, ...]:

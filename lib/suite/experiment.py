@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from lib.evaluation.paired import Interval, common_ratio
 from lib.evaluation.perplexity import Perplexity, perplexity
 from lib.evaluation.text import Calibration, Corpus, calibration_text, sample_blocks, spread, tokens_of, windows
 from lib.evaluation.zero_shot import zero_shot as accuracies
-from lib.models.checkpoint import fingerprint
+from lib.models.checkpoint import digest, fingerprint
 from lib.models.load import DTYPES, fast_bfloat16, load
 from lib.papers.sliced_network import check_sliceable
 from lib.primitives.cost import Count, count
@@ -33,7 +33,7 @@ class Protocol:
 
     windows: how many, evenly spread over the text; None for all. fewer: how many of these suffice for curves and ablations, again
     evenly spread; None for as many. dtype: that of the evaluated copy; empty for the model's own; `auto` for bfloat16 where
-    the device computes it fast.
+    the device computes it fast. second: another text, of which every model that is evaluated on all windows reads as many.
     """
 
     text: Corpus
@@ -43,13 +43,15 @@ class Protocol:
     limit: int | None = None
     dtype: str = ""
     fewer: int | None = None
+    second: Corpus | None = None
 
-    def record(self) -> dict:
-        return self.text.record() | {
-            "dtype": self.dtype,
-            "length": self.length, "windows": self.windows, "fewer": self.fewer, "tasks": list(self.tasks), "limit": self.limit,
-            "task_files": files_record(self.tasks),
-        }  # fmt: skip
+    def record(self, tasks: bool = True) -> dict:
+        """What identifies an evaluation, of a model that faces the tasks or of one that does not."""
+        second = {"second": self.second.record()} if self.second else {}
+        found = {"dtype": self.dtype, "length": self.length, "windows": self.windows, "fewer": self.fewer} | second
+        if tasks:
+            found |= {"tasks": list(self.tasks), "limit": self.limit, "task_files": files_record(self.tasks)}
+        return self.text.record() | found
 
 
 class Subject:
@@ -61,18 +63,23 @@ class Subject:
         self.evaluated_in = evaluation_dtype(protocol.dtype, device) or self.model.dtype
         self.size: Count = count(self.model)
         self.tokens = tokens_of(protocol.text, self.tokenizer)
-        whole = windows(self.tokens, protocol.length)
-        self.windows = whole[spread(len(whole), protocol.windows)]
+        self.windows = self._windows(self.tokens)
+        self.second_windows = protocol.second and self._windows(tokens_of(protocol.second, self.tokenizer))
         self.fingerprint = fingerprint(self.model)
 
-    def record(self) -> dict:
-        """What identifies this subject and its evaluation in the ledger."""
+    def _windows(self, tokens: torch.Tensor) -> torch.Tensor:
+        whole = windows(tokens, self.protocol.length)
+        return whole[spread(len(whole), self.protocol.windows)]
+
+    def record(self, tasks: bool = True) -> dict:
+        """What identifies this subject and its evaluation in the ledger; tasks: whether models made from it face them."""
         return {
             "model": self.name,
             "weights": self.fingerprint,
+            "tokens": digest([("evaluation", self.tokens)]),
             "dtype": str(self.model.dtype),
             "device": str(self.model.device),
-            "evaluation": self.protocol.record() | {"evaluated_in": str(self.evaluated_in)},
+            "evaluation": self.protocol.record(tasks) | {"evaluated_in": str(self.evaluated_in)},
         }
 
     def calibration(self, draw: Calibration, samples: int | None = None, seed: int | None = None) -> torch.Tensor:
@@ -90,6 +97,10 @@ class Subject:
         chosen = self.windows if full else self.fewer_windows()
         return self._on_all(perplexity(self.in_evaluation_dtype(model), chosen.flatten(), self.protocol.length))
 
+    def on_second(self, model: nn.Module) -> dict:
+        """Perplexity on as many windows of the protocol's second text."""
+        return perplexity(self.in_evaluation_dtype(model), self.second_windows.flatten(), self.protocol.length).record()
+
     def fewer_windows(self) -> torch.Tensor:
         """The windows [fewer, length] on which curves and ablations are evaluated."""
         return self.windows[spread(len(self.windows), self.protocol.fewer)]
@@ -105,13 +116,13 @@ class Subject:
 
     @functools.cached_property
     def reference(self) -> Reference:
-        """The dense model on `fewer_windows`, in the precision of the evaluation."""
-        return Reference(self.in_evaluation_dtype(self.model), self.fewer_windows().flatten(), self.protocol.length)
+        """The dense model on all windows, in the precision of the evaluation."""
+        return Reference(self.in_evaluation_dtype(self.model), self.windows.flatten(), self.protocol.length)
 
     def apart(self, model: nn.Module) -> dict:
-        """Perplexity and divergence from the dense model, `kl` and `same_top`, from one pass over `fewer_windows`."""
+        """Perplexity and divergence from the dense model, `kl` and `same_top`, from one pass over all windows."""
         found, divergence = compared(self.in_evaluation_dtype(model), self.reference)
-        return {"perplexity": self._on_all(found), "kl": divergence.kl, "same_top": divergence.same_top}
+        return {"perplexity": found.record(), "kl": divergence.kl, "same_top": divergence.same_top}
 
     def in_evaluation_dtype(self, model: nn.Module) -> nn.Module:
         """The model itself, or a copy in the precision that the protocol evaluates in."""
@@ -120,16 +131,19 @@ class Subject:
     def measure(self, model: nn.Module, zero_shot: bool = True, full: bool | None = None, apart: bool = False) -> dict:
         """Size, perplexity and, unless told otherwise, zero-shot rows of a model made from this subject.
 
-        full: on all windows of the protocol, and not only on `Protocol.fewer`; None: if it also faces the tasks. apart: on
-        `fewer_windows`, with its divergence from the dense model, see `apart`.
+        full: on all windows of the protocol, and not only on `Protocol.fewer`; None: if it also faces the tasks. apart: on all
+        windows, with its divergence from the dense model, see `apart`.
         """
         found, tasks = count(model), self.protocol.tasks if zero_shot else ()
         scored = self.in_evaluation_dtype(model)
-        return {
+        measured = {
             "size": found.against(self.size) | {"bytes": found.bytes, "macs_per_token": found.macs_per_token},
             "zeros": zero_share(model),
             "zero_shot": accuracies(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
         } | (self.apart(scored) if apart else {"perplexity": self.perplexity(scored, zero_shot if full is None else full)})
+        if self.protocol.second and measured["perplexity"]["windows"] == len(self.windows):
+            measured["second"] = self.on_second(scored)
+        return measured
 
     def dense(self) -> dict:
         """The baseline of every row: `measure` of the dense model, once per run."""
@@ -150,20 +164,33 @@ class Subject:
         found = self.ratio(cell)
         return {"times_dense": found.estimate, "low": found.low, "high": found.high}
 
+    def second_columns(self, cell: dict) -> dict:
+        """Columns of a table on the protocol's second text, empty where the cell was not evaluated there; none without one."""
+        if not self.protocol.second:
+            return {}
+        name, found, dense = self.protocol.second.name, cell.get("second"), self.dense()["second"]
+        ratio = found and common_ratio(found, dense)
+        columns = {"perplexity": found and found["perplexity"], "times_dense": ratio and ratio.estimate}
+        columns |= {"low": ratio and ratio.low, "high": ratio and ratio.high}
+        return {f"{name}_{column}": value for column, value in columns.items()}
+
     def at_levels(
         self, levels: Sequence[float], make: Callable, zero_shot: bool | Sequence[float] = True, quiet: bool = False,
-        by: Sequence = (), full: bool | Sequence[float] | None = None, **settings,
+        by: Sequence = (), full: bool | Sequence[float] | None = None, each: Mapping[float, dict] | None = None, **settings,
     ) -> dict[float, dict]:  # fmt: skip
         """One ledger cell per level of a sweep: {level: measured}.
 
         `make(missing)` yields (level, model) for the levels that the ledger lacks, so one calibration serves them all and a
-        killed sweep goes on where it stopped. `settings` identify the sweep; by: as in `Results.cell`; quiet: no line for
-        each level; zero_shot, full: as in `measure`, or the levels at which they hold.
+        killed sweep goes on where it stopped. `settings` identify the sweep, and each[level] what else one level depends on.
+        by: as in `Results.cell`; quiet: no line for each level; zero_shot, full: as in `measure`, or the levels at which
+        they hold.
         """
         asked = {level: _at(level, zero_shot) for level in levels}
         whole = {level: asked[level] if full is None else _at(level, full) for level in levels}
-        same = self.record() | settings | {"by": by}
-        keys = {level: same | {"level": level, "zero_shot": asked[level], "full": whole[level]} for level in levels}
+        keys = {}
+        for level in levels:
+            keys[level] = self.record(asked[level]) | settings | (each or {}).get(level, {}) | {"by": by}
+            keys[level] |= {"level": level, "zero_shot": asked[level], "full": whole[level]}
         missing = [level for level in levels if self.run.missing(**keys[level])]
         found = {}
         for level, model in make(missing) if missing else ():
@@ -213,6 +240,7 @@ def perplexity_rows(subject: Subject, method: str, found: dict[float, dict]) -> 
         size, value = cell["size"], cell["perplexity"]
         row = {"model": subject.name, "method": method, "ratio": ratio, "perplexity": value["perplexity"]}
         row |= subject.times_dense(cell)
+        row |= subject.second_columns(cell)
         row |= {name: size[name] for name in SIZE_COLUMNS} | {"zeros": cell["zeros"]}
         rows.append(row | {"text": subject.protocol.text.name} | {name: value[name] for name in ("windows", "length", "tokens")})
     return rows
