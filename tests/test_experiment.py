@@ -2,10 +2,11 @@
 
 import pytest
 
+from lib.evaluation.generated import greedy_text
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import Calibration, load_corpus, spread, tokens_of, windows
 from lib.methods import sweep
-from lib.suite.experiment import Protocol, Subject, perplexity_rows, zero_shot_rows
+from lib.suite.experiment import Protocol, Subject, perplexity_rows, said_rows, zero_shot_rows
 from lib.suite.results import Results
 
 
@@ -95,3 +96,12 @@ def test_what_single_levels_depend_on_is_in_their_own_keys(subject):
     for each in ({0.25: {"own": 1}, 0.5: {"own": 2}}, {0.25: {"own": 1}, 0.5: {"own": 3}}):
         subject.at_levels([0.25, 0.5], make, zero_shot=False, quiet=True, each=each, method="random")
     assert made == [0.25, 0.5, 0.5]
+
+
+def test_the_prompt_is_continued_where_all_windows_are_read(tmp_path):
+    protocol = Protocol(load_corpus("wiki-a", "test"), 32, 4, fewer=2, prompt="The city lies on the river")
+    subject = Subject("wiki-a-llama", protocol, Results("toy", tmp_path / "toy"))
+    cells = {0.0: subject.dense(), 0.5: subject.measure(subject.model, zero_shot=False)}
+    [row] = said_rows(subject, {"dense": cells})
+    assert (row["method"], row["ratio"], row["times_dense"]) == ("dense", 0.0, pytest.approx(1))
+    assert row["says"] == " ".join(greedy_text(subject.model, subject.tokenizer, protocol.prompt).split())

@@ -13,6 +13,7 @@ from torch import nn
 
 from lib.evaluation.benchmark_tasks import files_record
 from lib.evaluation.divergence import Reference, compared
+from lib.evaluation.generated import greedy_text
 from lib.evaluation.paired import Interval, common_ratio
 from lib.evaluation.perplexity import Perplexity, perplexity
 from lib.evaluation.text import Calibration, Corpus, calibration_text, sample_blocks, spread, tokens_of, windows
@@ -33,7 +34,8 @@ class Protocol:
 
     windows: how many, evenly spread over the text; None for all. fewer: how many of these suffice for curves and ablations, again
     evenly spread; None for as many. dtype: that of the evaluated copy; empty for the model's own; `auto` for bfloat16 where
-    the device computes it fast. second: another text, of which every model that is evaluated on all windows reads as many.
+    the device computes it fast. A model that is evaluated on all windows also reads as many of the text `second`, and continues
+    the `prompt`.
     """
 
     text: Corpus
@@ -44,11 +46,13 @@ class Protocol:
     dtype: str = ""
     fewer: int | None = None
     second: Corpus | None = None
+    prompt: str = ""
 
     def record(self, tasks: bool = True) -> dict:
         """What identifies an evaluation, of a model that faces the tasks or of one that does not."""
         second = {"second": self.second.record()} if self.second else {}
         found = {"dtype": self.dtype, "length": self.length, "windows": self.windows, "fewer": self.fewer} | second
+        found |= {"prompt": self.prompt} if self.prompt else {}
         if tasks:
             found |= {"tasks": list(self.tasks), "limit": self.limit, "task_files": files_record(self.tasks)}
         return self.text.record() | found
@@ -141,8 +145,9 @@ class Subject:
             "zeros": zero_share(model),
             "zero_shot": accuracies(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
         } | (self.apart(scored) if apart else {"perplexity": self.perplexity(scored, zero_shot if full is None else full)})
-        if self.protocol.second and measured["perplexity"]["windows"] == len(self.windows):
-            measured["second"] = self.on_second(scored)
+        if measured["perplexity"]["windows"] == len(self.windows):
+            measured |= {"second": self.on_second(scored)} if self.protocol.second else {}
+            measured |= {"says": greedy_text(scored, self.tokenizer, self.protocol.prompt)} if self.protocol.prompt else {}
         return measured
 
     def dense(self) -> dict:
@@ -255,3 +260,19 @@ def zero_shot_rows(subject: Subject, method: str, found: dict[float, dict]) -> l
         for ratio, cell in found.items()
         for score in cell["zero_shot"]
     ]
+
+
+def said_rows(subject: Subject, found: dict[str, dict[float, dict]]) -> list[dict]:
+    """Rows of `says.csv`: how models continue the prompt of the protocol, from {method: {ratio: cell}}, where a cell holds it."""
+    return [
+        {"model": subject.name, "method": method, "ratio": ratio}
+        | {"times_dense": subject.times_dense(cell)["times_dense"], "says": " ".join(cell["says"].split())}
+        for method, cells in found.items()
+        for ratio, cell in cells.items()
+        if "says" in cell
+    ]
+
+
+def said(row: dict) -> str:
+    """A row of `says.csv` in one line."""
+    return f"{row['model']}, {row['method']} {row['ratio']:.0%}, {row['times_dense']:.2f} times dense: ... {row['says']}"
