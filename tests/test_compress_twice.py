@@ -15,7 +15,7 @@ from tests.conftest import tiny, token_ids
 ON_FACTORED_ATTENTION = {"afr", "comp", "cfsp", "wanda-sp", "magnitude-neurons", "random-neurons"}
 ON_UNEQUAL_BLOCKS = set(METHODS) - {"slicegpt-stock", "slicegpt-global"}
 FOLLOWERS = {"slicegpt": set(), "svd-llm": set(), "svd": set(), "fwsvd": set(), "asvd": set(), "lorap": ON_FACTORED_ATTENTION}
-FOLLOWERS |= {name: ON_UNEQUAL_BLOCKS for name in ("llm-pruner", "fpt", "comp", "flap", "cfsp")}
+FOLLOWERS |= {name: ON_UNEQUAL_BLOCKS for name in ("llm-pruner", "fpt", "comp", "flap", "cfsp", "modegpt")}
 
 IDS = token_ids(4, 16)
 SETTINGS = {"afr": {"aggregation": "absolute only"}}  # quick

@@ -30,7 +30,7 @@ from torch import nn
 from lib.primitives import narrow_heads
 from lib.primitives.anatomy import Anatomy, head_size
 from lib.primitives.calibration import ResidualStream, check_calibration
-from lib.primitives.checks import check_inplace, check_settings, check_share, exact
+from lib.primitives.checks import FROM_ZERO, check_inplace, check_settings, check_share, exact
 from lib.primitives.cost import count
 from lib.primitives.layer_importance import layer_scores
 from lib.primitives.linalg import add_gram, add_squares, check_finite, principal_axes, root_of
@@ -47,9 +47,10 @@ class Settings:
     attention: str = NOTHING  # which heads get narrower: none; or: value-output, all (as in the paper; cannot be saved yet)
     temperature: float = 0.1  # ε of the allocation: a low one spares the blocks that change the stream; inf: equal shares
     ridge: float = 1.0  # λ of the leverage scores, as a share of the mean second moment of a neuron
+    damping: float = 4.0  # pull of the fitted writer to the dense one, times neurons per token; 0: plain least squares
 
     def __post_init__(self):
-        check_settings(self, attention=(NOTHING, VALUES, ALL), temperature="(0, inf]", ridge="(0, inf)")
+        check_settings(self, attention=(NOTHING, VALUES, ALL), temperature="(0, inf]", ridge="(0, inf)", damping=FROM_ZERO)
 
 
 # --- the three modules -----------------------------------------------------------------------------------------------
@@ -65,13 +66,17 @@ def leverage_scores(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     return 1 - lam * torch.cholesky_inverse(torch.linalg.cholesky(shifted)).diagonal()
 
 
-def refitted_writer(weight: torch.Tensor, gram: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """The writer [d, k] that gives W h best, in least squares, from the neurons in `keep` alone: W K S (Sᵀ K S)⁻¹.
+def refitted_writer(weight: torch.Tensor, gram: torch.Tensor, keep: torch.Tensor, pull: float = 0.0) -> torch.Tensor:
+    """The writer W' [d, k] that gives W h best from the neurons in `keep` alone: (W K S + μ W S) (Sᵀ K S + μ I)⁻¹.
 
-    weight: W [d, n]; gram: K, second moment [n, n] of the neurons h, in float64.
+    weight: W [d, n]; gram: K, second moment [n, n] of the neurons h, in float64. Without a pull this is plain least squares;
+    else μ = pull · mean(diag K) and what is least is the squared error plus μ ‖W' - W S‖².
     """
-    root, _ = root_of(gram[keep][:, keep])
-    return torch.cholesky_solve(gram[keep] @ weight.to(gram).T, root).T
+    mu = pull * gram.diagonal().mean()
+    inner, weight = gram[keep][:, keep], weight.to(gram)
+    inner.diagonal().add_(mu)
+    root, _ = root_of(inner)
+    return torch.cholesky_solve(gram[keep] @ weight.T + mu * weight.T[keep], root).T
 
 
 def channel_scores(queries: torch.Tensor, keys: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
@@ -179,6 +184,7 @@ def plan(model: nn.Module, scores: Sequence[float], ratio: float, settings: Sett
 class Statistics(NamedTuple):
     """Second moments of a block, summed over tokens in float64."""
 
+    tokens: int
     neurons: torch.Tensor  # [n, n]
     queries: torch.Tensor  # squares, [groups, heads of a group, size]
     keys: torch.Tensor  # squares, [groups, size]
@@ -194,11 +200,11 @@ def statistics(stream: ResidualStream, i: int, advance: bool, attention: str) ->
         return torch.zeros(*shape, dtype=torch.float64, device=stream.device)
 
     n = block.get_submodule(writer).in_features
-    neurons, empty = zeros(n, n), zeros(0)
+    tokens, neurons, empty = stream.ids.numel(), zeros(n, n), zeros(0)
     see = {writer: lambda x: add_gram(neurons, x)}
     if attention == NOTHING:
         stream.observe(i, see, advance)
-        return Statistics(neurons, empty, empty, empty)
+        return Statistics(tokens, neurons, empty, empty, empty)
     size, (query, key, value) = head_size(anatomy.model.config), separate_readers(anatomy)
     wide, narrow = (block.get_submodule(name).out_features for name in (query, key))
     queries, keys, values = zeros(wide), zeros(narrow), zeros(narrow // size, size, size)
@@ -209,17 +215,18 @@ def statistics(stream: ResidualStream, i: int, advance: bool, attention: str) ->
 
     results = {query: lambda _, q: add_squares(queries, q), key: lambda _, k: add_squares(keys, k), value: add_values}
     stream.observe(i, see, advance, results=results)
-    return Statistics(neurons, queries.view(narrow // size, -1, size), keys.view(-1, size), values)
+    return Statistics(tokens, neurons, queries.view(narrow // size, -1, size), keys.view(-1, size), values)
 
 
-def cut_block(anatomy: Anatomy, block: nn.Module, left: Left, found: Statistics, ridge: float) -> None:
+def cut_block(anatomy: Anatomy, block: nn.Module, left: Left, found: Statistics, settings: Settings) -> None:
     """Compress the modules of one block, in place."""
     mlp, attention = anatomy.family.mlp, anatomy.family.attention
     writer = block.get_submodule(mlp.writer)
     # I. Neurons, and the writer fitted to those that stay.
     if left.neurons < writer.in_features:
-        keep = keep_highest(leverage_scores(found.neurons, ridge), left.neurons)
-        weight = refitted_writer(writer.weight.detach(), found.neurons, keep)
+        keep = keep_highest(leverage_scores(found.neurons, settings.ridge), left.neurons)
+        pull = settings.damping * left.neurons / found.tokens
+        weight = refitted_writer(writer.weight.detach(), found.neurons, keep, pull)
         cut_neurons(anatomy, block, keep)
         block.set_submodule(mlp.writer, linear(weight, writer.bias, like=writer.weight))
     # II. Channels of queries and keys.
@@ -282,7 +289,7 @@ def _sweep(model, ids, ratios, settings, progress, inplace):
     for i in range(blocks):
         found = statistics(stream, i, i < blocks - 1, settings.attention)  # nobody needs the last block's output
         for anatomy, left in zip(results, plans, strict=True):
-            cut_block(anatomy, anatomy.blocks[i], left[i], found, settings.ridge)
+            cut_block(anatomy, anatomy.blocks[i], left[i], found, settings)
         if progress:
             progress(f"compressed block {i + 1} of {blocks}")
     for ratio, anatomy, left in zip(ratios, results, plans, strict=True):
