@@ -80,8 +80,8 @@ def test_bad_ratios_fail_before_the_work(method, monkeypatch):
         ("slicegpt", {}), ("slicegpt", {"schedule": [99] * 7}), ("slicegpt-stock", {}), ("slicegpt-global", {}), ("svd-llm", {}),
         ("svd-llm", {"allocation": "loss"}), ("svd-llm", {"order": "compressed"}), ("svd", {}), ("fwsvd", {}), ("asvd", {}),
         ("asvd", {"search": True}), ("afr", {}), ("llm-pruner", {}), ("fpt", {}), ("comp", {}), ("flap", {}), ("lorap", {}),
-        ("flap", {"attention": False}), ("modegpt", {}), ("modegpt", {"attention": "all"}), ("wanda-sp", {}), ("wanda-sp-heads", {}), ("magnitude-neurons", {}),
-        ("random-neurons", {}),
+        ("flap", {"attention": False}), ("wanda-sp", {}), ("wanda-sp-heads", {}), ("magnitude-neurons", {}),
+        ("random-neurons", {}), ("modegpt", {}), ("modegpt", {"attention": "all"}),
     ],
 )  # fmt: skip
 def test_ratios_that_leave_nothing_fail_before_the_work(method, values, monkeypatch):
