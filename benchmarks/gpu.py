@@ -37,7 +37,7 @@ ON_CPU = dict(
 RATIO = 0.25
 # Cheapest first, so that a short budget still measures most of them.
 ORDER = (
-    "random-neurons", "magnitude-neurons", "shortgpt", "cfsp", "wanda-sp", "wanda-sp-heads", "flap", "wanda", "comp",
+    "random-neurons", "magnitude-neurons", "shortgpt", "cfsp", "wanda-sp", "wanda-sp-heads", "flap", "wanda", "comp", "modegpt",
     "llm-pruner", "afr", "fpt", "slicegpt-global", "slicegpt", "svd-llm", "lorap", "svd", "fwsvd", "slicegpt-stock",
     "sparsegpt", "asvd",
 )  # fmt: skip

@@ -22,6 +22,7 @@ from lib.baselines import (
     llm_pruner,
     lorap,
     magnitude,
+    modegpt,
     random_neurons,
     shortgpt,
     sparsegpt,
@@ -50,6 +51,7 @@ TEXT, GRADIENTS, NOTHING = "text", "text and gradients", "nothing"
 # What earlier methods may have left of a model that is not stock, see `changes`.
 SLICED, FACTORED_ATTENTION, FACTORED_FFN = "a sliced stream", "two-factor layers in attention", "two-factor layers in FFNs"
 UNEQUAL = "blocks of unequal widths or with new biases"
+NARROW = "narrower attention heads"
 
 # Where a result can be loaded.
 ANYWHERE = "any runtime"
@@ -148,6 +150,10 @@ METHODS: dict[str, Method] = {
             EQUAL_WIDTHS, comp.shape, comp.on_disk, takes=(UNEQUAL, FACTORED_ATTENTION),
         ),
         Method(
+            "modegpt", modegpt.sweep, modegpt.Settings, "FFN neurons, and channels of heads if asked for", OF_BLOCKS, TEXT,
+            "MoDeGPT, arXiv 2408.09632", EQUAL_WIDTHS, modegpt.shape, consumes=True,
+        ),
+        Method(
             "shortgpt", shortgpt.sweep, shortgpt.Settings, "blocks", OF_BLOCKS, TEXT, "ShortGPT, arXiv 2403.03853", ANYWHERE,
             shortgpt.shape, consumes=True,
         ),
@@ -241,7 +247,7 @@ def changes(model: nn.Module) -> list[str]:
             inside = [name.endswith((*half.readers, half.writer)) for name in edit["ranks"]]
             found += [FACTORED_ATTENTION] * any(inside) + [FACTORED_FFN] * (not all(inside))
         else:
-            found.append({"slicegpt": SLICED, "structured": UNEQUAL}[edit["edit"]])
+            found.append({"slicegpt": SLICED, "structured": UNEQUAL, "narrow-heads": NARROW}[edit["edit"]])
     return found
 
 

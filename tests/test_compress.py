@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lib.baselines import cfsp, flap, fpt, llm_pruner, shortgpt, wanda
+from lib.baselines import cfsp, flap, fpt, llm_pruner, modegpt, shortgpt, wanda
 from lib.methods import METHODS, OF_BLOCKS, make, settings_of, sweep
 from lib.papers import afr, comp, svd_llm
 from lib.primitives import low_rank
@@ -16,6 +16,7 @@ from tests.conftest import tiny, token_ids
 
 SETTINGS = {
     "svd-llm": {"variant": "W+U"}, "afr": {"aggregation": "absolute only"}, "slicegpt": {"round_interval": 1},
+    "modegpt": {"attention": "all"},  # neurons alone could not pay for half of a model
     "comp": {"rho": 0.9},  # of three blocks one goes, and neurons alone could not pay for half of a model
 }  # fmt: skip
 
@@ -24,6 +25,7 @@ ONCE = {
     "afr": (afr, "scores"), "fpt": (fpt, "mask_gradients"), "llm-pruner": (llm_pruner, "channel_scores"),
     "cfsp": (cfsp, "scores"), "flap": (flap, "scores"), "wanda-sp": (wanda, "neuron_scores"),
     "wanda-sp-heads": (wanda, "unit_scores"), "comp": (comp, "layer_scores"), "shortgpt": (shortgpt, "layer_scores"),
+    "modegpt": (modegpt, "layer_scores"),
 }  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def test_bad_ratios_fail_before_the_work(method, monkeypatch):
         ("svd-llm", {"allocation": "loss"}), ("svd-llm", {"order": "compressed"}), ("svd", {}), ("fwsvd", {}), ("asvd", {}),
         ("asvd", {"search": True}), ("afr", {}), ("llm-pruner", {}), ("fpt", {}), ("comp", {}), ("flap", {}), ("lorap", {}),
         ("flap", {"attention": False}), ("wanda-sp", {}), ("wanda-sp-heads", {}), ("magnitude-neurons", {}),
-        ("random-neurons", {}),
+        ("random-neurons", {}), ("modegpt", {}), ("modegpt", {"attention": "all"}),
     ],
 )  # fmt: skip
 def test_ratios_that_leave_nothing_fail_before_the_work(method, values, monkeypatch):

@@ -15,7 +15,7 @@ from tests.conftest import tiny, token_ids
 ON_FACTORED_ATTENTION = {"afr", "comp", "cfsp", "wanda-sp", "magnitude-neurons", "random-neurons"}
 ON_UNEQUAL_BLOCKS = set(METHODS) - {"slicegpt-stock", "slicegpt-global"}
 FOLLOWERS = {"slicegpt": set(), "svd-llm": set(), "svd": set(), "fwsvd": set(), "asvd": set(), "lorap": ON_FACTORED_ATTENTION}
-FOLLOWERS |= {name: ON_UNEQUAL_BLOCKS for name in ("llm-pruner", "fpt", "comp", "flap", "cfsp")}
+FOLLOWERS |= {name: ON_UNEQUAL_BLOCKS for name in ("llm-pruner", "fpt", "comp", "flap", "cfsp", "modegpt")}
 
 IDS = token_ids(4, 16)
 SETTINGS = {"afr": {"aggregation": "absolute only"}}  # quick
@@ -53,7 +53,7 @@ def no_forward(monkeypatch):
 @pytest.mark.parametrize("first", METHODS)
 def test_a_method_follows_another_or_refuses_before_any_work(tmp_path, no_forward, first, second):
     once, settings = first_result(first), SETTINGS.get(second, {})
-    ratio = 0.15 if second == "comp" else 0.35
+    ratio = 0.15 if second in ("comp", "modegpt") else 0.35  # of the blocks, taken from neurons
     if second not in FOLLOWERS.get(first, METHODS):
         no_forward()
         with pytest.raises(ValueError, match=f"{second} cannot work on a compressed model with .*: start from the dense model"):

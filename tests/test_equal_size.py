@@ -59,7 +59,7 @@ def test_no_other_ratio_comes_nearer(method, family):
 def test_methods_that_ask_for_that_very_share():
     model = tiny("llama")
     asked = {name for name, method in METHODS.items() if method.ratio == OF_BLOCKS}
-    assert asked == {"comp", "fpt", "shortgpt"}
+    assert asked == {"comp", "fpt", "modegpt", "shortgpt"}
     assert {own_ratio(method, model, 0.25) for method in asked} == {0.25}
 
 

@@ -58,7 +58,7 @@ class Style:
 
 
 # By the names that tables and figures show. A method that removes several things has the colour of the largest part: COMP
-# drops whole blocks too, LLM-Pruner, FLAP and FPT heads, and LoRAP factors the attention.
+# drops whole blocks too, LLM-Pruner, FLAP and FPT heads, LoRAP factors the attention, and MoDeGPT narrows its heads.
 STYLE = {
     "COMP": Style("deletes neurons", "o"),
     "CFSP": Style("deletes neurons", "s"),
@@ -68,6 +68,7 @@ STYLE = {
     "Wanda-sp, with heads": Style("deletes neurons", "<", "--"),
     "FLAP": Style("deletes neurons", ">"),
     "LoRAP": Style("deletes neurons", "P"),
+    "MoDeGPT": Style("deletes neurons", "p"),
     "magnitude": Style("deletes neurons", "v"),
     "Structured AFR": Style("deletes neurons", "*"),
     "simple mean": Style("deletes neurons", "s", "--"),
