@@ -32,7 +32,7 @@ from lib.models.folder import (
 )
 from lib.models.output import check_output, written_whole
 from lib.papers import sliced_network
-from lib.primitives import low_rank, structured
+from lib.primitives import low_rank, narrow_heads, structured
 from lib.primitives.anatomy import FAMILIES
 from lib.primitives.surgery import cast, refusal
 
@@ -41,7 +41,12 @@ RECORD, WEIGHTS, STOCK_WEIGHTS = "compression.json", "compressed{suffix}.safeten
 SHARD_BYTES = 4 * 2**30
 
 # One line per method: the name that its edits carry in `model.edits`, and the function that repeats one on shapes.
-REPLAY = {"slicegpt": sliced_network.replay, "low-rank": low_rank.replay, "structured": structured.replay}
+REPLAY = {
+    "slicegpt": sliced_network.replay,
+    "low-rank": low_rank.replay,
+    "structured": structured.replay,
+    "narrow-heads": narrow_heads.replay,
+}
 
 
 class CheckpointError(ValueError):

@@ -5,9 +5,6 @@ only the channels that are left and puts zeros in the places of the others, and 
 left. A pair of zeros stays zero under any rotation and adds nothing to a product of query and key, and every group keeps the
 frequencies that it wants. Parameters and the multiply-adds of the four matrices shrink; the attention itself and the cache of
 keys and values keep the size of the dense heads.
-
-`lib.models.checkpoint` has no line for the edit `narrow-heads`, and refuses to save such a model; with `replay` in its table
-of edits it would.
 """
 
 from __future__ import annotations
@@ -84,7 +81,9 @@ def check_heads(anatomy: Anatomy, queries: bool) -> None:
                 raise ValueError(f"block {i} {name} is a {kind}, not an ordinary linear layer: cut the dense model")
         if queries and hasattr(block.get_submodule(anatomy.family.attention_module), "q_norm"):
             kind = anatomy.model.config.model_type
-            raise ValueError(f"{kind} normalises queries and keys over the channels of a head, so none can go without a change")
+            raise ValueError(
+                f"{kind} normalises queries and keys over all channels of a head, so none can go: narrow only the values"
+            )
 
 
 def narrow_queries(anatomy: Anatomy, block: nn.Module, kept: torch.Tensor) -> None:
