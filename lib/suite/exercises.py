@@ -179,19 +179,17 @@ def predict_the_loss(function: Callable) -> None:
 
 
 def choose_the_rank(function: Callable) -> None:
-    """The smallest rank of a loss at most `allowed`. Expected: written down by hand, for squares that add up to 9, 25 and 169."""
-    sigma = matrix([12, 4, 3])[0]  # at ranks 0, 1, 2: losses of 13, 5, 3
-    cases = {4.0: 2, 5.0: 1, 13.5: 0, 2.0: 3}
-    found = [answer(function, sigma, allowed) for allowed in cases]
+    """The smallest rank of a loss at most `allowed`, from the loss at ranks 0 to n - 1. Expected: written down by hand."""
+    tail, cases = matrix([13, 5, 3])[0], {4.0: 2, 5.0: 1, 13.5: 0, 2.0: 3}
+    found = [answer(function, tail, allowed) for allowed in cases]
     right = torch.tensor(list(cases.values()), dtype=torch.float64)
     mistakes = {
         "a loss of exactly `allowed` will do": torch.tensor([2, 2, 0, 3]),
-        "this counts the ranks that lose no more than `allowed`; the rank is the number of those that lose more": 3 - right,
-        "this is the largest rank that loses too much, one less than the rank": (right - 1).clamp(min=0),
+        "this counts the ranks that are good enough; the smallest of them is the number of those that are not": 3 - right,
+        "this is the largest rank that loses too much, one less than the rank": right - 1,
         "one too many: `tail[k]` is the loss at rank k, and k begins at 0": right + 1,
-        "the losses are those in `tail`; `sigma` is what a single term would cost": torch.tensor([1, 1, 0, 3]),
     }
-    match(f"for sigma = {sigma.tolist()} and allowed = {list(cases)}, the rank", found, right, mistakes)
+    match(f"for the losses {tail.tolist()} and allowed = {list(cases)}, the rank", found, right, mistakes)
 
 
 # --- Structured AFR ------------------------------------------------------------------------------------------------------
