@@ -224,7 +224,7 @@ PICTURES = {
 
 
 def block(paper: str) -> SVG:
-    """A decoder block with what a paper removes from it in colour; paper: a name of `PICTURES`."""
+    """A decoder block with what a paper removes from it in colour. paper: a name of `PICTURES`, else KeyError."""
     picture = PICTURES[paper]
     colour = COLOURS[picture.removes]
     parts = [dense(labels=True), picture.mark(colour), picture.extra() if picture.extra else ""]
