@@ -123,7 +123,7 @@ def test_the_folded_solution_is_right_and_short(capsys, exercise, name, cell, so
 @pytest.mark.parametrize(("exercise", "name", "cell", "solution"), EXERCISES)
 def test_the_stored_cell_is_empty_runs_alone_and_says_so(capsys, exercise, name, cell, solution):
     expected = f"{exercise}: not written yet: it returned None\n"
-    assert [output.text for output in cell.outputs] == [expected]
+    assert "".join(output.text for output in cell.outputs) == expected  # a kernel may send a line in parts
     capsys.readouterr()
     exec(cell.source, {})
     assert capsys.readouterr().out == expected
