@@ -24,11 +24,12 @@ HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 
 
 def by_section(notebook: NotebookNode) -> dict[str, list[NotebookNode]]:
-    """Code cells of every section by its title; those above the first section are "set-up"."""
+    """Code cells of every section by its title; "set-up" are those above the first one, or below a heading without a number."""
     found, section = {}, "set-up"
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            section = next(iter(HEADING.findall(cell.source)), section)
+            title = next(iter(HEADING.findall(cell.source)), section)
+            section = title if title[0].isdigit() else "set-up"
         else:
             found.setdefault(section, []).append(cell)
     return found

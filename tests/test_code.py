@@ -61,7 +61,16 @@ def copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", ["suite/plots.py", "suite/pages.py", "suite/site.py", "suite/slides.py", "suite/exercises.py", "suite/published.py"]
+    "path",
+    [
+        "suite/plots.py",
+        "suite/pages.py",
+        "suite/site.py",
+        "suite/slides.py",
+        "suite/exercises.py",
+        "suite/published.py",
+        "suite/diagrams.py",
+    ],
 )
 def test_a_change_of_what_is_shown_makes_nothing_stale(copy, path):
     assert copy(f"lib/{path}") == set()

@@ -7,28 +7,42 @@ import nbformat
 import pytest
 import torch
 
+from lib.papers import afr
 from lib.papers.mask_tuning import System, removals, tuned
+from lib.primitives.linalg import remove_mean
 from lib.suite.exercises import CHECKS, check
 from tasks import NOTEBOOKS, papers
 
 CHECK_CALL = re.compile(r'^check\("(.+)", (\w+)\)$')
+TOYS = [paper for paper in papers() if paper != "compare"]
+
+
+def all_cells(paper):
+    return nbformat.read(NOTEBOOKS / f"{paper}.ipynb", as_version=4).cells
 
 
 def exercise_cells(paper):
     """The cells from the heading of the exercises to the end of a notebook."""
-    cells = nbformat.read(NOTEBOOKS / f"{paper}.ipynb", as_version=4).cells
+    cells = all_cells(paper)
     start = [i for i, cell in enumerate(cells) if re.match(r"## \d+ · Exercises\n", cell.source)]
     assert len(start) == 1
     return cells[start[0] :]
 
 
-def implement_exercises():
+def toy_cells(paper):
+    """The cells of section 1, from its heading to the next one."""
+    cells = all_cells(paper)
+    headings = [i for i, cell in enumerate(cells) if cell.source.startswith("## ")]
+    assert cells[headings[0]].source.startswith("## 1 · The method on a toy")
+    return cells[headings[0] : headings[1]]
+
+
+def implement_exercises(cells_of=all_cells, of=papers()):
     """(exercise, name of the function, its cell, the folded solution) of all notebooks."""
     found = []
-    for paper in papers():
-        cells = exercise_cells(paper)
-        for cell, following in itertools.pairwise(cells):
-            if cell.cell_type == "code":
+    for paper in of:
+        for cell, following in itertools.pairwise(cells_of(paper)):
+            if cell.cell_type == "code" and CHECK_CALL.match((cell.source.splitlines() or [""])[-1]):
                 solution = re.fullmatch(
                     r"<details><summary>Solution</summary>\n\n```python\n(.+)\n```\n\n</details>", following.source, re.DOTALL
                 )
@@ -68,6 +82,30 @@ def test_three_or_four_exercises_numbered_on(paper):
     assert text.count("<details>") == text.count("</details>") == len(numbers)
 
 
+@pytest.mark.parametrize("paper", TOYS)
+def test_behind_each_toy_one_line_to_fill_in_and_one_number_to_change(paper):
+    """The solution is the learner's function with one line in place of the dots, and folded, as the prediction is."""
+    cells = toy_cells(paper)
+    ((_, name, cell, solution),) = implement_exercises(toy_cells, [paper])
+    code = cell.source[cell.source.index(f"def {name}(") : cell.source.index("\n\n\ncheck(")]
+    given = [line for line in re.sub(r'(?s) {4}""".*?"""\n', "", code).splitlines() if line.strip() != "..."]
+    assert [line for line in solution.splitlines() if line not in given] == [solution.splitlines()[-1]]
+    assert [line for line in solution.splitlines() if line in given] == given
+    number = next(cell.source for cell in cells if cell.source.startswith("### Change a number\n"))
+    assert number.index("redict") < number.index("<details><summary>What happens</summary>") < number.index("</details>")
+
+
+@pytest.mark.parametrize("paper", TOYS)
+def test_the_toy_comes_before_the_plumbing_and_its_cells_are_short(paper):
+    cells = all_cells(paper)
+    before = cells[: next(i for i, cell in enumerate(cells) if cell.source.startswith("## 1 · "))]
+    code = [cell.source for cell in before if cell.cell_type == "code"]
+    assert len(code) == 2  # the diagram and the parameters
+    toy = [cell.source for cell in toy_cells(paper) if cell.cell_type == "code"]
+    assert all(len(source.splitlines()) <= 25 for source in toy)
+    assert not [source for source in toy if re.search(r"\brun\.|lib\.suite\.(?!exercises)|lib\.evaluation", source)]
+
+
 def test_every_check_has_its_exercise():
     assert sorted(exercise for exercise, *_ in implement_exercises()) == sorted(CHECKS)
 
@@ -85,7 +123,7 @@ def test_the_folded_solution_is_right_and_short(capsys, exercise, name, cell, so
 @pytest.mark.parametrize(("exercise", "name", "cell", "solution"), EXERCISES)
 def test_the_stored_cell_is_empty_runs_alone_and_says_so(capsys, exercise, name, cell, solution):
     expected = f"{exercise}: not written yet: it returned None\n"
-    assert [output.text for output in cell.outputs] == [expected]
+    assert "".join(output.text for output in cell.outputs) == expected  # a kernel may send a line in parts
     capsys.readouterr()
     exec(cell.source, {})
     assert capsys.readouterr().out == expected
@@ -150,6 +188,25 @@ def runs_clipped(*args):
 
 
 MISTAKES = [  # exercise, a wrong answer, words of the hint it must get
+    ("centre the writer", lambda W: W, "this is W itself"),
+    ("centre the writer", lambda W: W - W.mean(1, keepdim=True), "over the rows of W"),
+    ("centre the writer", lambda W: W - W.mean(), "one mean for each column"),
+    ("centre the writer", lambda W: W - W.sum(0), "not the sum"),
+    ("centre the writer", lambda W: W.mean(0), r"writer has the shape \[2\], it should be \[3, 2\]"),
+    ("choose the rank", lambda tail, allowed: int((tail >= allowed).sum()), "exactly `allowed` will do"),
+    ("choose the rank", lambda tail, allowed: int((tail <= allowed).sum()), "counts the ranks that are good enough"),
+    ("choose the rank", lambda tail, allowed: int((tail > allowed).sum()) - 1, "largest rank that loses too much"),
+    ("choose the rank", lambda tail, allowed: int((tail > allowed).sum()) + 1, "one too many"),
+    ("standardise the scores", lambda v: v / v.std(correction=0), "subtract it"),
+    ("standardise the scores", lambda v: v - v.mean(), "divide by the standard deviation as well"),
+    ("standardise the scores", lambda v: (v - v.mean()) / v.std(), "correction=0"),
+    ("standardise the scores", lambda v: (v - v.mean()) / v.var(correction=0), "not by its square"),
+    ("standardise the scores", lambda v: (v - v.mean()) / (v - v.mean()).abs().max(), "not by the largest"),
+    ("error of a mask", lambda H, m: m @ H @ m, "the output that is left"),
+    ("error of a mask", lambda H, m: ((m - 1).square() * H.diagonal()).sum(), "beside the diagonal"),
+    ("error of a mask", lambda H, m: ((m - 1) @ H @ (m - 1)).sqrt(), "this is its root"),
+    ("error of a mask", lambda H, m: (m - 1) @ H @ (m - 1) / 4, "already the mean"),
+    ("error of a mask", lambda H, m: (H @ (m - 1)).sum(), "enters twice"),
     ("fold the norm", lambda g, s, W, b: (g[:, None] * W, b + W @ s), "scaled the rows"),
     ("fold the norm", lambda g, s, W, b: (W / g, b + W @ s), "do not divide"),
     ("fold the norm", lambda g, s, W, b: (W * g, b), "shift of the norm is missing"),
@@ -251,8 +308,23 @@ def test_a_learner_may_overwrite_the_arguments(capsys):
 
 
 def test_an_unknown_exercise_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown exercise 'fold': choose one of fold the norm, slice a junction"):
+    with pytest.raises(ValueError, match="unknown exercise 'fold': choose one of centre the writer, fold the norm"):
         check("fold", lambda: None)
+
+
+def test_solutions_behind_the_toys_are_the_functions_of_the_library():
+    solutions = {exercise: solved(solution, name) for exercise, name, _, solution in implement_exercises(toy_cells, TOYS)}
+    generator = torch.Generator().manual_seed(0)
+    sizes = (7,), (4, 3), (30, 5), (5, 4)
+    scores, writer, x, W = (torch.randn(*size, dtype=torch.float64, generator=generator) for size in sizes)
+    assert torch.allclose(solutions["standardise the scores"](scores), afr.standardise([scores])[0])
+    assert torch.allclose(solutions["centre the writer"](writer), remove_mean(writer, dim=0))
+    system = System((x.T @ x) * (W @ W.T) / 30, torch.zeros(5, dtype=torch.float64), 0.0, W, x.square().mean(0))
+    assert torch.allclose(solutions["error of a mask"](system.h, scores[:5]), torch.tensor(system.loss(scores[:5])).double())
+    sigma = torch.tensor([9.0, 4, 2, 1])
+    tail = torch.stack([sigma[k:].norm() for k in range(4)])
+    for k in range(4):
+        assert solutions["choose the rank"](tail, tail[k]) == k
 
 
 def test_solutions_of_comp_are_the_functions_of_the_library():

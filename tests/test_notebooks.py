@@ -105,11 +105,13 @@ def test_names_of_other_sections_are_found():
         "": "import math\nfor s in (1, 2):\n    rows = []\ndef f(x):\n    return x + y",
         "## 1 · a": "y = 1\nfor row in range(3):\n    last = row\ntotal = [k for k in range(y) if (half := k / 2) and half]",
         "## 2 · b": "def g(a):\n    return a + y\nprint(last, math.pi)\ntotal += [1]",
-        "## 3 · c": "f = 3\nimport math\nfor row in (1,):\n    s = row\nprint(row, rows, later)\nlater = 1\nrow = row + 1",
+        "## Set-up": "z = 0",
+        "## 3 · c": "z = f = 3\nimport math\nfor row in (1,):\n    s = row\nprint(row, rows, later)\nlater = 1\nrow = row + 1",
     }
     cells = [cell for title, code in sections.items() for cell in (new.new_markdown_cell(title), new.new_code_cell(code))]
-    expected = [("2 · b", "y"), ("2 · b", "last"), ("2 · b", "total"), ("3 · c", "f"), ("3 · c", "later"), ("3 · c", "rows")]
-    assert foreign_names(new.new_notebook(cells=cells)) == expected
+    second = [("2 · b", "y"), ("2 · b", "last"), ("2 · b", "total")]
+    third = [("3 · c", name) for name in ("f", "z", "later", "rows")]
+    assert foreign_names(new.new_notebook(cells=cells)) == second + third
 
 
 @pytest.mark.parametrize("path", [*STORED, *(pytest.param(p.values[0], id=p.id) for p in MANIFESTS)])

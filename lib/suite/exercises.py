@@ -99,6 +99,20 @@ def fold_the_norm(function: Callable) -> None:
     match("bias", offset, zero, mistakes)
 
 
+def centre_the_writer(function: Callable) -> None:
+    """W' [d, n], whose outputs have the mean 0 over the stream. Expected: from the outputs of W on unit vectors, one by one."""
+    writer = matrix([1, 2], [0, 3], [5, 4])
+    outputs = [[(writer @ unit)[i].item() for i in range(3)] for unit in torch.eye(2, dtype=torch.float64)]
+    right = torch.tensor([[column[i] - sum(column) / 3 for column in outputs] for i in range(3)], dtype=torch.float64)
+    mistakes = {
+        "this is W itself": writer,
+        "the mean is over the stream, so over the rows of W: one for each column": writer - writer.mean(1, keepdim=True),
+        "one mean for each column, not one for the whole matrix": writer - writer.mean(),
+        "subtract the mean, not the sum": writer - writer.sum(0),
+    }
+    match("writer", answer(function, writer), right, mistakes)
+
+
 def slice_a_junction(function: Callable) -> None:
     """Sections 3.3, 3.4: writer [k, n], reader [m, k] and the lost share of energy. Expected: from the SVD of X, not of XᵀX."""
     x, k = matrix([3, 1, 0], [2, -1, 1], [4, 0, -1], [1, 2, 1]), 2
@@ -164,6 +178,20 @@ def predict_the_loss(function: Callable) -> None:
     match("loss", answer(function, WEIGHT, gram, k), right, mistakes)
 
 
+def choose_the_rank(function: Callable) -> None:
+    """The smallest rank of a loss at most `allowed`, from the loss at ranks 0 to n - 1. Expected: written down by hand."""
+    tail, cases = matrix([13, 5, 3])[0], {4.0: 2, 5.0: 1, 13.5: 0, 2.0: 3}
+    found = [answer(function, tail, allowed) for allowed in cases]
+    right = torch.tensor(list(cases.values()), dtype=torch.float64)
+    mistakes = {
+        "a loss of exactly `allowed` will do": torch.tensor([2, 2, 0, 3]),
+        "this counts the ranks that are good enough; the smallest of them is the number of those that are not": 3 - right,
+        "this is the largest rank that loses too much, one less than the rank": right - 1,
+        "one too many: `tail[k]` is the loss at rank k, and k begins at 0": right + 1,
+    }
+    match(f"for the losses {tail.tolist()} and allowed = {list(cases)}, the rank", found, right, mistakes)
+
+
 # --- Structured AFR ------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +214,22 @@ def score_the_neurons(function: Callable) -> None:
     match("scores", found, matrix(signed)[0].abs(), mistakes)
 
 
+def standardise_the_scores(function: Callable) -> None:
+    """(v - mean) / std over all neurons [n]. Expected: by loops."""
+    scores = matrix([3, 7, 1, 5, 14])[0]
+    mean = sum(scores.tolist()) / 5
+    size = math.sqrt(sum((value - mean) ** 2 for value in scores.tolist()) / 5)
+    right = torch.tensor([(value - mean) / size for value in scores.tolist()], dtype=torch.float64)
+    mistakes = {
+        "the mean is still there: subtract it": scores / size,
+        "divide by the standard deviation as well": scores - mean,
+        "torch divides by n - 1 unless it is told not to: correction=0": right * math.sqrt(4 / 5),
+        "divide by the standard deviation, not by its square": (scores - mean) / size**2,
+        "divide by the standard deviation, not by the largest": (scores - mean) / (scores - mean).abs().max(),
+    }
+    match("scores", answer(function, scores), right, mistakes)
+
+
 def clip_the_tails(function: Callable) -> None:
     """The clip of section 4 for one neuron: scores x [m] -> [m]. Expected: written down by hand."""
     x = matrix([0.1, -0.2, 5.8, 13, 0.3, 2.5, 8.5, 11, -4, 6.2, 0, -1.55])[0]
@@ -204,6 +248,22 @@ def clip_the_tails(function: Callable) -> None:
 
 
 # --- COMP ----------------------------------------------------------------------------------------------------------------
+
+
+def error_of_a_mask(function: Callable) -> None:
+    """Squared error per token of multipliers m. Expected: from the outputs, token by token, without H."""
+    x, w = matrix([1, 2, 0], [0, 1, 1], [2, 1, 1], [1, -1, 1]), matrix([1, 2], [2, 1], [0, 1])
+    h, m = (x.T @ x) * (w @ w.T) / 4, matrix([1.5, 0, 2])[0]
+    errors = [sum((m[i] - 1) * x[token, i] * w[i] for i in range(3)).square().sum() for token in range(4)]
+    right, change = sum(errors) / 4, m - 1
+    mistakes = {
+        "this is the energy of the output that is left; the error is in m - 1": m @ h @ m,
+        "the neurons are not independent: what is beside the diagonal of H counts, too": (change.square() * h.diagonal()).sum(),
+        "this is its root": right.sqrt(),
+        "H is already the mean over the tokens": right / 4,
+        "the change enters twice: m - 1 from both sides": (h @ change).sum(),
+    }
+    match("error", answer(function, h, m), right, mistakes)
 
 
 def tune_the_mask(function: Callable) -> None:
@@ -285,12 +345,16 @@ def find_the_own_ratio(function: Callable) -> None:
 
 
 CHECKS: dict[str, Callable[[Callable], None]] = {
+    "centre the writer": centre_the_writer,
     "fold the norm": fold_the_norm,
     "slice a junction": slice_a_junction,
+    "choose the rank": choose_the_rank,
     "truncate": truncate,
     "predict the loss": predict_the_loss,
+    "standardise the scores": standardise_the_scores,
     "score the neurons": score_the_neurons,
     "clip the tails": clip_the_tails,
+    "error of a mask": error_of_a_mask,
     "tune the mask": tune_the_mask,
     "remove one neuron": remove_one_neuron,
     "find the front": find_the_front,

@@ -27,7 +27,7 @@ class Slides(Words, SlidesExporter):
   .reveal h1 { font-size: 2em; } .reveal h2 { font-size: 1.6em; } .reveal h3 { font-size: 1.2em; }
   .reveal .slides section section { max-height: 100%; overflow: auto; text-align: left; }
   .reveal .jp-Cell { padding: 0; }
-  .reveal .jp-RenderedImage img { margin: 0 auto; width: 100%; max-height: 660px; object-fit: contain; }
+  .reveal :is(.jp-RenderedImage, .jp-RenderedSVG) img { margin: 0 auto; width: 100%; max-height: 660px; object-fit: contain; }
   .reveal .dataframe td { white-space: nowrap; }
   .reveal .jp-OutputArea-output pre { box-shadow: none; width: auto; }
   .formula { display: block; text-align: center; margin: 0.6em 0; } .formula.inline { display: inline; margin: 0; }
