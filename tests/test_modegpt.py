@@ -3,12 +3,14 @@
 import copy
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 
 from lib.baselines import modegpt
 from lib.baselines.modegpt import ALL, LIMIT, VALUES, Settings
+from lib.compress import check_finished
 from lib.methods import METHODS, make, settings_of, sweep
 from lib.models.checkpoint import CheckpointError, load_checkpoint, save
 from lib.primitives import narrow_heads, structured
@@ -288,6 +290,21 @@ def test_one_pass_scores_and_one_measures_for_all_ratios(monkeypatch):
     assert sum(rows) == 2 * ids.numel()
 
 
+def test_one_block_is_measured_at_a_time(monkeypatch):
+    """The moments of a block are gone before those of the next are made, also for several ratios."""
+    grams, measure, alive = [], modegpt.statistics, []
+
+    def watched(*arguments):
+        alive.append(sum(gram() is not None for gram in grams))
+        found = measure(*arguments)
+        grams.append(weakref.ref(found.neurons))
+        return found
+
+    monkeypatch.setattr(modegpt, "statistics", watched)
+    assert len(list(modegpt.sweep(tiny("llama"), token_ids(), [0.1, 0.3], Settings(ALL)))) == 2
+    assert alive == [0, 0, 0]
+
+
 def test_cached_decoding_is_a_full_pass():
     small = make("modegpt", tiny("llama"), token_ids(), 0.3, attention=ALL)
     ids = token_ids(2, 12)
@@ -311,6 +328,8 @@ def test_narrow_heads_are_refused_before_anything_is_written_and_replay_as_they_
     small = make("modegpt", tiny("llama"), token_ids(), 0.2, attention=ALL)
     with pytest.raises(CheckpointError, match="unknown edit 'narrow-heads'"):
         save(small, None, tmp_path / "m")
+    with pytest.raises(CheckpointError, match="unknown edit 'narrow-heads'"):  # what `invoke compress` asks before any work
+        check_finished(METHODS["modegpt"], Settings(ALL), tiny("llama"), 0.2, tmp_path / "m")
     assert not list(tmp_path.iterdir())
     again = shape_shell(tiny("llama"))
     known = {"structured": structured.replay, "narrow-heads": narrow_heads.replay}
@@ -345,7 +364,12 @@ def test_records_that_do_not_fit(edit, message):
         ("llama", {}, 0.5, "leaves no neuron in a block: use a lower ratio, or cut attention too with attention=all"),
         ("llama", {"attention": ALL}, 0.999, "leaves no neuron in a block: use a lower ratio$"),
         ("gpt_neox", {"attention": VALUES}, 0.2, "gpt_neox keeps queries, keys and values in one matrix"),
-        ("qwen3", {"attention": ALL}, 0.2, "qwen3 normalises queries and keys over the channels of a head"),
+        (
+            "qwen3",
+            {"attention": ALL},
+            0.2,
+            "qwen3 normalises queries and keys over all channels of a head, so none can go: narrow only the values",
+        ),
         ("llama", {"attention": "some"}, 0.2, "unknown attention 'some'"),
         ("llama", {"temperature": 0}, 0.2, "temperature is 0"),
         ("llama", {"damping": -1}, 0.2, "damping is -1"),

@@ -84,7 +84,9 @@ def check_heads(anatomy: Anatomy, queries: bool) -> None:
                 raise ValueError(f"block {i} {name} is a {kind}, not an ordinary linear layer: cut the dense model")
         if queries and hasattr(block.get_submodule(anatomy.family.attention_module), "q_norm"):
             kind = anatomy.model.config.model_type
-            raise ValueError(f"{kind} normalises queries and keys over the channels of a head, so none can go without a change")
+            raise ValueError(
+                f"{kind} normalises queries and keys over all channels of a head, so none can go: narrow only the values"
+            )
 
 
 def narrow_queries(anatomy: Anatomy, block: nn.Module, kept: torch.Tensor) -> None:
