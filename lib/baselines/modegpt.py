@@ -49,7 +49,7 @@ CLEAR = 1e-5  # a direction of the values with less of the largest singular valu
 @dataclass(frozen=True)
 class Settings:
     attention: str = NOTHING  # which heads get narrower: none; or: value-output, all (as in the paper; cannot be saved yet)
-    temperature: float = 0.1  # ε of the allocation: a low one spares the blocks that change the stream; inf: equal shares
+    temperature: float = 0.03  # ε of the allocation: a low one spares the blocks that change the stream; inf: equal shares
     ridge: float = 1.0  # λ of the leverage scores, as a share of the mean second moment of a neuron
     damping: float = 4.0  # pull of the fitted writer to the dense one, times neurons per token; 0: plain least squares
 
