@@ -86,7 +86,9 @@ def test_comp_runs_attention_once_for_the_student():
     assert spent.macs > (most - LAYERS * ffn) * ids.numel()
 
 
-@pytest.mark.parametrize("method", ["svd-llm", "svd", "fwsvd", "asvd", "cfsp", "flap", "lorap", "wanda-sp", "magnitude-neurons"])
+@pytest.mark.parametrize(
+    "method", ["svd-llm", "svd", "fwsvd", "asvd", "cfsp", "flap", "lorap", "modegpt", "wanda-sp", "magnitude-neurons"]
+)
 def test_in_place_no_dense_weight_of_an_ffn_survives(method):
     model, ids = model_of(), token_ids()
     dense = [weakref.ref(block.mlp.down_proj.weight) for block in model.model.layers]

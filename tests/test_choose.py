@@ -1,0 +1,148 @@
+"""`invoke choose`: which methods are tried, how they fall out, and what is said of those that are not tried."""
+
+import json
+
+import pytest
+from invoke import Context
+
+import tasks
+from lib.budgets import Budget
+from lib.evaluation.perplexity import perplexity
+from lib.evaluation.text import load_corpus, spread, tokens_of, windows
+from lib.methods import METHODS, NOTHING, make
+from lib.models.load import ASSETS, load
+from lib.suite import choose as choosing
+from lib.suite.choose import LLAMA_CPP, SUITE, TRANSFORMERS, Clock, Judge, Trials, candidates, choose, outcome
+from lib.suite.standing import BEHIND
+
+BUDGET = Budget("share", 0.9)
+FOLDER = str(ASSETS / "wiki-a-llama")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return load("wiki-a-llama")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Little text, and methods that take no time."""
+    monkeypatch.setattr(choosing, "ROUNDS", ((2, 2), (4, 4), (8, 8)))
+    monkeypatch.setattr(choosing, "LENGTH", 64)
+    quick = ("magnitude-neurons", "random-neurons", "wanda-sp", "cfsp", "shortgpt", "svd", "afr", "wanda")
+    monkeypatch.setattr(choosing, "METHODS", {name: METHODS[name] for name in quick})
+
+
+def all_candidates(llama, where, budget=BUDGET):
+    return candidates(llama[0], budget, budget.size_of(llama[0], FOLDER, "model"), where, FOLDER)
+
+
+def test_what_needs_least_is_tried_first_and_every_method_is_accounted_for(llama):
+    found, untried = all_candidates(llama, SUITE)
+    needs = [METHODS[candidate.method].needs for candidate in found]
+    assert needs == sorted(needs, key=choosing.CHEAP_FIRST.index)
+    assert needs[0] == NOTHING
+    assert {candidate.method for candidate in found} | set(untried) == set(METHODS)
+    assert "known only afterwards" in untried["sparsegpt"]
+
+
+def test_where_it_must_run_leaves_methods_out(llama):
+    suite, stock, gguf = (
+        {candidate.method for candidate in all_candidates(llama, where)[0]} for where in (SUITE, TRANSFORMERS, LLAMA_CPP)
+    )
+    assert suite >= {"svd-llm", "slicegpt", "comp"}
+    assert gguf >= {"comp", "cfsp", "shortgpt"}
+    assert stock >= {"afr", "shortgpt"}
+    assert not {"svd-llm", "slicegpt"} & (gguf | stock)
+    untried = all_candidates(llama, LLAMA_CPP)[1]
+    assert untried.get("svd-llm")
+
+
+def test_every_candidate_keeps_to_the_budget(llama):
+    budget = Budget("bytes", 5.5e6)
+    measure = budget.size_of(llama[0], FOLDER, "model")
+    for candidate in all_candidates(llama, SUITE, budget)[0]:
+        assert measure(METHODS[candidate.method].shape(llama[0], candidate.ratio, METHODS[candidate.method].settings())) <= 5.5e6
+
+
+def run(llama, minutes, said=None, where=SUITE):
+    judge = Judge(*llama, "wiki-a", 64, 0)
+    field, untried = all_candidates(llama, where)
+    measure = BUDGET.size_of(llama[0], FOLDER, "model")
+    report = said.append if said is not None else lambda line: None
+    return *Trials(judge, measure, where, Clock(60 * minutes), report, untried).halve(field), untried
+
+
+def test_the_better_half_goes_on_and_the_numbers_are_those_of_the_models(llama, few):
+    ranking, dropped, untried = run(llama, 10)
+    assert {row["method"] for row in ranking + dropped} == set(choosing.METHODS) - {"wanda"}
+    assert set(untried) == {"wanda"}
+    for rows in (ranking, *([row for row in dropped if row["samples"] == n] for n in (2, 4))):
+        assert [row["relative"] for row in rows] == sorted(row["relative"] for row in rows)
+    assert len([row for row in dropped if row["samples"] == 2]) <= 3  # of seven, four go on
+    best = ranking[0]
+    judge = Judge(*llama, "wiki-a", 64, 0)
+    small = make(best["method"], llama[0], judge.calibration(best["samples"]), best["ratio"])
+    held_out = windows(tokens_of(load_corpus("wiki-a", "validation"), llama[1]), 64)
+    chosen = held_out[spread(len(held_out), best["windows"])].flatten()
+    found, dense = (perplexity(model, chosen, 64) for model in (small, llama[0]))
+    assert best["relative"] == pytest.approx(found.perplexity / dense.perplexity, rel=1e-6)
+    assert best["budget"] <= 0.9
+    assert outcome({"ranking": ranking}).startswith(f"{best['method']}: perplexity {best['relative']:.3f} times dense [")
+
+
+def test_it_ends_when_all_others_are_behind(llama, few, monkeypatch):
+    def standings(dense, cells):
+        row = {"low": 1, "high": 2}
+        return [row | {"method": m, "relative": 1 + i, "standing": BEHIND if i else "first"} for i, m in enumerate(cells)]
+
+    monkeypatch.setattr(choosing, "standings", standings)
+    ranking, dropped, _ = run(llama, 10)
+    assert not dropped
+    assert {row["samples"] for row in ranking} == {2}
+    assert outcome({"ranking": ranking}).endswith("no other is level with it")
+
+
+def test_time_is_kept_and_what_it_leaves_out_is_said(llama, few, monkeypatch):
+    ticks = iter(range(0, 100_000, 20))  # every look at the clock takes twenty seconds
+    monkeypatch.setattr(choosing.time, "monotonic", lambda: next(ticks))
+    said = []
+    ranking, dropped, untried = run(llama, 5, said)
+    left_out = [method for method, reason in untried.items() if "no time was left" in reason]
+    assert left_out
+    assert {row["method"] for row in ranking + dropped} | set(untried) == set(choosing.METHODS)
+    assert any(line.startswith("no time for") for line in said)
+
+
+def test_without_any_time_it_says_so(llama, few):
+    with pytest.raises(ValueError, match="give more --minutes"):
+        run(llama, -1)
+
+
+def test_the_winner_is_saved(tmp_path, few):
+    said = []
+    found = choose("wiki-a-llama", BUDGET, tmp_path / "small", minutes=10, report=said.append)
+    small, _ = load(str(tmp_path / "small"))
+    assert found["winner"] == found["ranking"][0]["method"]
+    assert sum(p.numel() for p in small.parameters()) <= 0.9 * sum(p.numel() for p in load("wiki-a-llama")[0].parameters())
+    with pytest.raises(FileExistsError, match="exists"):
+        choose("wiki-a-llama", BUDGET, tmp_path / "small")
+
+
+def test_a_budget_that_nothing_keeps_to(tmp_path, few):
+    with pytest.raises(ValueError, match="no method keeps to 1,000 parameters and runs in llama.cpp") as error:
+        choose("wiki-a-llama", Budget("params", 1000), tmp_path / "small", LLAMA_CPP)
+    assert "cfsp leaves at least" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_the_command_line(tmp_path, few, capsys):
+    out = tmp_path / "small"
+    tasks.choose(Context(), model="wiki-a-llama", out=str(out), target_share="90%", minutes=10.0)
+    said = capsys.readouterr().out
+    winner = json.loads((out / "compression.json").read_text())["method"] if (out / "compression.json").is_file() else None
+    first = next(line for line in said.splitlines() if ": perplexity " in line and "times dense" in line)
+    assert winner is None or first.startswith(winner)
+    assert "wanda" in said.partition("not tried")[0].splitlines()[-1]
+    with pytest.raises(tasks.Exit, match="give --target-bytes, --target-params or --target-share"):
+        tasks.choose(Context(), model="wiki-a-llama", out=str(tmp_path / "other"))
