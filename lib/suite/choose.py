@@ -80,8 +80,9 @@ def choose(
     """Find the method for a model and a budget, and compress the model with it into the new folder `out`.
 
     budget: what the result may have. where it must run: `transformers`, `llama.cpp` (as a GGUF file) or `this suite`. minutes:
-    for the trials; the last compression is beside them. Returns `ranking`, a row for each method of the last round, with perplexity
-    over dense in an interval and its standing; `dropped`, those of earlier rounds; `untried`, {method: why}; and `winner`.
+    for the trials; the last compression is beside them. Returns `ranking`, a row for each method of the last round, with its
+    perplexity over dense in an interval and its standing; `dropped`, those of earlier rounds; `untried`, {method: why}; and
+    `winner`.
 
     Raises ValueError, before any trial, for a budget that no method meets, and as `lib.compress.compress` does.
     """
