@@ -325,7 +325,7 @@ def test_every_rival_has_its_source():
 
 def test_what_is_ours_is_where_it_says():
     rows = [line for line in CITED.splitlines() if line.startswith("|") and re.search(r"`(lib|notebooks)/", line)]
-    assert len(rows) == 10
+    assert len(rows) == 11
     for row in rows:
         for part in row.split("|")[2].split(";"):
             names = re.findall(r"`([^`]+)`", part)
