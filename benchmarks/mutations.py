@@ -34,7 +34,8 @@ import torch
 
 from lib.models.checkpoint import export, is_checkpoint, save
 from lib.models.disk import model_on_disk
-from lib.models.gguf_export import MODEL_TYPES, to_gguf
+from lib.models.gguf_architecture import MODEL_TYPES
+from lib.models.gguf_export import to_gguf
 from lib.models.load import load
 from lib.papers.slicegpt import slice_model
 from lib.papers.svd_llm import compress_model

@@ -119,7 +119,8 @@ def run(path, ids):
     def rotated(x):
         pairs = torch.arange(size).view(2, -1).T if arch == "qwen2" else torch.arange(size).view(-1, 2)
         frequency = keys["rope.freq_base"] ** (-torch.arange(0, size, 2) / keys["rope.dimension_count"]).double()
-        angle = torch.arange(x.shape[-2])[:, None] * frequency / w.get("rope_freqs.weight", 1)
+        stretch = keys.get("rope.scaling.factor", 1) * w.get("rope_freqs.weight", 1)
+        angle = torch.arange(x.shape[-2])[:, None] * frequency / stretch
         turned = torch.view_as_complex(x[..., pairs].contiguous()) * torch.polar(torch.ones_like(angle), angle)
         out = torch.empty_like(x)
         out[..., pairs] = torch.view_as_real(turned)
@@ -546,7 +547,11 @@ def stock(tmp_path_factory, tokenizer):
         (lose("config.json"), FileNotFoundError, "no config.json"),
         (lose("tokenizer.json"), FileNotFoundError, "no tokenizer.json"),
         (lose("model.safetensors"), ValueError, "neither model.safetensors nor"),
-        (config(model_type="qwen3"), ValueError, "'qwen3' has no GGUF export here: supported are llama, mistral, qwen2"),
+        (
+            config(model_type="starcoder2"),
+            ValueError,
+            "'starcoder2' has no GGUF export here: supported are llama, mistral, qwen2, q",
+        ),
         (config(hidden_act="gelu"), ValueError, "activation 'gelu'"),
         (config(rope_parameters=LLAMA3 | {"rope_type": "dynamic"}), ValueError, "'dynamic' is not translated"),
         (config(rope_parameters=LONG | {"long_factor": [2.0] * 6}), ValueError, "'longrope' is translated only with the same"),
