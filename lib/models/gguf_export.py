@@ -284,6 +284,8 @@ def _split_name(spec: dict) -> str:
     match steps:
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
             name = "gpt-2"
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            name = "smollm"
         case [
             {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
@@ -291,8 +293,8 @@ def _split_name(spec: dict) -> str:
             name = SPLITS.get(words)
     if name is None or any(step["type"] != "NFC" for step in _steps(spec["normalizer"], "normalizers")):
         raise ValueError(
-            "the tokenizer splits or normalises text in a way that cannot be exported (supported are those of GPT-2, Llama 3 and "
-            f"Qwen 2): {json.dumps([spec['normalizer'], spec['pre_tokenizer']])}"
+            "the tokenizer splits or normalises text in a way that cannot be exported (supported are those of GPT-2, Llama 3, "
+            f"Qwen 2 and SmolLM): {json.dumps([spec['normalizer'], spec['pre_tokenizer']])}"
         )
     if spec["model"]["ignore_merges"] != (name == "llama-bpe"):
         raise ValueError(f"readers of GGUF try whole words before merges with tokenizers of kind llama-bpe alone, not {name}")
@@ -317,12 +319,13 @@ def _check_sentencepiece(spec: dict) -> None:
 def _starts_with_space(spec: dict) -> bool:
     """Whether a SentencePiece tokenizer puts a space before each text. Raises ValueError if it does more to texts."""
     metaspace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    idle = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}  # no spaces are left
     match _steps(spec["normalizer"], "normalizers"), _steps(spec["pre_tokenizer"], "pretokenizers"):
         case [], [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]:
             return scheme != "never"
         case [{"type": "Prepend", "prepend": "▁"}, replace], [] if replace == metaspace:
             return True
-        case [replace], [] if replace == metaspace:
+        case [replace], split if replace == metaspace and split in ([], [idle]):
             return False
     found = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
     raise ValueError(f"this SentencePiece tokenizer does more than replace spaces, which GGUF cannot express: {found}")
