@@ -50,6 +50,10 @@ CASES = {
     "qwen2, sliced": (lambda: sliced("qwen2"), "llama"),
     "qwen2, heads as wide as the stream": (lambda: tiny("qwen2", vocab_size=ROWS, head_dim=8), "qwen2"),
     "qwen2, stretched": (lambda: tiny("qwen2", vocab_size=ROWS, head_dim=8, rope_parameters=LLAMA3), "llama"),
+    "qwen2, stretched evenly": (
+        lambda: tiny("qwen2", vocab_size=ROWS, head_dim=8, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=3.0)),
+        "qwen2",
+    ),
     "llama, tied": (lambda: tiny("llama", vocab_size=ROWS, tie_word_embeddings=True), "llama"),
     "llama, biases everywhere": (lambda: tiny("llama", vocab_size=ROWS, attention_bias=True, mlp_bias=True), "llama"),
     "llama, other rotation": (

@@ -65,9 +65,7 @@ MODEL_TYPES = {  # transformers' name -> GGUF's, the first that fits is taken
     "gpt_neox": ("gptneox",),
 }
 # What to do instead, behind a reason.
-ALIKE = (
-    "compress with a method that leaves all blocks alike, such as `invoke compress --method wanda-sp`, wanda-sp-heads or shortgpt"
-)
+ALIKE = "compress with a method that leaves all blocks alike, such as `invoke compress --method wanda-sp` or shortgpt"
 NO_BIAS = "compress without new biases, as `invoke compress --method flap --set compensate=no` does"
 FULL_WIDTH = "remove neurons or blocks only, as `invoke compress --method wanda-sp` or shortgpt does"
 
@@ -173,7 +171,7 @@ def rotation_of(model: nn.Module) -> Rotation:
 
 
 def network_of(model: nn.Module, rotation: Rotation | None = None) -> Network:
-    """A model whose configuration is checked, under GGUF's name for it. Meta tensors suffice if its rotation is given.
+    """A model whose configuration passed `check_config`, under GGUF's name for it. rotation: needed if all is on the meta device.
 
     Raises ValueError, with the reasons and a way out, if no architecture for models of its type may have all that it has.
     """

@@ -73,7 +73,8 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     dtype: float16, bfloat16, float32, Q8_0, Q4_1 or Q4_0, of the matrices; norms and biases are always float32, and with 4 bits
     the table and the head have Q8_0. A matrix whose rows are no multiple of 32 numbers keeps 16 bits, with a warning; `kinds`
     counts them. A sliding window that is shorter than the model's positions becomes the context length, because readers
-    ignore windows: up to that length they agree.
+    ignore windows, other than those of a Gemma 3: up to that length they agree. Readers compute GELU by the formula with tanh in
+    16 bits, so models with it (Gemma 3, Phi-2, GPT-NeoX) differ slightly.
 
     Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, and ValueError, with the reason, for
     a model or tokenizer that readers of GGUF would run differently: all before anything is written. A weight too large for
