@@ -557,7 +557,7 @@ def merge_to_dense(c, model, out, device="cpu", dtype=""):
 
 @task(
     help={
-        "folder": "a Llama, Mistral or Qwen 2 in the Hugging Face format, or one that `invoke compress` has pruned",
+        "folder": "a Llama, Mistral, Qwen 2 or 3, Gemma 3, Phi-2 or GPT-NeoX in the Hugging Face format, or pruned by `compress`",
         "out": "new .gguf file",
         "dtype": "of the matrices: float16, bfloat16, float32, Q8_0 (8.5 bits), Q4_1 (5) or Q4_0 (4.5)",
     }

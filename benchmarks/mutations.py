@@ -34,7 +34,7 @@ import torch
 
 from lib.models.checkpoint import export, is_checkpoint, save
 from lib.models.disk import model_on_disk
-from lib.models.gguf_export import MODEL_TYPES, to_gguf
+from lib.models.gguf_export import to_gguf
 from lib.models.load import load
 from lib.papers.slicegpt import slice_model
 from lib.papers.svd_llm import compress_model
@@ -44,6 +44,12 @@ from tests.conftest import CONFIGS, tiny, token_ids
 MEMORY, SECONDS, BATCH = 3 * 2**29, 15, 40  # of a batch beyond what is there at its start; of a case; cases in a batch
 REFUSALS = (ValueError, FileNotFoundError, OSError)
 TEXT = "The history of naïve café"
+BOTH_WAYS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # families whose GGUF files are read here, too, whatever the size of their heads
 
 # Keys of config.json whose values no other file of a folder says and no shape of a tensor shows: the file says so.
 SAID = {
@@ -232,7 +238,7 @@ def verdict(subject: Subject, folder: Path, file: str, chance: random.Random) ->
     found = (complaint(loaded) or "refused") if failed else of_answers(subject, folder, file, loaded)
     if not found.startswith("WRONG") and not is_checkpoint(folder) and not is_checkpoint(subject.folder):
         found = on_disk(folder, file, loaded) or found
-    if not found.startswith("WRONG") and subject.name.split()[0] in MODEL_TYPES:
+    if not found.startswith("WRONG") and subject.name.split()[0] in BOTH_WAYS:
         found = as_gguf(folder, file, loaded, chance) or found
     return found
 

@@ -50,6 +50,10 @@ CASES = {
     "qwen2, sliced": (lambda: sliced("qwen2"), "llama"),
     "qwen2, heads as wide as the stream": (lambda: tiny("qwen2", vocab_size=ROWS, head_dim=8), "qwen2"),
     "qwen2, stretched": (lambda: tiny("qwen2", vocab_size=ROWS, head_dim=8, rope_parameters=LLAMA3), "llama"),
+    "qwen2, stretched evenly": (
+        lambda: tiny("qwen2", vocab_size=ROWS, head_dim=8, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=3.0)),
+        "qwen2",
+    ),
     "llama, tied": (lambda: tiny("llama", vocab_size=ROWS, tie_word_embeddings=True), "llama"),
     "llama, biases everywhere": (lambda: tiny("llama", vocab_size=ROWS, attention_bias=True, mlp_bias=True), "llama"),
     "llama, other rotation": (
@@ -67,7 +71,7 @@ CASES = {
 TEXTS = [
     "", "The history of", " a  b   c    d", "one\n\ntwo\n\n\n three\n", "\t tabs\t\tand \r\n returns\r", "naïve café – “quotes”…",
     "日本語の文章と русский текст", "👩‍👩‍👧 🙂🙂", "don't I'LL we've 3rd 12345678 1,000.50",
-    "f(x)==y;//z__", "nbsp\u00a0and\u3000wide ", "\x00\x7f",
+    "f(x)==y;//z__", "if 1 :\n        return  2   ** 31\n" + " " * 40 + "end", "nbsp\u00a0and\u3000wide ", "\x00\x7f",
 ]  # fmt: skip
 
 
@@ -119,7 +123,8 @@ def run(path, ids):
     def rotated(x):
         pairs = torch.arange(size).view(2, -1).T if arch == "qwen2" else torch.arange(size).view(-1, 2)
         frequency = keys["rope.freq_base"] ** (-torch.arange(0, size, 2) / keys["rope.dimension_count"]).double()
-        angle = torch.arange(x.shape[-2])[:, None] * frequency / w.get("rope_freqs.weight", 1)
+        stretch = keys.get("rope.scaling.factor", 1) * w.get("rope_freqs.weight", 1)
+        angle = torch.arange(x.shape[-2])[:, None] * frequency / stretch
         turned = torch.view_as_complex(x[..., pairs].contiguous()) * torch.polar(torch.ones_like(angle), angle)
         out = torch.empty_like(x)
         out[..., pairs] = torch.view_as_real(turned)
@@ -239,17 +244,17 @@ def test_rows_without_a_token_are_marked(tmp_path, tokenizer):
     assert keys["tokenizer.ggml.token_type"][-3:] == [gguf.TokenType.NORMAL] + [gguf.TokenType.UNUSED] * 2
 
 
-def byte_level(words, ignore_merges):
-    """A byte-level tokenizer trained on the corpus, which splits text by the expression `words`."""
+def byte_level(steps, ignore_merges=False, spaces=0):
+    """A byte-level tokenizer trained on the corpus, which splits text by `steps`. spaces: the longest run that is one token."""
     made = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
     made.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1000, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     made.train_from_iterator([load_corpus("wiki-a").text[:200_000]], trainer)
+    made.add_tokens([tokenizers.AddedToken(" " * n, normalized=False) for n in range(2, spaces + 1)])
     made.post_processor = tokenizers.processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|end|>", eos_token="<|end|>")
 
@@ -285,15 +290,24 @@ def sentencepiece(normalizer=None, pre_tokenizer=None):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def split_by(words):
+    split = pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+    return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+GPT2 = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
 BYTE_LEVEL = {
     "embedded": lambda: load("wiki-a-llama")[1],
-    **{name: functools.partial(byte_level, words, ignore_merges=name == "llama-bpe") for words, name in SPLITS.items()},
+    **{name: functools.partial(byte_level, split_by(words), name == "llama-bpe") for words, name in SPLITS.items()},
+    "smollm": lambda: byte_level([pre_tokenizers.Digits(individual_digits=True), *GPT2]),
+    "runs of spaces, as Phi-2 and GPT-NeoX": lambda: byte_level(GPT2, spaces=24),
 }
 SPACES = normalizers.Replace(" ", "▁")
 SENTENCEPIECE = {
     "spaces by the normaliser": lambda: sentencepiece(normalizers.Sequence([normalizers.Prepend("▁"), SPACES])),
     "no leading space": lambda: sentencepiece(SPACES),
     "spaces by the pre-tokenizer": lambda: sentencepiece(None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    "Gemma": lambda: sentencepiece(SPACES, pre_tokenizers.Split(" ", "merged_with_previous")),
     "never a leading space": lambda: sentencepiece(None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False)),
 }
 
@@ -546,7 +560,11 @@ def stock(tmp_path_factory, tokenizer):
         (lose("config.json"), FileNotFoundError, "no config.json"),
         (lose("tokenizer.json"), FileNotFoundError, "no tokenizer.json"),
         (lose("model.safetensors"), ValueError, "neither model.safetensors nor"),
-        (config(model_type="qwen3"), ValueError, "'qwen3' has no GGUF export here: supported are llama, mistral, qwen2"),
+        (
+            config(model_type="starcoder2"),
+            ValueError,
+            "'starcoder2' has no GGUF export here: supported are llama, mistral, qwen2, q",
+        ),
         (config(hidden_act="gelu"), ValueError, "activation 'gelu'"),
         (config(rope_parameters=LLAMA3 | {"rope_type": "dynamic"}), ValueError, "'dynamic' is not translated"),
         (config(rope_parameters=LONG | {"long_factor": [2.0] * 6}), ValueError, "'longrope' is translated only with the same"),

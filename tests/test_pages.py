@@ -133,7 +133,7 @@ def test_every_committed_run_is_listed():
 
 def test_committed_pages_are_those_that_reproduce_writes():
     found = pages.pages(ROOT)
-    assert list(found) == ["README.md", "results/README.md", "results/claims.md"]
+    assert list(found) == ["README.md", "lib/README.md", "results/README.md", "results/claims.md"]
     for name, text in found.items():
         assert text == read(name), f"{name} is not what `invoke reproduce` would write"
 
@@ -170,9 +170,10 @@ def test_pages_stay_where_a_table_is_missing(copy):
     assert not (copy / "results/README.md").exists()
 
 
-def test_a_page_without_its_place_is_an_error(copy):
-    (copy / "README.md").write_text(read("README.md").replace(pages.END, ""))
-    with pytest.raises(ValueError, match="needs one place for its table"):
+@pytest.mark.parametrize("page", ["README.md", "lib/README.md"])
+def test_a_page_without_its_place_is_an_error(copy, page):
+    (copy / page).write_text(read(page).replace(pages.END, ""))
+    with pytest.raises(ValueError, match=f"^{page} needs one place for its table"):
         pages.write_pages(copy)
 
 

@@ -3,10 +3,6 @@
 GGUF is a header of typed keys followed by tensors. Every key that a reader could otherwise guess from the width is
 written, because the guess would be wrong for a sliced model, whose heads keep their size while the width shrinks. One tensor
 is in memory at a time.
-
-Structured pruning leaves blocks of unequal width, which readers refuse in a `llama`. Their architecture `deci` is the same
-network with arrays in place of three numbers: neurons, heads and key-value heads of each block. A block without neurons would be
-skipped there together with its attention, and the first block must have attention; our methods leave every block some of both.
 """
 
 from __future__ import annotations
@@ -40,13 +36,20 @@ from lib.models.folder import (
     stored_tensors,
     take_generation_config,
 )
+from lib.models.gguf_architecture import (
+    Network,
+    Rotation,
+    add_shape,
+    as_in_file,
+    check_config,
+    network_of,
+    rotation_of,
+    tensors_of,
+)
 from lib.models.output import check_output, written_whole
-from lib.primitives.anatomy import Anatomy, has_fixed_rotation, head_size
 from lib.primitives.checks import choose_one
-from lib.primitives.structured import ffn_widths, kv_groups
 
 TOKENIZER = "tokenizer.json"
-MODEL_TYPES = ("llama", "mistral", "qwen2")
 DTYPES = {  # ours -> GGUF's names for a matrix and for a file of it
     "float16": ("F16", "MOSTLY_F16"),
     "bfloat16": ("BF16", "MOSTLY_BF16"),
@@ -57,7 +60,6 @@ DTYPES = {  # ours -> GGUF's names for a matrix and for a file of it
 }
 PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 TABLES = ("token_embd.weight", "output.weight")  # 8 bits in a file of 4, as llama.cpp's own tool keeps them in more bits
-ROPE_TYPES = ("default", "linear", "llama3", "longrope")  # those that can do no more than divide each frequency by a constant
 
 # A byte-level tokenizer first splits text into words by a regular expression; GGUF stores only a name for it.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -71,7 +73,8 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     dtype: float16, bfloat16, float32, Q8_0, Q4_1 or Q4_0, of the matrices; norms and biases are always float32, and with 4 bits
     the table and the head have Q8_0. A matrix whose rows are no multiple of 32 numbers keeps 16 bits, with a warning; `kinds`
     counts them. A sliding window that is shorter than the model's positions becomes the context length, because readers
-    ignore windows: up to that length they agree.
+    ignore windows, other than those of a Gemma 3: up to that length they agree. Readers compute GELU by the formula with tanh in
+    16 bits, so models with it (Gemma 3, Phi-2, GPT-NeoX) differ slightly.
 
     Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, and ValueError, with the reason, for
     a model or tokenizer that readers of GGUF would run differently: all before anything is written. A weight too large for
@@ -81,16 +84,16 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     _check_arguments(folder, out, dtype)
     model, places = _described(folder)
     take_generation_config(model, folder)  # raises for a damaged file
-    factors = _rope_factors(model)
-    writer = _writer(model, factors, folder.resolve().name, dtype)
+    network = network_of(model)
+    writer = _writer(network, folder.resolve().name, dtype)
     _add_tokenizer(writer, folder, model.config)
-    tensors = _tensors(writer.arch, model, dtype)
-    check_output(out, sum(tensor.size for tensor in tensors.values()))
+    tensors = _tensors(network, dtype)
+    check_output(out, sum(tensor.size for tensor in tensors))
     _warn_of_rows(tensors, dtype)
     try:
         with written_whole(out) as partial, contextlib.closing(writer):
-            _write_header(writer, partial, tensors, factors)
-            _write_tensors(writer, tensors, places, factors, dtype)
+            _write_header(writer, partial, tensors, network.rotation)
+            _write_tensors(writer, network, tensors, places, dtype)
     except (struct.error, OverflowError) as error:  # each key has a type of its own
         raise ValueError(f"a number in the configuration of {folder} has no place in GGUF: {error}") from error
     return out
@@ -108,42 +111,41 @@ class FileSize:
             raise ValueError(f"a GGUF file is counted with its tokenizer, and {folder} is no local folder that has a {TOKENIZER}")
         self.name, self.dtype = name, dtype
         config = plain(config_of(folder))
-        _check_config(config)
+        check_config(config)
         bare, writer = (gguf.GGUFWriter(None, "llama") for _ in range(2))
         _add_tokenizer(writer, Path(folder), config)
-        none = {}, torch.ones(1)  # no tensors, and no rotary factors
+        none = [], Rotation(1.0, torch.ones(1))  # no tensors, and no rotary factors
         self.tokenizer = _written_bytes(writer, *none) - _written_bytes(bare, *none)
-        self.factors = _rope_factors(empty_model(config))
+        self.rotation = rotation_of(empty_model(config))  # meta tensors have none
 
     def __call__(self, model: nn.Module) -> int:
-        _check_config(model.config)
-        writer = _writer(model, self.factors, self.name, self.dtype)
-        tensors = _tensors(writer.arch, model, self.dtype)
-        stretch = [] if self.factors.eq(1).all() else [self.factors.nbytes]
-        header = _written_bytes(writer, tensors, self.factors) + self.tokenizer
-        return _padded(header) + sum(map(_padded, [*stretch, *(tensor.size for tensor in tensors.values())]))
+        check_config(model.config)
+        network = network_of(model, self.rotation)
+        tensors = _tensors(network, self.dtype)
+        stretch = [] if self.rotation.alike else [self.rotation.factors.nbytes]
+        header = _written_bytes(_writer(network, self.name, self.dtype), tensors, self.rotation) + self.tokenizer
+        return _padded(header) + sum(map(_padded, [*stretch, *(tensor.size for tensor in tensors)]))
 
 
 def _padded(size: int) -> int:
     return -(-size // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
 
 
-def _written_bytes(writer, tensors: dict[str, Tensor], factors: torch.Tensor) -> int:
+def _written_bytes(writer, tensors: list[Tensor], rotation: Rotation) -> int:
     """Bytes of a file without its tensors' data."""
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(writer):
         path = Path(folder) / "header"
-        _write_header(writer, path, tensors, factors)
+        _write_header(writer, path, tensors, rotation)
         writer.flush()
         return path.stat().st_size
 
 
-def _writer(model: nn.Module, factors: torch.Tensor, name: str, dtype: str) -> gguf.GGUFWriter:
+def _writer(network: Network, name: str, dtype: str) -> gguf.GGUFWriter:
     """A writer that has all keys of the network."""
-    blocks = _blocks(model)
-    writer = gguf.GGUFWriter(None, _architecture(model, factors, blocks))
+    writer = gguf.GGUFWriter(None, network.architecture)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype][1]])
-    _add_shape(writer, model.config, blocks)
+    add_shape(writer, network)
     return writer
 
 
@@ -164,92 +166,21 @@ def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
 # --- what the folder holds ----------------------------------------------------------------------------------------------
 
 
-class Blocks(NamedTuple):
-    """What each block has: neurons, heads and key-value heads."""
-
-    neurons: list[int]
-    heads: list[int]
-    groups: list[int]
-
-    @property
-    def equal(self) -> bool:
-        return all(len(set(counts)) == 1 for counts in self)
-
-
 def _described(folder: Path) -> tuple[nn.Module, dict[str, Place]]:
     """The folder's model without weights, and where they are. Raises ValueError for one that readers would run differently."""
     if is_checkpoint(folder):
         model, record = described(folder)
         if {edit["edit"] for edit in record["edits"]} != {"structured"}:
             raise ValueError(f"no GGUF architecture is the model in {folder}: {way_to_stock(record['edits'])}")
-        _check_config(model.config)
+        check_config(model.config)
         return model, places_in(model, folder, record)
     config = plain(config_of(folder))
-    _check_config(config)
+    check_config(config)
     model = empty_model(config)
     return model, places_of(model, folder)
 
 
-def _check_config(config) -> None:
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(f"model type {config.model_type!r} has no GGUF export here: supported are {', '.join(MODEL_TYPES)}")
-    if config.hidden_act != "silu":
-        raise ValueError(f"activation {config.hidden_act!r} cannot be written: readers of GGUF apply silu in every such model")
-    if (kind := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
-        raise ValueError(f"rotary scaling {kind!r} is not translated to GGUF: supported are {', '.join(ROPE_TYPES)}")
-    if kind == "longrope" and not (has_fixed_rotation(config) and config.rope_parameters.get("attention_factor") == 1.0):
-        raise ValueError("rotary scaling 'longrope' is translated only with the same factors for all lengths, and attention 1")
-
-
-def _blocks(model: nn.Module) -> Blocks:
-    anatomy, size = Anatomy(model), head_size(model.config)
-    query = anatomy.family.attention.readers[0]
-    heads = [block.get_submodule(query).out_features // size for block in anatomy.blocks]
-    return Blocks(ffn_widths(model), heads, kv_groups(model))
-
-
-def _rope_factors(model: nn.Module) -> torch.Tensor:
-    """The divisor of each rotary frequency, [head size / 2] in float32: ones, unless the model's context was extended."""
-    used, size, rope = model.model.rotary_emb.inv_freq, head_size(model.config), model.config.rope_parameters
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2).float() / size)  # rounded as transformers rounds them
-    if used.shape != plain.shape:
-        raise ValueError(f"only {2 * len(used)} of the {size} coordinates of a head are rotated: readers of GGUF rotate all")
-    if rope["rope_type"] == "longrope":  # a model that was read from a GGUF file: the very factors of that file
-        return torch.tensor(rope["short_factor"], dtype=torch.float32)
-    factors = (plain.double() / used.double()).float()
-    return torch.where((factors - 1).abs() < 1e-5, 1.0, factors)
-
-
 # --- the header ---------------------------------------------------------------------------------------------------------
-
-
-def _architecture(model: nn.Module, factors: torch.Tensor, blocks: Blocks) -> str:
-    """GGUF's name for the network: `deci` for unequal blocks, `llama` for a Mistral, and for a Qwen 2 that would not load.
-
-    llama.cpp loads a `qwen2` only if its heads together are as wide as the stream, without rotary factors, and without biases
-    other than on q, k and v. Its `llama` and `deci` have none of these limits.
-    """
-    if not blocks.equal:
-        return "deci"
-    config = model.config
-    square = blocks.heads[0] * head_size(config) == config.hidden_size
-    usual = not any(name.endswith(("o_proj.bias", "down_proj.bias")) for name in stored_tensors(model))
-    return "qwen2" if config.model_type == "qwen2" and square and usual and factors.eq(1).all() else "llama"
-
-
-def _add_shape(writer, config, blocks: Blocks) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or float("inf")))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    for add, counts in zip(
-        (writer.add_feed_forward_length, writer.add_head_count, writer.add_head_count_kv), blocks, strict=True
-    ):
-        add(counts[0] if blocks.equal else counts)
-    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(head_size(config))
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
 def _add_tokenizer(writer, folder: Path, config) -> None:
@@ -354,6 +285,8 @@ def _split_name(spec: dict) -> str:
     match steps:
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
             name = "gpt-2"
+        case [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            name = "smollm"
         case [
             {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
@@ -361,8 +294,8 @@ def _split_name(spec: dict) -> str:
             name = SPLITS.get(words)
     if name is None or any(step["type"] != "NFC" for step in _steps(spec["normalizer"], "normalizers")):
         raise ValueError(
-            "the tokenizer splits or normalises text in a way that cannot be exported (supported are those of GPT-2, Llama 3 and "
-            f"Qwen 2): {json.dumps([spec['normalizer'], spec['pre_tokenizer']])}"
+            "the tokenizer splits or normalises text in a way that cannot be exported (supported are those of GPT-2, Llama 3, "
+            f"Qwen 2 and SmolLM): {json.dumps([spec['normalizer'], spec['pre_tokenizer']])}"
         )
     if spec["model"]["ignore_merges"] != (name == "llama-bpe"):
         raise ValueError(f"readers of GGUF try whole words before merges with tokenizers of kind llama-bpe alone, not {name}")
@@ -387,12 +320,13 @@ def _check_sentencepiece(spec: dict) -> None:
 def _starts_with_space(spec: dict) -> bool:
     """Whether a SentencePiece tokenizer puts a space before each text. Raises ValueError if it does more to texts."""
     metaspace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    idle = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}  # no spaces are left
     match _steps(spec["normalizer"], "normalizers"), _steps(spec["pre_tokenizer"], "pretokenizers"):
         case [], [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]:
             return scheme != "never"
         case [{"type": "Prepend", "prepend": "▁"}, replace], [] if replace == metaspace:
             return True
-        case [replace], [] if replace == metaspace:
+        case [replace], split if replace == metaspace and split in ([], [idle]):
             return False
     found = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
     raise ValueError(f"this SentencePiece tokenizer does more than replace spaces, which GGUF cannot express: {found}")
@@ -415,29 +349,29 @@ def _steps(stage: dict | None, name: str) -> list[dict]:
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file: its name there, shape, type, and bytes."""
+    """A tensor of the file: its name there, the tensors of the model that it is made of, shape, type, and bytes."""
 
     name: str
+    parts: list[str]
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
     size: int
 
 
-def _tensors(architecture: str, model: nn.Module, dtype: str) -> dict[str, Tensor]:
-    """{name in the model: the tensor of the file}. Rows that do not divide into the blocks of a type stay in 16 bits."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
-    found = {}
-    for name, value in stored_tensors(model).items():
-        theirs, shape = names.get_name(name, (".weight", ".bias")), tuple(value.shape)
-        wished = gguf.GGMLQuantizationType[_wished(theirs, shape, dtype)]
+def _tensors(network: Network, dtype: str) -> list[Tensor]:
+    """The tensors of the file in order. Rows that do not divide into the blocks of a type stay in 16 bits."""
+    stored, found = stored_tensors(network.model), []
+    for name, parts in tensors_of(network.architecture, network.model).items():
+        shape = (sum(len(stored[part]) for part in parts), *stored[parts[0]].shape[1:])
+        wished = gguf.GGMLQuantizationType[_wished(name, shape, dtype)]
         kind = wished if shape[-1] % gguf.GGML_QUANT_SIZES[wished][0] == 0 else gguf.GGMLQuantizationType.F16
-        found[name] = Tensor(theirs, shape, kind, _bytes(shape, kind))
+        found.append(Tensor(name, parts, shape, kind, _bytes(shape, kind)))
     return found
 
 
-def _warn_of_rows(tensors: dict[str, Tensor], dtype: str) -> None:
+def _warn_of_rows(tensors: list[Tensor], dtype: str) -> None:
     """Warn of matrices that stay in 16 bits although fewer were asked for, with what that costs."""
-    left = [t for t in tensors.values() if t.kind.name == "F16" != _wished(t.name, t.shape, dtype)]
+    left = [t for t in tensors if t.kind.name == "F16" != _wished(t.name, t.shape, dtype)]
     if not left:
         return
     more = sum(t.size - _bytes(t.shape, gguf.GGMLQuantizationType[_wished(t.name, t.shape, dtype)]) for t in left)
@@ -461,34 +395,25 @@ def _bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
     return torch.Size(shape).numel() * size // block
 
 
-def _interleave(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Reorder the rows of q or k, [heads · size, ...], from transformers' rotary layout to that of a GGUF `llama` or `deci`.
-
-    transformers rotates coordinates i and i + size/2 of a head together, these two rotate 2i and 2i + 1.
-    """
-    return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _write_header(writer, path: Path, tensors: dict[str, Tensor], factors: torch.Tensor) -> None:
+def _write_header(writer, path: Path, tensors: list[Tensor], rotation: Rotation) -> None:
     """The keys, and names, shapes and types of all tensors."""
-    if not factors.eq(1).all():
+    if not rotation.alike:
+        factors = rotation.factors
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.numpy().dtype, factors.nbytes)
-    for tensor in tensors.values():
+    for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.size, raw_dtype=tensor.kind)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
 
-def _write_tensors(writer, tensors: dict[str, Tensor], places: dict[str, Place], factors: torch.Tensor, dtype: str) -> None:
-    """Each tensor, in the order of the header, read from its safetensors file just before it is written."""
-    if not factors.eq(1).all():
-        writer.write_tensor_data(factors.numpy())
-    for name, tensor in tensors.items():
-        value = read(places[name])
-        if writer.arch in ("llama", "deci") and (".q_proj." in name or ".k_proj." in name):
-            value = _interleave(value, 2 * len(factors))
-        writer.write_tensor_data(_stored(name, value, tensor.kind, dtype))
+def _write_tensors(writer, network: Network, tensors: list[Tensor], places: dict[str, Place], dtype: str) -> None:
+    """Each tensor, in the order of the header, read from its safetensors files just before it is written."""
+    if not network.rotation.alike:
+        writer.write_tensor_data(network.rotation.factors.numpy())
+    for tensor in tensors:
+        value = torch.cat([read(places[part]) for part in tensor.parts])
+        writer.write_tensor_data(_stored(tensor.parts[0], as_in_file(network, tensor.name, value), tensor.kind, dtype))
 
 
 def _stored(name: str, value: torch.Tensor, kind: gguf.GGMLQuantizationType, dtype: str) -> numpy.ndarray:

@@ -22,6 +22,7 @@ SHOWING = frozenset(
         "claims_slicegpt",
         "claims_svd_llm",
         "code",
+        "destinations",
         "diagrams",
         "exercises",
         "pages",

@@ -1,6 +1,7 @@
 """The pages that show results, written from the tables under `results/`: the table of README.md, and all of results/README.md.
 
-Nothing is computed here: the same tables give the same pages, byte for byte. Only the profiles whose results are committed are
+The tables of lib/README.md on where results can go are written along with them, from the records of the methods. Nothing is
+computed here: the same tables give the same pages, byte for byte. Only the profiles whose results are committed are
 shown, so a run with parameters of one's own leaves the pages as they are.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib.papers.afr import PAPER
-from lib.suite import claims
+from lib.suite import claims, destinations
 from lib.suite.plots import NEAR, front_picture
 from lib.suite.results import RAW, markdown, write_atomically
 from lib.suite.standing import BEHIND, leaders
@@ -94,20 +95,28 @@ def sources() -> list[str]:
     tables = [f"results/{profile}/compare/tables/pareto.csv" for profile in SHOWN]
     tables += ["results/workshop/compare/tables/standing.csv"]
     tables += [f"results/workshop/{part.paper}/tables/perplexity.csv" for part in PARTS]
-    return ["README.md", *tables, *(f"results/workshop/{paper}/{RAW}" for paper in claims.CLAIMS)]
+    return ["README.md", "lib/README.md", *tables, *(f"results/workshop/{paper}/{RAW}" for paper in claims.CLAIMS)]
 
 
 def pages(root: Path) -> dict[str, str]:
     """Every generated page as it should be, by its path from the root of the project."""
-    front = (root / "README.md").read_text(encoding="utf-8")
-    around = re.escape(BEGIN) + ".*?" + re.escape(END)
-    if len(re.findall(around, front, re.S)) != 1:
-        raise ValueError(f"README.md needs one place for its table, between these two lines:\n{BEGIN}\n{END}")
     results = root / "results"
     judged = claims.judged(results, SHOWN)
-    table = f"{BEGIN}\n{claims.summary(judged, MODELS)}\n{equal_sizes(results)}{END}"
-    front = re.sub(around, lambda _: table, front, flags=re.S)
-    return {"README.md": front, "results/README.md": results_page(results), "results/claims.md": claims.page(judged, MODELS)}
+    return {
+        "README.md": _with_part(root / "README.md", f"{claims.summary(judged, MODELS)}\n{equal_sizes(results)}"),
+        "lib/README.md": _with_part(root / "lib/README.md", destinations.part()),
+        "results/README.md": results_page(results),
+        "results/claims.md": claims.page(judged, MODELS),
+    }
+
+
+def _with_part(path: Path, made: str) -> str:
+    """The text of a page with its generated part made anew. Raises ValueError for a page without one place for it."""
+    text, around = path.read_text(encoding="utf-8"), re.escape(BEGIN) + ".*?" + re.escape(END)
+    if len(re.findall(around, text, re.S)) != 1:
+        name = path.relative_to(path.parents[path.parent.name == "lib"])
+        raise ValueError(f"{name} needs one place for its table, between these two lines:\n{BEGIN}\n{END}")
+    return re.sub(around, lambda _: f"{BEGIN}\n{made}{END}", text, flags=re.S)
 
 
 def _replace(path: Path, text: str) -> bool:
