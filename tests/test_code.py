@@ -1,11 +1,14 @@
 """A measurement is as old as the code that made it: what a change makes stale, and what it leaves."""
 
+import functools
 import json
+import linecache
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from lib.methods import METHODS
 from lib.suite import code, results
@@ -124,3 +127,73 @@ def test_code_version_covers_every_source_file(tmp_path, monkeypatch):
     versions.append(code_version())
     code_version.cache_clear()
     assert len(set(versions)) == 3
+
+
+# --- functions of a notebook ----------------------------------------------------------------------------------------------
+
+
+def cell_of(source: str, names: str, place: str = "cell-1") -> list:
+    """What a cell of a notebook defines: names of a module `__main__`, whose text can be looked up."""
+    scope = {"__name__": "__main__", "functools": functools, "torch": torch}
+    linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
+    exec(compile(source, place, "exec"), scope)
+    return [scope[name] for name in names.split()]
+
+
+NESTED = """
+limit = 3
+def helper(x):
+    return x + 1
+table = {"a": helper}
+@functools.cache
+def compute(x):
+    def inside(y):
+        return table["a"](y) + limit
+    return inside(x)
+other = lambda: compute(1)
+"""
+
+
+def test_functions_of_the_library_and_data_have_no_code_of_a_notebook():
+    assert code.notebook_code(torch.relu, closure, 3, None, [1, 2]) is None
+
+
+@pytest.mark.parametrize("name", ["compute", "other"])
+def test_what_a_function_of_a_notebook_names_counts(name):
+    [before] = cell_of(NESTED, name)
+    found = code.notebook_code(before)
+    assert found == code.notebook_code(*cell_of(NESTED, name))
+    for old, new in (("x + 1", "x + 2"), ("+ limit", "- limit"), ("inside(x)", "inside(x + 1)")):
+        assert code.notebook_code(*cell_of(NESTED.replace(old, new), name)) != found, new
+
+
+def test_what_it_does_not_name_does_not_count():
+    found = code.notebook_code(*cell_of(NESTED, "compute"))
+    for other in (
+        NESTED.replace("return x + 1", "return x + 1  # more"),
+        "\n\n" + NESTED,
+        NESTED + "def more():\n    return 7\n",
+    ):
+        assert code.notebook_code(*cell_of(other, "compute")) == found
+    assert code.notebook_code(*cell_of(NESTED.replace("limit = 3", "limit = 4"), "compute")) == found  # data: in the settings
+
+
+def test_a_lambda_of_a_cell_counts_with_the_cell():
+    before, after = NESTED, NESTED.replace("limit = 3", "limit = 4")
+    assert code.notebook_code(*cell_of(before, "other")) != code.notebook_code(*cell_of(after, "other"))
+    inside = "def outer():\n    limit = {}\n    return lambda: 1\nmade = outer()\n"
+    assert len({code.notebook_code(*cell_of(inside.format(i), "outer")) for i in (3, 4)}) == 2
+    assert len({code.notebook_code(*cell_of(inside.format(i), "made")) for i in (3, 4)}) == 1
+
+
+def test_functions_that_functions_hold_count():
+    source = "def outer(f):\n    return lambda: f(1)\ndef one(x):\n    return x\ndef two(x):\n    return -x\n"
+    outer, one, two = cell_of(source, "outer one two")
+    assert code.notebook_code(outer(one)) != code.notebook_code(outer(two))
+    assert code.notebook_code(functools.partial(torch.relu, one)) != code.notebook_code(functools.partial(torch.relu, two))
+    assert code.notebook_code({"a": [one]}) == code.notebook_code(one)
+
+
+def test_functions_that_call_each_other():
+    source = "def one(x):\n    return two(x)\ndef two(x):\n    return one(x)\n"
+    assert code.notebook_code(*cell_of(source, "one")) == code.notebook_code(*cell_of(source, "two")) is not None

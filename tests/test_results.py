@@ -67,7 +67,7 @@ for i in range(5):
             os._exit(9)
         return i * i
     run.cell(compute, i=i)
-run.table("squares", [{"i": i, "square": run.cell(None, i=i)} for i in range(5)])
+run.table("squares", [{"i": i, "square": run.cell(compute, i=i)} for i in range(5)])
 manifest = run.finish({})
 print(manifest["cells_computed"], manifest["cells_from_ledger"])
 """

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable
+import linecache
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import CodeType, FunctionType
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURING = ("lib.suite.experiment",)  # what measures every model
@@ -98,3 +101,67 @@ def code_version(modules: tuple[str, ...] | None = None) -> str:
     for path in files:
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def notebook_code(*things: object) -> str | None:
+    """Hash of functions that a notebook defines, with all of its functions that they name; None where there are none.
+
+    What the library's functions do is in `code_version`, and what data they work on in a cell's settings. The compiled code
+    counts, so comments, and cells that define nothing of it, change nothing. A lambda that stands in a cell by itself, outside
+    any function, counts with the text of the whole cell, which makes what it works on.
+    """
+    found: dict[str, str] = {}
+    for thing in things:
+        _collect(thing, found)
+    if not found:
+        return None
+    text = "\n".join(f"{name} {said}" for name, said in sorted(found.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _collect(thing: object, found: dict[str, str]) -> None:
+    """Add the functions of a notebook that a thing is, holds or names to {name and hash: what it does}."""
+    if isinstance(thing, functools.partial):
+        inside = (thing.func, *thing.args, *thing.keywords.values())
+    elif isinstance(thing, dict):
+        inside = thing.values()
+    elif isinstance(thing, (list, tuple)):
+        inside = thing
+    else:
+        function = inspect.unwrap(thing) if callable(thing) else None
+        if not isinstance(function, FunctionType) or function.__module__ != "__main__":
+            return
+        name = f"{function.__qualname__} {hashlib.sha256(_said(function.__code__).encode()).hexdigest()}"
+        if name in found:
+            return
+        found[name], inside = _said(function.__code__), _named(function)
+        if function.__qualname__ == "<lambda>":
+            found[name] += "".join(linecache.getlines(function.__code__.co_filename))
+    for other in inside:
+        _collect(other, found)
+
+
+def _named(function: FunctionType) -> Iterator[object]:
+    """What the variables that a function reads hold now: globals of its notebook, and those of functions around it."""
+    for code in _codes(function.__code__):
+        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a variable without a value yet
+            continue
+    yield from function.__defaults__ or ()
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A compiled function and those inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _said(code: CodeType) -> str:
+    """What a compiled function does, without where it stands."""
+    constants = [_said(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
+    return repr((code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, constants))

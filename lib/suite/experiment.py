@@ -23,7 +23,7 @@ from lib.models.load import DTYPES, fast_bfloat16, load
 from lib.papers.sliced_network import check_sliceable
 from lib.primitives.cost import Count, count
 from lib.primitives.surgery import cast
-from lib.suite.results import Results
+from lib.suite.results import Results, made_by
 
 SIZE_COLUMNS = ("params", "removed_decoder", "removed_model")
 
@@ -192,7 +192,7 @@ class Subject:
         """
         asked = {level: _at(level, zero_shot) for level in levels}
         whole = {level: asked[level] if full is None else _at(level, full) for level in levels}
-        keys = {}
+        keys, settings = {}, made_by(settings, make)
         for level in levels:
             keys[level] = self.record(asked[level]) | settings | (each or {}).get(level, {}) | {"by": by}
             keys[level] |= {"level": level, "zero_shot": asked[level], "full": whole[level]}

@@ -22,7 +22,7 @@ import pandas as pd
 
 from lib.evaluation.console import Progress
 from lib.evaluation.process import package_versions
-from lib.suite.code import MEASURING, ROOT, code_version, modules_of, notebook_modules
+from lib.suite.code import MEASURING, ROOT, code_version, modules_of, notebook_code, notebook_modules
 
 RESULTS = ROOT / "results"
 RAW = "raw.parquet"
@@ -99,6 +99,12 @@ class Ledger:
         return self.records[key]["result"]
 
 
+def made_by(settings: dict, *functions: Callable | None) -> dict:
+    """The settings of a cell, with a hash of the notebook's functions that compute it, if there are any."""
+    code = notebook_code(*functions)
+    return settings if code is None else settings | {"made_by": code}
+
+
 class Results:
     """The folder of one notebook run: `tables/`, `figures/`, `manifest.json`, and a ledger beside it.
 
@@ -124,8 +130,10 @@ class Results:
         """One expensive result (JSON values), computed once per settings, code and package versions.
 
         by: modules, or functions of them, that compute it beside those that measure every model; without them, all that the
-        notebook imports. A change of other modules leaves the result valid.
+        notebook imports. The notebook's own functions that `compute` calls count as well. A change of other modules, or of
+        another cell of the notebook, leaves the result valid.
         """
+        settings = made_by(settings, compute)
         key, modules = self._key(by, settings)
         self.asked.setdefault(key, key in self.ledger.records)
         return self.ledger.cell(settings, compute, modules)
@@ -137,7 +145,7 @@ class Results:
         return self.ledger.records[key]["result"]
 
     def missing(self, by: Iterable = (), **settings) -> bool:
-        """Whether a cell still has to be computed: lets a notebook skip the preparation that only that cell needs."""
+        """Whether a cell still has to be computed: lets a sweep skip the preparation that only that cell needs."""
         return self._key(by, settings)[0] not in self.ledger.records
 
     def _key(self, by: Iterable, settings: dict) -> tuple[str, tuple[str, ...] | None]:
@@ -176,8 +184,7 @@ class Results:
         parameters = {name: values[name] for name in names}
 
         measured = [self.ledger.records[key] for key in self.asked]
-        opened = [record for record in self.ledger.records.values() if "opened" in record["settings"]]
-        self._write(RAW, raw_frame([*opened, *measured]).to_parquet(index=False, compression="zstd"))
+        self._write(RAW, raw_frame(measured).to_parquet(index=False, compression="zstd"))
         manifest = {
             "paper": self.paper,
             "profile": self.profile,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import filelock
 
-from lib.suite.results import RAW, Ledger, content_key, ledger_lines, write_atomically
+from lib.suite.results import RAW, Ledger, ledger_lines, write_atomically
 
 PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # the folder of a warning's file on this machine
 
@@ -130,11 +130,9 @@ def _reproduce(run: Run, force: bool, engine: Engine) -> None:
     import nbformat  # late: it takes a second, and a command that only catches RunError does without
 
     cells = nbformat.read(run.notebook, as_version=4).cells
-    # A ledger cell is identified by its settings, whose meaning depends on the notebook's code: other code, another ledger.
-    opened = {"opened": run.paper, "code": [cell.source for cell in cells if cell.cell_type == "code"]}
     if run.reuse and not force and not run.ledger_file.is_file() and (run.target / RAW).is_file():
         write_atomically(run.ledger_file, ledger_lines(run.target / RAW))
-    if force or (run.ledger_file.is_file() and content_key(opened, ()) not in Ledger(run.ledger_file).records):
+    if force:
         run.ledger_file.unlink(missing_ok=True)
     complete = {"run": run.paper, "parameters": run.parameters, "files": local_state(run.parameters)}
     # The engine is part of the key: results from a cluster are computed again here, because timings depend on where they ran.
@@ -143,8 +141,6 @@ def _reproduce(run: Run, force: bool, engine: Engine) -> None:
     if complete in ledger and (run.target / "manifest.json").is_file():
         print(f"{run}: up to date in {run.target}, nothing to do; --force computes it again", flush=True)
         return
-    if content_key(opened, ()) not in ledger.records:
-        ledger.append(opened, "opened", 0, ())
     # Work in a folder of its own and swap at the end: earlier results stay until the new ones are complete.
     partial = run.target.with_name(f"{run.paper}.partial")
     shutil.rmtree(partial, ignore_errors=True)
