@@ -246,8 +246,8 @@ def rewritten(path, out, architecture=None, keys=None, tensors=None, without=())
             writer.add_key_value(stored, field.contents(), field.types[0], sub_type=field.types[-1] if field.types[1:] else None)
     for name, value in (keys or {}).items():
         kinds = gguf.GGUFValueType
-        kind = {str: kinds.STRING, int: kinds.UINT32, float: kinds.FLOAT32}[type(value)]
-        writer.add_key_value(name.replace("*", writer.arch), value, kind)
+        kind = {str: kinds.STRING, int: kinds.UINT32, float: kinds.FLOAT32, list: kinds.ARRAY}[type(value)]
+        writer.add_key_value(name.replace("*", writer.arch), value, kind, sub_type=kinds.BOOL if kind == kinds.ARRAY else None)
     found = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors} | (tensors or {})
     for name, (data, kind) in found.items():
         if name not in without:
@@ -377,6 +377,16 @@ def test_a_gemma_3(llama, cache, tmp_path, factor):
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert torch.equal(loaded(LONG_TEXT).logits, theirs(LONG_TEXT).logits) == (factor == 1.0)
     assert relative(logits(loaded), logits(model)) < 1e-5  # norms are rounded when one is added to them
+
+
+def test_a_gemma_3_whose_blocks_see_all_in_another_order_is_refused(llama, cache, tmp_path):
+    """As `to_gguf` writes it where blocks are gone: a list in place of one number."""
+    model = tiny("gemma3_text", torch.float32, vocab_size=ROWS, num_hidden_layers=2, head_dim=256, layer_types=None)
+    keys = head_keys(256) | {"*.block_count": 2, "*.attention.sliding_window": 8}
+    keys |= {"*.attention.sliding_window_pattern": [True, False]}
+    path = with_weights(model, llama[1], tmp_path / "m.gguf", "gemma3", keys)
+    with pytest.raises(ValueError, match="sliding_window_pattern as a list, and only 6 is supported"):
+        load(str(path))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K"])

@@ -228,8 +228,9 @@ def _keys(path: Path, reader) -> dict:
     if lacking := [name for name in REQUIRED if name not in keys]:
         raise ValueError(f"{path.name} has no single value for {prefix}{lacking[0]}: it is damaged, or of an unknown kind")
     for name, known in GEMMA3.items() if prefix == "gemma3." else ():
-        if keys.get(name, known) != known:
-            raise ValueError(f"{path.name} has {prefix}{name} {keys[name]}, and only {known} is supported")
+        found = keys.get(name, "as a list" if prefix + name in reader.fields else known)
+        if found != known:
+            raise ValueError(f"{path.name} has {prefix}{name} {found}, and only {known} is supported")
     return keys
 
 
