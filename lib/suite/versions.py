@@ -18,9 +18,9 @@ BOUNDS = ("oldest", "newest")
 FLOOR = re.compile(r"([\w.-]+).*?>=\s*([\w.]+)")  # the name of a requirement, and its lower bound
 # Files in tests/ that meet other libraries: transformers in every family and file format, peft, lm-eval, pandas and so on.
 FILES = (
-    "models", "folder", "checkpoint", "disk", "output", "structured", "finetune", "gguf", "gguf_import", "evaluate", "paired",
-    "shared_context", "benchmark_tasks", "latent_cache", "text", "compress", "results", "plots", "cluster",
-    "site", "tasks",
+    "models", "folder", "checkpoint", "disk", "output", "structured", "finetune", "gguf", "gguf_families", "gguf_import",
+    "destinations", "evaluate", "paired", "shared_context", "benchmark_tasks", "latent_cache", "text", "compress", "results",
+    "plots", "cluster", "site", "tasks",
 )  # fmt: skip
 
 
