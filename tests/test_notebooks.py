@@ -53,6 +53,19 @@ def test_one_parameters_cell_and_enough_words(path):
 
 
 @pytest.mark.parametrize("path", STORED)
+def test_no_cell_gives_the_name_of_a_parameter_to_something_else(path):
+    """The manifest records the parameters as they stand at the end."""
+    given, *others = (ast.parse(cell.source) for cell in code_cells(path)[1:])
+    assert any("parameters" in cell.metadata.get("tags", []) for cell in code_cells(path)[1:2])
+    parameters = {target.id for statement in given.body for target in statement.targets}
+    for statement in [statement for tree in others for statement in tree.body if not isinstance(statement, ast.FunctionDef)]:
+        used = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        stored = {node.id for node in used if isinstance(node.ctx, ast.Store)}
+        read = {node.id for node in used if isinstance(node.ctx, ast.Load)}  # such as sizes = sorted(sizes)
+        assert not (stored - read) & parameters, ast.unparse(statement)[:80]
+
+
+@pytest.mark.parametrize("path", STORED)
 def test_cells_that_nbval_skips_are_few(path):
     cells = code_cells(path)
     skipped = [cell for cell in cells if "NBVAL_IGNORE_OUTPUT" in cell.source or "NBVAL_SKIP" in cell.source]
