@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def page(title: str, body: str, up: str = "../../", links: str = "", scripts: It
 def scrolling(table: str, name: str = "Table") -> str:
     """A table in a box of its own, in which it scrolls sideways where the page is narrower; keyboards reach the box, too."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">{table}</div>'
+
+
+def boxed(html: str) -> str:
+    """Every table of some HTML in its scrolling box; one whose first column reaches over several rows keeps it in another way."""
+
+    def box(found: re.Match) -> str:
+        kind = ' class="grouped"' if "rowspan=" in found[0] else ""
+        return f"<div{kind}>{scrolling(found[0])}</div>"
+
+    return re.sub(r"<table.*?</table>", box, html, flags=re.DOTALL)
 
 
 def sortable(path: Path) -> str:
@@ -107,6 +118,31 @@ class Renderer(IPythonRenderer):
         if self.code and path.startswith("lib/") and (ROOT / path).exists():
             return super().link(text, f"{self.code}/{path}.html", title)
         return text
+
+
+class Readme(Renderer):
+    """Markdown of a file in the repository's folder `folder`: a link to a file leads to its page, of {file: page} in `pages`.
+
+    up: the relative path from the page to the root of the site. A link to a file without a page becomes plain text.
+    """
+
+    folder, pages, up = "", {}, ""
+
+    def link(self, text: str, url: str, title: str | None = None) -> str:
+        if ":" in url or url.startswith("#"):
+            return super().link(text, url, title)
+        target = self.pages.get(posixpath.normpath(posixpath.join(self.folder, url.partition("#")[0])))
+        return f'<a href="{self.up}{target}">{text}</a>' if target else text
+
+
+def readme_page(path: Path, folder: str, pages: Mapping[str, str], up: str) -> str:
+    """A README as a page of the site; folder: where it is in the repository, pages, up: as `Readme` has them."""
+    renderer = Readme(escape=False)
+    renderer.folder, renderer.pages, renderer.up = folder, pages, up
+    text = path.read_text(encoding="utf-8")
+    title = re.search(r"^# (.+)", text, re.MULTILINE)
+    body = MarkdownWithMath(renderer=renderer).render(text)
+    return page(title[1] if title else folder, f'<main class="text_cell_render">\n{boxed(body)}\n</main>', up)
 
 
 class Words:

@@ -25,7 +25,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from lib.suite import explorer, front
-from lib.suite.markup import Words, page, scrolling, sortable
+from lib.suite.markup import Words, boxed, page, readme_page, sortable
 from lib.suite.pages import PAPERS
 from lib.suite.results import ROOT
 
@@ -59,6 +59,11 @@ class Executed:
             for name, value in self.manifest["parameters"].items():
                 words += ["--set", f"{name}={one_line(value)}"]
         return shlex.join(words)
+
+    @property
+    def about(self) -> str:
+        """A link to what is said about all runs of the profile, if anything is."""
+        return '<a href="../about.html">About these runs</a>' if (self.folder.parent / "README.md").is_file() else ""
 
     @property
     def slides(self) -> str:
@@ -176,7 +181,7 @@ def results_page(run: Executed) -> str:
     contents = f'<nav aria-label="Contents"><ul class="list">{contents}</ul></nav>'
     head = f"<h1>Figures and tables: {escape(run.title)}</h1>{made}\n{contents}"
     body = f"<main>\n{head}\n" + "\n".join(parts) + "\n</main>"
-    return page(f"Figures and tables: {run.title}", body, links='<a href="notebook.html">Notebook</a>')
+    return page(f"Figures and tables: {run.title}", body, links=f'<a href="notebook.html">Notebook</a>{run.about}')
 
 
 class NotebookPage(Words, HTMLExporter):
@@ -238,18 +243,12 @@ def neighbours(run: Executed, papers: Sequence[str]) -> str:
     return f'<nav class="neighbours" aria-label="Before and after">{"".join(links)}</nav>' if links else ""
 
 
-def table_box(found: re.Match) -> str:
-    """A table of a notebook in its scrolling box; one whose first column reaches over several rows keeps it in another way."""
-    kind = ' class="grouped"' if "rowspan=" in found[0] else ""
-    return f"<div{kind}>{scrolling(found[0])}</div>"
-
-
 def notebook_page(run: Executed, papers: Sequence[str] = ()) -> str:
     """The executed notebook, with folded code, its outputs and its contents; links lead to the notebooks `papers`, in order."""
     exporter = NotebookPage(exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.papers = frozenset(papers)
     body, _ = exporter.from_notebook_node(prepared(run))
-    body = re.sub(r"<table.*?</table>", table_box, body, flags=re.DOTALL)
+    body = boxed(body)
     sections = "".join(
         f'<li class="level{level}"><a href="#{anchor}">{words}</a></li>'
         for level, anchor, words in re.findall(r'<h([23]) id="([^"]+)">(.*?)<a class="anchor', body)
@@ -262,7 +261,7 @@ def notebook_page(run: Executed, papers: Sequence[str] = ()) -> str:
     return page(
         run.title,
         f"{contents}\n<main>{tools}\n{body}\n{around}{made}</main>",
-        links='<a href="index.html">Figures and tables</a>',
+        links=f'<a href="index.html">Figures and tables</a>{run.about}',
         kind="notebook",
     )
 
@@ -289,6 +288,9 @@ def run_cards(runs: list[Executed], out: Path) -> str:
             made = f"<details><summary>How this was made</summary>{facts(run, packages=False)}</details>"
             parts.append(f'<section class="card"><h4>{escape(run.title)}</h4>\n<nav>{links}</nav>\n{made}</section>')
         parts.append("</div>")
+        if (out / profile / "about.html").is_file():
+            parts.append(f'<p><a href="{profile}/about.html">About the runs of {escape(profile)}</a></p>')
+    parts.append('<p>To teach with them: <a href="plan.html">the plan of a half-day workshop</a>.</p>')
     return "\n".join(parts)
 
 
@@ -323,6 +325,7 @@ def build_site(results: str | Path, out: str | Path) -> Path:
     (out / "style.css").write_text(style(), encoding="utf-8")
     for name in ("page.js", "explorer.js"):
         shutil.copy(ASSETS / name, out)
+    write_readmes(runs, results, out)
     write_start(runs, results, out)
     return out / "index.html"
 
@@ -336,6 +339,23 @@ def write_run(run: Executed, papers: Sequence[str], out: Path) -> None:
             shutil.copytree(run.folder / kind, folder / kind, ignore=shutil.ignore_patterns("*.md"))
     (folder / "index.html").write_text(results_page(run), encoding="utf-8")
     (folder / "notebook.html").write_text(notebook_page(run, papers), encoding="utf-8")
+
+
+def write_readmes(runs: list[Executed], results: Path, out: Path) -> None:
+    """What is said about the runs of each profile, and the plan of the workshop."""
+    pages = {"results/claims.md": "claims.html", "notebooks/README.md": "plan.html"}
+    for run in runs:
+        pages[f"results/{run.name}/{run.folder.name}.ipynb"] = f"{run.name}/notebook.html"
+        pages |= {f"results/{run.name}{kind}": f"{run.name}/index.html" for kind in ("", "/tables", "/figures")}
+        pages.setdefault(f"notebooks/{run.folder.name}.ipynb", f"{run.name}/notebook.html")
+    texts = {profile: results / profile / "README.md" for profile in dict.fromkeys(run.folder.parent.name for run in runs)}
+    texts = {profile: path for profile, path in texts.items() if path.is_file()}
+    pages |= {f"results/{profile}/README.md": f"{profile}/about.html" for profile in texts}
+    for profile, path in texts.items():
+        text = readme_page(path, f"results/{profile}", pages, "../")
+        (out / profile / "about.html").write_text(text, encoding="utf-8")
+    plan = readme_page(ROOT / "notebooks" / "README.md", "notebooks", pages, "")
+    (out / "plan.html").write_text(plan, encoding="utf-8")
 
 
 def write_start(runs: list[Executed], results: Path, out: Path) -> None:
