@@ -200,16 +200,16 @@ function domain(points, measure, dense, top) {
   return [low - pad, high + pad];
 }
 
-// Round numbers within the ends, not more than `most`.
+// Round numbers within the ends, if possible two of them and not more than `most`.
 function ticks([low, high], log, most) {
   const powers = [...Array(25).keys()].map((i) => i - 9);
-  const steps = log
-    ? [[1, 1.5, 2, 3, 5, 7], [1, 2, 5], [1, 3], [1]].map((digits) => powers.flatMap((power) => digits.map((digit) => digit * 10 ** power)))
-    : powers.flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)).map((step) =>
-        low / step > -1e4 && (high - low) / step < 100 ? [...Array(Math.floor(high / step) - Math.ceil(low / step) + 1).keys()].map((i) => (Math.ceil(low / step) + i) * step) : []
-      );
-  const inside = steps.map((values) => values.filter((value) => value >= low && value <= high).map((value) => Number(value.toPrecision(12))));
-  return inside.find((values) => values.length > 1 && values.length <= most) ?? inside.at(-1);
+  const decades = (digits) => powers.flatMap((power) => digits.map((digit) => digit * 10 ** power));
+  const multiples = (step) => [...Array(Math.floor(high / step) - Math.ceil(low / step) + 1).keys()].map((i) => (Math.ceil(low / step) + i) * step);
+  const steps = decades([1, 2, 5]).filter((step) => (high - low) / step < 100);
+  const wide = log && high / low > 2; // a short part of a logarithmic axis is nearly linear
+  const sets = wide ? [[1, 1.5, 2, 3, 5, 7], [1, 2, 5], [1, 3], [1]].map(decades) : steps.map(multiples);
+  const inside = sets.map((values) => values.map((value) => Number(value.toPrecision(12))).filter((value) => value >= low && value <= high));
+  return inside.find((values) => values.length > 1 && values.length <= most) ?? inside.findLast((values) => values.length > 1) ?? inside[0];
 }
 
 const short = (value, { unit }) => (unit === "%" ? `${Number((100 * value).toPrecision(6))} %` : Number(value.toPrecision(6)).toLocaleString("en"));
