@@ -22,9 +22,18 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// A line above each table that is wider than its box says so.
-for (const box of document.querySelectorAll(".scroll"))
-  if (box.scrollWidth > box.clientWidth + 1) box.insertAdjacentHTML("beforebegin", '<p class="hint">wider than the page: scroll sideways →</p>');
+// A line above each table says so while it is wider than its box.
+function hint(box) {
+  box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1;
+}
+const widths = new ResizeObserver((entries) => {
+  const boxes = new Set(entries.map(({ target }) => target.closest(".scroll")));
+  requestAnimationFrame(() => boxes.forEach(hint)); // not at once: the line moves what is being observed
+});
+for (const box of document.querySelectorAll(".scroll")) {
+  box.insertAdjacentHTML("beforebegin", '<p class="hint" hidden>wider than the page: scroll sideways →</p>');
+  for (const part of [box, box.firstElementChild]) widths.observe(part);
+}
 
 // --- notebooks --------------------------------------------------------------------------------------------------------------
 
