@@ -28,11 +28,11 @@ def page(title: str, body: str, up: str = "../../", links: str = "", scripts: It
     """A whole HTML page.
 
     up: the relative path from its folder to the root of the site. links: what its menu has beside `MENU`. scripts: files in
-    the root that run before those of every page. kind: class of the body.
+    the root that run after that of every page. kind: class of the body.
     """
     menu = "".join(f'<a href="{up}{path}">{name}</a>' for path, name in MENU.items())
     menu = f'<nav class="menu" aria-label="Pages">{menu}{links}</nav>'
-    run = "".join(f'<script src="{up}{name}"></script>\n' for name in (*scripts, "page.js"))
+    run = "".join(f'<script src="{up}{name}"></script>\n' for name in ("page.js", *scripts))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

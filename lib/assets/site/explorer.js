@@ -274,6 +274,7 @@ function show(wish) {
   for (const heading of at("rows").tHead.rows[0].cells) heading.removeAttribute("aria-sort");
   at("rows").classList.toggle("silent", !points.some((point) => is(point.says)));
   at("link").href = writeLink(chosen);
+  hints(); // of page.js
   return chosen;
 }
 

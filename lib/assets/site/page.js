@@ -23,17 +23,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 
 // A line above each table says so while it is wider than its box.
-function hint(box) {
-  box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1;
+function hints() {
+  for (const box of document.querySelectorAll(".scroll")) box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1;
 }
-const widths = new ResizeObserver((entries) => {
-  const boxes = new Set(entries.map(({ target }) => target.closest(".scroll")));
-  requestAnimationFrame(() => boxes.forEach(hint)); // not at once: the line moves what is being observed
-});
-for (const box of document.querySelectorAll(".scroll")) {
-  box.insertAdjacentHTML("beforebegin", '<p class="hint" hidden>wider than the page: scroll sideways →</p>');
-  for (const part of [box, box.firstElementChild]) widths.observe(part);
-}
+for (const box of document.querySelectorAll(".scroll")) box.insertAdjacentHTML("beforebegin", '<p class="hint" hidden>wider than the page: scroll sideways →</p>');
+hints();
+addEventListener("resize", hints);
 
 // --- notebooks --------------------------------------------------------------------------------------------------------------
 
@@ -60,6 +55,7 @@ if (contents) {
 const chosen = document.getElementById("board");
 function board() {
   for (const part of document.querySelectorAll(".board")) part.hidden = part.id !== chosen.value;
+  hints();
 }
 if (chosen) {
   chosen.closest("[hidden]").hidden = false;
