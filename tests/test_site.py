@@ -639,6 +639,26 @@ def test_the_start_shows_one_model_and_a_notebook_opens_its_code_with_one_click(
         assert found["top"] == 0, "the contents stay in sight"
 
 
+AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+FAULTS = """async (window, inside) => {
+  const script = inside.createElement("script"), loaded = new Promise((done) => (script.onload = done));
+  script.src = "%s";
+  inside.head.append(script);
+  await loaded;
+  const { violations } = await window.axe.run(inside, { resultTypes: ["violations"] });
+  return violations.map(({ id, impact, nodes }) => [impact, id, nodes[0].html]);
+}"""
+
+
+@pytest.mark.skipif(not BROWSER or not AXE.is_file(), reason="needs the browser chromium, and `npm install --no-save axe-core`")
+def test_axe_finds_no_serious_fault_of_accessibility(site, tmp_path):
+    out, _ = site
+    names = ["index.html", "explorer.html", "claims.html", "plan.html"]
+    names += [f"workshop/{paper}/{name}.html" for paper in ("slicegpt", "compare") for name in ("notebook", "index")]
+    for name, width, faults in browse(out, tmp_path, names, FAULTS % AXE.as_uri()):
+        assert [fault for fault in faults if fault[0] in ("serious", "critical")] == [], f"{name} at {width}"
+
+
 def test_slides_end_before_the_exercises(tmp_path):
     run = read_run(RUNS[0])
     before = [cell.source for cell in slide_cells(run)]

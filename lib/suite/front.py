@@ -149,7 +149,7 @@ def papers(pages: Mapping[str, str]) -> str:
     cards = []
     for paper, idea in IDEAS.items():
         name = PAPERS[paper]
-        link = f'<nav><a href="{pages[paper]}">Read the notebook</a></nav>' if paper in pages else ""
+        link = f'<p><a href="{pages[paper]}">Read the notebook</a></p>' if paper in pages else ""
         cards.append(f'<section class="card paper"><h3>{name}</h3><p>{idea}</p>{link}{diagrams.block(name).data}</section>')
     return f'<h2 id="papers">The four papers</h2>\n<div class="cards">{"".join(cards)}</div>'
 

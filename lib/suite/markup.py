@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
@@ -49,9 +50,11 @@ def scrolling(table: str, name: str = "Table") -> str:
 def boxed(html: str) -> str:
     """Every table of some HTML in its scrolling box; one whose first column reaches over several rows keeps it in another way."""
 
+    count = itertools.count(1)
+
     def box(found: re.Match) -> str:
         kind = ' class="grouped"' if "rowspan=" in found[0] else ""
-        return f"<div{kind}>{scrolling(found[0])}</div>"
+        return f"<div{kind}>{scrolling(found[0], f'Table {next(count)}')}</div>"
 
     return re.sub(r"<table.*?</table>", box, html, flags=re.DOTALL)
 

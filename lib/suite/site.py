@@ -240,7 +240,7 @@ def neighbours(run: Executed, papers: Sequence[str]) -> str:
     before, after = papers[max(place - 1, 0) : place], papers[place + 1 : place + 2]
     links = [f'<a rel="prev" href="../{paper}/notebook.html">← {PAPERS.get(paper, paper)}</a>' for paper in before]
     links += [f'<a rel="next" href="../{paper}/notebook.html">{PAPERS.get(paper, paper)} →</a>' for paper in after]
-    return f'<nav class="neighbours" aria-label="Before and after">{"".join(links)}</nav>' if links else ""
+    return f'<p class="neighbours links">{"".join(links)}</p>' if links else ""
 
 
 def notebook_page(run: Executed, papers: Sequence[str] = ()) -> str:
@@ -286,7 +286,7 @@ def run_cards(runs: list[Executed], out: Path) -> str:
             links = f'<a href="{run.name}/notebook.html">Notebook</a><a href="{run.name}/index.html">Figures and tables</a>'
             links += f'<a href="{run.slides}">Slides</a>' if (out / run.slides).is_file() else ""
             made = f"<details><summary>How this was made</summary>{facts(run, packages=False)}</details>"
-            parts.append(f'<section class="card"><h4>{escape(run.title)}</h4>\n<nav>{links}</nav>\n{made}</section>')
+            parts.append(f'<section class="card"><h4>{escape(run.title)}</h4>\n<p class="links">{links}</p>\n{made}</section>')
         parts.append("</div>")
         if (out / profile / "about.html").is_file():
             parts.append(f'<p><a href="{profile}/about.html">About the runs of {escape(profile)}</a></p>')

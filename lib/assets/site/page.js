@@ -22,13 +22,16 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// A line above each table says so while it is wider than its box.
+// What is wider than its box scrolls: a keyboard can reach it, and above a table a line says so.
+const isWide = (box) => box.scrollWidth > box.clientWidth + 1;
 function hints() {
-  for (const box of document.querySelectorAll(".scroll")) box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1;
+  for (const box of document.querySelectorAll("figure, pre, .output_subarea, .formula")) isWide(box) ? (box.tabIndex = 0) : box.removeAttribute("tabindex");
+  for (const box of document.querySelectorAll(".scroll")) box.previousElementSibling.hidden = !isWide(box);
 }
 for (const box of document.querySelectorAll(".scroll")) box.insertAdjacentHTML("beforebegin", '<p class="hint" hidden>wider than the page: scroll sideways →</p>');
 hints();
 addEventListener("resize", hints);
+document.addEventListener("toggle", hints, true); // of details, such as folded code
 
 // --- notebooks --------------------------------------------------------------------------------------------------------------
 
