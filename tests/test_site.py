@@ -257,7 +257,7 @@ def test_code_is_folded_and_cells_link_to_what_they_wrote(site):
     code = [cell for cell in read_run(RUNS[2]).notebook.cells if cell.cell_type == "code"]
     shown = [cell for cell in code if "parameters" not in cell.metadata.get("tags", [])]
     assert len(shown) == len(code) - 1, "the parameters that the run replaced are left out"
-    assert text.count('<details class="code">') == text.count('<div class="input_area">') == len(shown) > 20
+    assert text.count('<details class="code"') == text.count('<div class="input_area">') == len(shown) > 20
     assert "NBVAL_IGNORE_OUTPUT" not in text
     assert text.count('id="code"') == 1
     for path in (RUNS[2] / "tables").glob("*.csv"):
@@ -292,7 +292,15 @@ def test_diagrams_are_called_by_their_titles(tmp_path):
     run.notebook.cells = [nbformat.v4.new_markdown_cell("# Title"), cell]
     alts = re.findall(r'<img alt="([^"]+)"', notebook_page(run))
     assert alts == [re.search("<title>(.*?)</title>", drawing)[1], "Plot: Shape"]
-    assert "execution_count" not in cell.metadata
+
+
+def test_the_code_of_a_toy_is_open(tmp_path):
+    run = read_run(copy_of_a_run(tmp_path))
+    new, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
+    run.notebook.cells = [new("# Title"), code("a"), new("## 1 · The method on a toy"), code("b"), new("### Part"), code("c")]
+    run.notebook.cells += [new("## 2 · The model\n\nNo toy."), code("d")]
+    found = re.findall(r'<details class="code"( open="")?><summary>Code, 1 line: (\w)</summary>', notebook_page(run))
+    assert [(bool(shown), name) for shown, name in found] == [(False, "a"), (True, "b"), (True, "c"), (False, "d")]
 
 
 def test_wide_tables_scroll_in_boxes():
@@ -618,6 +626,7 @@ NOTEBOOK = """async (window, inside) => {
   const cells = [...inside.querySelectorAll("details.code")];
   const button = inside.getElementById("code"), contents = inside.querySelector(".contents");
   const open = () => cells.filter((cell) => cell.open).length, counts = [open()];
+  counts.push(inside.querySelectorAll("details.code[open]").length);
   for (const click of [1, 2]) button.click(), counts.push(open());
   const beside = contents.open;
   window.scrollTo(0, 5000);
@@ -634,7 +643,9 @@ def test_the_start_shows_one_model_and_a_notebook_opens_its_code_with_one_click(
         assert found["seen"] == [[found["all"][0]], [found["all"][1]]]
         assert found["choice"] > 0
     for _, width, found in browse(out, tmp_path, ["workshop/slicegpt/notebook.html"], NOTEBOOK):
-        assert found["counts"] == [0, found["cells"], 0]
+        before, toys, *after = found["counts"]
+        assert before == toys < found["cells"]
+        assert after == [found["cells"], 0]
         assert found["beside"] == (width == 1440)
         assert found["top"] == 0, "the contents stay in sight"
 

@@ -185,13 +185,13 @@ def results_page(run: Executed) -> str:
 
 
 class NotebookPage(Words, HTMLExporter):
-    """A notebook whose code is folded under its first line, and whose pictures say what they show."""
+    """A notebook, as `prepared`, whose code is folded under its first line, and whose pictures say what they show."""
 
     code = "../../code"
     raw_template = """
 {%- extends 'basic/index.html.j2' -%}
 {% block input %}
-<details class="code"><summary>{{ cell.metadata.summary | escape_html }}</summary>{{ super() }}</details>
+<details class="code"{{ cell.metadata.open }}><summary>{{ cell.metadata.summary | escape_html }}</summary>{{ super() }}</details>
 {% endblock input %}
 {% block data_svg %}
 <div class="output_svg output_subarea"><img alt="{{ output.metadata.alt | escape_html }}"
@@ -202,25 +202,37 @@ src="data:image/svg+xml;base64,{{ output.data['image/svg+xml'] | text_base64 }}"
 
 
 def prepared(run: Executed) -> nbformat.NotebookNode:
-    """A copy of a run's notebook, without parameters that the run replaced, whose cells say what their pictures and files are."""
+    """A copy of a run's notebook, without parameters that the run replaced, whose cells say what their pictures and files are.
+
+    Code is folded, but in a section that has `toy` in its heading: there the code is the method, and to be read.
+    """
     notebook = nbformat.from_dict(run.notebook)
     replaced = any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
-    cells = [c for c in notebook.cells if not (replaced and "parameters" in c.metadata.get("tags", []))]
-    for cell in (cell for cell in cells if cell.cell_type == "code"):
-        cell.source = cell.source.removeprefix("# NBVAL_IGNORE_OUTPUT\n")
-        lines = cell.source.splitlines() or [""]
-        count = "1 line" if len(lines) == 1 else f"{len(lines)} lines"
-        made = re.findall(r'run\.(table|figure)\(\s*"(\w+)"', cell.source)
-        figures = [spoken(Path(name)) for kind, name in made if kind == "figure"]
-        cell.metadata |= {"summary": f"Code, {count}: {lines[0]}", "files": file_links(run, made)}
-        cell.metadata["alt"] = f"Plot: {', '.join(figures)}" if figures else "A plot that the text beside it explains"
-        for output in cell.outputs:
-            drawing = output.get("data", {}).get("image/svg+xml")
-            if drawing:
-                title = re.search(r"<title>(.*?)</title>", drawing, re.DOTALL)
-                output.metadata["alt"] = unescape(title[1]) if title else cell.metadata["alt"]
-    notebook.cells = cells
+    notebook.cells = [c for c in notebook.cells if not (replaced and "parameters" in c.metadata.get("tags", []))]
+    toy = False
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            describe(run, cell)
+            cell.metadata["open"] = " open" if toy else ""
+        for heading in re.findall(r"(?m)^## (.+)", cell.source) if cell.cell_type == "markdown" else ():
+            toy = "toy" in heading
     return notebook
+
+
+def describe(run: Executed, cell: nbformat.NotebookNode) -> None:
+    """Write into the metadata of a cell of code what its page says of it."""
+    cell.source = cell.source.removeprefix("# NBVAL_IGNORE_OUTPUT\n")
+    lines = cell.source.splitlines() or [""]
+    count = "1 line" if len(lines) == 1 else f"{len(lines)} lines"
+    made = re.findall(r'run\.(table|figure)\(\s*"(\w+)"', cell.source)
+    figures = [spoken(Path(name)) for kind, name in made if kind == "figure"]
+    cell.metadata |= {"summary": f"Code, {count}: {lines[0]}", "files": file_links(run, made)}
+    cell.metadata["alt"] = f"Plot: {', '.join(figures)}" if figures else "A plot that the text beside it explains"
+    for output in cell.outputs:
+        drawing = output.get("data", {}).get("image/svg+xml")
+        if drawing:
+            title = re.search(r"<title>(.*?)</title>", drawing, re.DOTALL)
+            output.metadata["alt"] = unescape(title[1]) if title else cell.metadata["alt"]
 
 
 def file_links(run: Executed, made: list[tuple[str, str]]) -> str:
