@@ -21,6 +21,7 @@ from lib.suite.plots import COLOURS, NEAR, TOP, message, style_of
 from lib.suite.standing import BEHIND
 
 TITLE = "Four papers on compressing language models"
+CLAIM_COLUMNS = ("paper", "claim", "verdict", "model", "here", "the paper", "where")
 IDEAS = {
     "slicegpt": "Turn the stream of vectors between the blocks to its principal axes, and delete the axes that carry least.",
     "svd_llm": "Replace every matrix by two thin ones, chosen so that the output for real inputs changes least.",
@@ -200,10 +201,10 @@ def claims_page(rows: list[dict]) -> str:
     """Every claim of `claim_rows`, as one sortable table."""
     body = "<p>No run has judged the claims.</p>"
     if rows:
-        header = list(rows[0])
+        header = [name for name in CLAIM_COLUMNS if name in rows[0]]
         body = sortable_rows(header, ([row[name] for name in header] for row in rows), "Claims")
     head = "<h1>Every claim of the papers, and what was measured here</h1>"
-    return page("Claims", f'<main class="claims">\n{head}\n{body}\n</main>', "")
+    return page("Claims", f'<main class="claims">\n{head}\n{body}\n</main>', "", kind="wide")
 
 
 def index_page(comparisons: Mapping[str, Path], runs: Iterable[Path], pages: Mapping[str, str], cards: str, drawn: bool) -> str:
