@@ -30,7 +30,7 @@ from lib.suite.pages import PAPERS
 from lib.suite.results import ROOT
 
 ASSETS = Path(__file__).parent.parent / "assets" / "site"
-LARGE = (200, 40)  # rows, columns: a larger table is data of a plot, which is downloaded and not read
+LARGE = (250, 40)  # rows, columns: a larger table is data of a plot, which is downloaded and not read
 LINKED = re.compile(r"\]\((?:\.\./)+(lib/[^)#\s]+)\)")  # how notebooks link to code
 
 
