@@ -608,7 +608,11 @@ def device(c, model, threads=0, prompt=512, tokens=128):
 
 @task
 def site(c):
-    """Build a static website of all notebooks, tables and figures in results/ into site/ (needs the extra `site`)."""
+    """Build a static website of results/ into site/ (needs the extra `site`).
+
+    It starts with who is ahead at equal size and with the claims of the papers, and has an explorer of the comparisons'
+    tables, and every notebook, table and figure. Its pages need no network.
+    """
     from lib.suite.runs import replace_folder
 
     def work():

@@ -6,34 +6,31 @@ display. Every table and figure carries the command and the commit that made it,
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 
 import nbformat
 import yaml
-from jinja2 import pass_context
 from nbconvert import HTMLExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from lib.suite.results import ROOT, rounded
-
-try:
-    from latex2mathml.converter import convert
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("formulas are converted by the package latex2mathml: pip install -e '.[site]'") from error
+from lib.suite import explorer, front
+from lib.suite.markup import Words, boxed, page, readme_page, sortable
+from lib.suite.pages import PAPERS
+from lib.suite.results import ROOT
 
 ASSETS = Path(__file__).parent.parent / "assets" / "site"
+LARGE = (250, 40)  # rows, columns: a larger table is data of a plot, which is downloaded and not read
 LINKED = re.compile(r"\]\((?:\.\./)+(lib/[^)#\s]+)\)")  # how notebooks link to code
 
 
@@ -62,6 +59,11 @@ class Executed:
             for name, value in self.manifest["parameters"].items():
                 words += ["--set", f"{name}={one_line(value)}"]
         return shlex.join(words)
+
+    @property
+    def about(self) -> str:
+        """A link to what is said about all runs of the profile, if anything is."""
+        return '<a href="../about.html">About these runs</a>' if (self.folder.parent / "README.md").is_file() else ""
 
     @property
     def slides(self) -> str:
@@ -111,59 +113,6 @@ def read_run(folder: Path) -> Executed:
     return run
 
 
-class Renderer(IPythonRenderer):
-    """Markdown of a notebook to HTML that needs no script: formulas as MathML, links to code as pages below `code`.
-
-    `papers` are the notebooks whose pages are neighbours of this one. A link to a file without a page becomes plain text: slides
-    are used alone, code can have moved since the run, and a profile may leave out notebooks.
-    """
-
-    code, papers = "", frozenset()
-
-    def inline_math(self, body: str) -> str:
-        return f'<span class="formula inline">{convert(body)}</span>'
-
-    def block_math(self, body: str) -> str:
-        return f'<span class="formula">{convert(body, display="block")}</span>'
-
-    def link(self, text: str, url: str, title: str | None = None) -> str:
-        if ":" in url or url.startswith("#"):
-            return super().link(text, url, title)
-        path, mark, anchor = url.replace("../", "").partition("#")
-        paper = Path(path).stem
-        if path.endswith(".ipynb") and paper in self.papers:
-            return super().link(text, f"../{paper}/notebook.html{mark}{anchor}", title)
-        if self.code and path.startswith("lib/") and (ROOT / path).exists():
-            return super().link(text, f"{self.code}/{path}.html", title)
-        return text
-
-
-class Words:
-    """How exporters of pages and of slides convert Markdown."""
-
-    code, papers = "", frozenset()
-
-    @pass_context
-    def markdown2html(self, context, source: str) -> str:
-        renderer = Renderer(escape=False)
-        renderer.code, renderer.papers = self.code, self.papers
-        return MarkdownWithMath(renderer=renderer).render(source)
-
-
-class NotebookPage(Words, HTMLExporter):
-    code = "../../code"
-
-
-def page(title: str, body: str, up: str = "../../") -> str:
-    """A whole HTML page; `up` is the relative path from its folder to the root of the site."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<link rel="stylesheet" href="{up}style.css">\n'
-        f'</head>\n<body>\n{body}\n<script src="{up}sort.js"></script>\n</body>\n</html>\n'
-    )
-
-
 def facts(run: Executed, packages: bool = True) -> str:
     """How a run was made, from its manifest; the date is that of its commit, if it is in the git history."""
     manifest, machine = run.manifest, run.manifest["machine"]
@@ -192,82 +141,141 @@ def made_by(run: Executed, path: Path) -> str:
     return f'<p class="made"><code>{escape(run.command)}</code>, commit <code>{escape(run.commit)}</code>.{warning}</p>'
 
 
-def sortable(path: Path) -> str:
-    """A csv file as a sortable HTML table: values are shown rounded, and in full in the title and for sorting."""
-    with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-
-    def cell(text: str) -> tuple[str, bool]:
-        try:
-            shown = rounded(float(text))
-        except ValueError:
-            return f"<td>{escape(text)}</td>", False
-        return f'<td class="number" data-value="{text}" title="{text}">{shown}</td>', True
-
-    body = [[cell(text) for text in row] for row in rows]
-    numbers = [any(row[i][1] for row in body) for i in range(len(header))]
-    head = "".join(
-        f"<th{' class=number' if number else ''}><button>{escape(name)}</button></th>"
-        for name, number in zip(header, numbers, strict=True)
-    )
-    lines = "".join("<tr>" + "".join(html for html, _ in row) + "</tr>\n" for row in body)
-    table = f'<table class="sortable"><thead><tr>{head}</tr></thead>\n<tbody>\n{lines}</tbody></table>'
-    return f'<div class="scroll" tabindex="0">{table}</div>'
-
-
-def note(path: Path) -> str:
-    """The text below the table in a Markdown file; empty without text or file."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return " ".join(line for line in lines if not line.startswith("|")).strip()
-
-
 def spoken(path: Path) -> str:
     return path.stem.replace("_", " ").capitalize()
 
 
-def results_page(run: Executed) -> str:
-    """Every table and every figure of one run."""
-    tables, figures = sorted((run.folder / "tables").glob("*.csv")), {}
-    for path in sorted((run.folder / "figures").glob("*.*")):  # png before svg
-        figures.setdefault(path.stem, []).append(path)
-    parts = []
-    for path in tables:
-        words = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(note(path.with_suffix(".md"))))
-        words = f'<p class="note">{words}</p>'
-        parts.append(
-            f'<h2 id="table-{path.stem}">{spoken(path)}</h2>\n{sortable(path)}\n{words}\n{made_by(run, path)}'
-            f'<p class="made"><a href="tables/{path.name}">{path.name}</a>, at full precision</p>'
-        )
-    for files in figures.values():
-        links = ", ".join(f'<a href="figures/{path.name}">{path.name}</a>' for path in files)
-        name = spoken(files[0])
-        image = f'<img src="figures/{files[0].name}" alt="Plot: {name}">'
-        parts.append(
-            f'<h2 id="figure-{files[0].stem}">Figure: {name}</h2>\n<figure>{image}</figure>\n'
-            f'{made_by(run, files[0])}<p class="made">{links}</p>'
-        )
-    contents = "".join(f'<li><a href="#table-{path.stem}">{spoken(path)}</a></li>' for path in tables)
-    contents += "".join(f'<li><a href="#figure-{name}">Figure: {spoken(Path(name))}</a></li>' for name in figures)
-    top = '<nav><a href="../../index.html">All papers</a><a href="notebook.html">Notebook</a></nav>'
-    head = f"<h1>Tables and figures: {escape(run.title)}</h1>{facts(run)}"
-    head += f"<details open><summary>Contents</summary><ul>{contents}</ul></details>"
-    return page(f"Tables and figures: {run.title}", f"{top}\n{head}\n" + "\n".join(parts))
-
-
-def notebook_page(run: Executed, papers: frozenset[str] = frozenset()) -> str:
-    """The executed notebook, with its code, its outputs and a list of its sections; links lead to the neighbours `papers`."""
-    exporter = NotebookPage(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
-    exporter.papers = papers
-    body, _ = exporter.from_notebook_node(run.notebook)
-    body = body.replace('alt="No description has been provided for this image"', 'alt="A figure that the text explains"')
-    sections = "".join(
-        f'<li><a href="#{anchor}">{words}</a></li>'
-        for anchor, words in re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor', body)
+def table_part(run: Executed, path: Path) -> str:
+    """A table of a run: sortable, with its note, and as a download; one that is `LARGE` as a download alone."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows, columns = len(lines) - 1, lines[0].count(",") + 1
+    words = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(explorer.note_of(path.with_suffix(".md"))))
+    large = rows > LARGE[0] or columns > LARGE[1]
+    shown = f"<p>Data of a plot: {rows} rows and {columns} columns, to download.</p>" if large else sortable(path)
+    return (
+        f'<h2 id="table-{path.stem}">{spoken(path)}</h2>\n{shown}\n<p class="note">{words}</p>\n{made_by(run, path)}'
+        f'<p class="made"><a href="tables/{path.name}" download>{path.name}</a>, at full precision</p>'
     )
-    top = '<nav><a href="../../index.html">All papers</a><a href="index.html">Tables and figures</a></nav>'
-    contents = f"<details><summary>Sections</summary><ul>{sections}</ul></details>"
+
+
+def figure_part(run: Executed, files: list[Path]) -> str:
+    """A figure of a run, which is there in several formats: the drawing that stays sharp is shown."""
+    links = ", ".join(f'<a href="figures/{path.name}">{path.name}</a>' for path in files)
+    name, shown = spoken(files[0]), max(files, key=lambda path: path.suffix == ".svg")
+    image = f'<img src="figures/{shown.name}" alt="Plot: {name}">'
+    return (
+        f'<h2 id="figure-{files[0].stem}">Figure: {name}</h2>\n<figure>{image}</figure>\n'
+        f'{made_by(run, shown)}<p class="made">{links}</p>'
+    )
+
+
+def results_page(run: Executed) -> str:
+    """Every figure and every table of one run."""
+    tables, figures = sorted((run.folder / "tables").glob("*.csv")), {}
+    for path in sorted((run.folder / "figures").glob("*.*")):
+        figures.setdefault(path.stem, []).append(path)
+    parts = [figure_part(run, files) for files in figures.values()] + [table_part(run, path) for path in tables]
+    contents = "".join(f'<li><a href="#figure-{name}">Figure: {spoken(Path(name))}</a></li>' for name in figures)
+    contents += "".join(f'<li><a href="#table-{path.stem}">{spoken(path)}</a></li>' for path in tables)
     made = f"<details><summary>How this was made</summary>{facts(run)}</details>"
-    return page(run.title, f"{top}\n{contents}{made}\n<main>{body}</main>")
+    contents = f'<nav aria-label="Contents"><ul class="list">{contents}</ul></nav>'
+    head = f"<h1>Figures and tables: {escape(run.title)}</h1>{made}\n{contents}"
+    body = f"<main>\n{head}\n" + "\n".join(parts) + "\n</main>"
+    return page(f"Figures and tables: {run.title}", body, links=f'<a href="notebook.html">Notebook</a>{run.about}')
+
+
+class NotebookPage(Words, HTMLExporter):
+    """A notebook, as `prepared`, whose code is folded under its first line, and whose pictures say what they show."""
+
+    code = "../../code"
+    raw_template = """
+{%- extends 'basic/index.html.j2' -%}
+{% block input %}
+<details class="code"{{ cell.metadata.open }}><summary>{{ cell.metadata.summary | escape_html }}</summary>{{ super() }}</details>
+{% endblock input %}
+{% block data_svg %}
+<div class="output_svg output_subarea"><img alt="{{ output.metadata.alt | escape_html }}"
+src="data:image/svg+xml;base64,{{ output.data['image/svg+xml'] | text_base64 }}"></div>
+{% endblock data_svg %}
+{% block codecell %}{{ super() }}{{ cell.metadata.files }}{% endblock codecell %}
+"""
+
+
+def prepared(run: Executed) -> nbformat.NotebookNode:
+    """A copy of a run's notebook, without parameters that the run replaced, whose cells say what their pictures and files are.
+
+    Code is folded, but in a section that has `toy` in its heading: there the code is the method, and to be read.
+    """
+    notebook = nbformat.from_dict(run.notebook)
+    replaced = any("injected-parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
+    notebook.cells = [c for c in notebook.cells if not (replaced and "parameters" in c.metadata.get("tags", []))]
+    toy = False
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            describe(run, cell)
+            cell.metadata["open"] = " open" if toy else ""
+        for heading in re.findall(r"(?m)^## (.+)", cell.source) if cell.cell_type == "markdown" else ():
+            toy = "toy" in heading
+    return notebook
+
+
+def describe(run: Executed, cell: nbformat.NotebookNode) -> None:
+    """Write into the metadata of a cell of code what its page says of it."""
+    cell.source = cell.source.removeprefix("# NBVAL_IGNORE_OUTPUT\n")
+    lines = cell.source.splitlines() or [""]
+    count = "1 line" if len(lines) == 1 else f"{len(lines)} lines"
+    made = re.findall(r'run\.(table|figure)\(\s*"(\w+)"', cell.source)
+    figures = [spoken(Path(name)) for kind, name in made if kind == "figure"]
+    cell.metadata |= {"summary": f"Code, {count}: {lines[0]}", "files": file_links(run, made)}
+    cell.metadata["alt"] = f"Plot: {', '.join(figures)}" if figures else "A plot that the text beside it explains"
+    for output in cell.outputs:
+        drawing = output.get("data", {}).get("image/svg+xml")
+        if drawing:
+            title = re.search(r"<title>(.*?)</title>", drawing, re.DOTALL)
+            output.metadata["alt"] = unescape(title[1]) if title else cell.metadata["alt"]
+
+
+def file_links(run: Executed, made: list[tuple[str, str]]) -> str:
+    """Links to the files that a cell wrote, of those that are in the run's folder: (`table` or `figure`, name)."""
+    links = []
+    for kind, name in made:
+        if kind == "table" and (run.folder / "tables" / f"{name}.csv").is_file():
+            links.append(f'<a href="tables/{name}.csv" download>data: {name}.csv</a>')
+        if kind == "figure" and (run.folder / "figures" / f"{name}.svg").is_file():
+            links.append(f'<a href="figures/{name}.svg">figure: {name}.svg</a>')
+    return f'<p class="made files">{" · ".join(links)}</p>' if links else ""
+
+
+def neighbours(run: Executed, papers: Sequence[str]) -> str:
+    """Links to the notebooks before and after this one, in the order of `papers`."""
+    place = papers.index(run.folder.name) if run.folder.name in papers else 0
+    before, after = papers[max(place - 1, 0) : place], papers[place + 1 : place + 2]
+    links = [f'<a rel="prev" href="../{paper}/notebook.html">← {PAPERS.get(paper, paper)}</a>' for paper in before]
+    links += [f'<a rel="next" href="../{paper}/notebook.html">{PAPERS.get(paper, paper)} →</a>' for paper in after]
+    return f'<p class="neighbours links">{"".join(links)}</p>' if links else ""
+
+
+def notebook_page(run: Executed, papers: Sequence[str] = ()) -> str:
+    """The executed notebook, with folded code, its outputs and its contents; links lead to the notebooks `papers`, in order."""
+    exporter = NotebookPage(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.papers = frozenset(papers)
+    body, _ = exporter.from_notebook_node(prepared(run))
+    body = boxed(body)
+    sections = "".join(
+        f'<li class="level{level}"><a href="#{anchor}">{words}</a></li>'
+        for level, anchor, words in re.findall(r'<h([23]) id="([^"]+)">(.*?)<a class="anchor', body)
+    )
+    contents = f'<summary>Contents</summary><nav aria-label="Contents"><ul>{sections}</ul></nav>'
+    contents = f'<details class="contents" open>{contents}</details>'
+    made = f"<details><summary>How this was made</summary>{facts(run)}</details>"
+    around = neighbours(run, papers)
+    tools = f'<div class="tools">{around}<button id="code" aria-pressed="false">Show all code</button></div>'
+    return page(
+        run.title,
+        f"{contents}\n<main>{tools}\n{body}\n{around}{made}</main>",
+        links=f'<a href="index.html">Figures and tables</a>{run.about}',
+        kind="notebook",
+    )
 
 
 def code_page(path: str) -> str:
@@ -278,24 +286,30 @@ def code_page(path: str) -> str:
     ]
     up = "../" * (path.count("/") + 1)
     said = '<p class="note">As it was when this site was built; the results name the commit that they were made with.</p>'
-    return page(path, f'<nav><a href="{up}index.html">All papers</a></nav>\n<h1>{path}</h1>{said}\n' + "\n".join(parts), up)
+    return page(path, f"<main>\n<h1>{path}</h1>{said}\n" + "\n".join(parts) + "\n</main>", up)
 
 
-def index_page(runs: list[Executed], out: Path) -> str:
-    """One card for every run, by profile."""
-    parts = [
-        "<h1>Four papers on compressing language models</h1>\n<p>Executed notebooks, and every table and figure that they wrote, "
-        "each with the command and the commit that made it.</p>"
-    ]
-    for profile in sorted({run.manifest["profile"] for run in runs}, key=lambda name: (name != "workshop", name)):
-        parts.append(f"<h2>Profile {escape(profile)}</h2>\n<div class=cards>")
+def run_cards(runs: list[Executed], out: Path) -> str:
+    """One card for every run, by profile, the workshop's first."""
+    parts = []
+    for profile in dict.fromkeys(run.manifest["profile"] for run in runs):
+        parts.append(f"<h3>{escape(profile)}</h3>\n<div class=cards>")
         for run in (run for run in runs if run.manifest["profile"] == profile):
-            links = f'<a href="{run.name}/notebook.html">Notebook</a><a href="{run.name}/index.html">Tables and figures</a>'
+            links = f'<a href="{run.name}/notebook.html">Notebook</a><a href="{run.name}/index.html">Figures and tables</a>'
             links += f'<a href="{run.slides}">Slides</a>' if (out / run.slides).is_file() else ""
-            made = facts(run, packages=False)
-            parts.append(f'<section class="card"><h3>{escape(run.title)}</h3>\n<nav>{links}</nav>\n{made}</section>')
+            made = f"<details><summary>How this was made</summary>{facts(run, packages=False)}</details>"
+            parts.append(f'<section class="card"><h4>{escape(run.title)}</h4>\n<p class="links">{links}</p>\n{made}</section>')
         parts.append("</div>")
-    return page("Four papers on compressing language models", "\n".join(parts), "")
+        if (out / profile / "about.html").is_file():
+            parts.append(f'<p><a href="{profile}/about.html">About the runs of {escape(profile)}</a></p>')
+    parts.append('<p>To teach with them: <a href="plan.html">the plan of a half-day workshop</a>.</p>')
+    return "\n".join(parts)
+
+
+def reading_order(run: Executed) -> tuple:
+    """The workshop's runs first; within a profile, the papers as a reader takes them."""
+    profile, paper = run.folder.parent.name, run.folder.name
+    return profile != "workshop", profile, list(PAPERS).index(paper) if paper in PAPERS else len(PAPERS), paper
 
 
 def style() -> str:
@@ -310,25 +324,68 @@ def build_site(results: str | Path, out: str | Path) -> Path:
 
     Raises ValueError, before anything is written, if there is no run or a damaged one.
     """
-    out = Path(out)
-    runs = find_runs(Path(results))
+    results, out = Path(results), Path(out)
+    runs = sorted(find_runs(results), key=reading_order)
     out.mkdir(parents=True, exist_ok=True)
-    linked = set()
     for run in runs:
-        folder = out / run.name
-        folder.mkdir(parents=True)
-        for kind in ("tables", "figures"):
-            if (run.folder / kind).is_dir():
-                shutil.copytree(run.folder / kind, folder / kind, ignore=shutil.ignore_patterns("*.md"))
-        (folder / "index.html").write_text(results_page(run))
-        neighbours = frozenset(other.folder.name for other in runs if other.folder.parent == run.folder.parent)
-        (folder / "notebook.html").write_text(notebook_page(run, neighbours))
-        linked |= {path for cell in run.notebook.cells for path in LINKED.findall(cell.source)}
+        write_run(run, [other.folder.name for other in runs if other.folder.parent == run.folder.parent], out)
+    linked = {path for run in runs for cell in run.notebook.cells for path in LINKED.findall(cell.source)}
     for path in sorted(path for path in linked if (ROOT / path).exists()):
         target = out / "code" / f"{path}.html"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(code_page(path))
-    (out / "style.css").write_text(style())
-    shutil.copy(ASSETS / "sort.js", out)
-    (out / "index.html").write_text(index_page(runs, out))
+        target.write_text(code_page(path), encoding="utf-8")
+    (out / "style.css").write_text(style(), encoding="utf-8")
+    for name in ("page.js", "explorer.js"):
+        shutil.copy(ASSETS / name, out)
+    write_readmes(runs, results, out)
+    write_start(runs, results, out)
     return out / "index.html"
+
+
+def write_run(run: Executed, papers: Sequence[str], out: Path) -> None:
+    """The pages of one run, its tables and its figures. papers: the notebooks of its profile, in order."""
+    folder = out / run.name
+    folder.mkdir(parents=True)
+    for kind in ("tables", "figures"):
+        if (run.folder / kind).is_dir():
+            shutil.copytree(run.folder / kind, folder / kind, ignore=shutil.ignore_patterns("*.md"))
+    (folder / "index.html").write_text(results_page(run), encoding="utf-8")
+    (folder / "notebook.html").write_text(notebook_page(run, papers), encoding="utf-8")
+
+
+def write_readmes(runs: list[Executed], results: Path, out: Path) -> None:
+    """What is said about the runs of each profile, and the plan of the workshop."""
+    pages = {"results/claims.md": "claims.html", "notebooks/README.md": "plan.html"}
+    for run in runs:
+        pages[f"results/{run.name}/{run.folder.name}.ipynb"] = f"{run.name}/notebook.html"
+        pages |= {f"results/{run.name}{kind}": f"{run.name}/index.html" for kind in ("", "/tables", "/figures")}
+        pages.setdefault(f"notebooks/{run.folder.name}.ipynb", f"{run.name}/notebook.html")
+    texts = {profile: results / profile / "README.md" for profile in dict.fromkeys(run.folder.parent.name for run in runs)}
+    texts = {profile: path for profile, path in texts.items() if path.is_file()}
+    pages |= {f"results/{profile}/README.md": f"{profile}/about.html" for profile in texts}
+    for profile, path in texts.items():
+        text = readme_page(path, f"results/{profile}", pages, "../")
+        (out / profile / "about.html").write_text(text, encoding="utf-8")
+    plan = readme_page(ROOT / "notebooks" / "README.md", "notebooks", pages, "")
+    (out / "plan.html").write_text(plan, encoding="utf-8")
+
+
+def write_start(runs: list[Executed], results: Path, out: Path) -> None:
+    """The start, the explorer with its tables, and the page of claims."""
+    comparisons = {run.manifest["profile"]: run.folder for run in runs if run.manifest["paper"] == "compare"}
+    drawn = (results / "figures" / "size.svg").is_file()
+    if drawn:
+        (out / "figures").mkdir()
+        shutil.copy(results / "figures" / "size.svg", out / "figures")
+    notebooks: dict[str, str] = {}
+    for run in runs:
+        notebooks.setdefault(run.folder.name, f"{run.name}/notebook.html")
+    folders = [run.folder for run in runs]
+    pages = {
+        "tables.js": explorer.script(comparisons),
+        "explorer.html": explorer.explorer_page(),
+        "claims.html": front.claims_page(front.claim_rows(folders)),
+        "index.html": front.index_page(comparisons, folders, notebooks, run_cards(runs, out), drawn),
+    }
+    for name, text in pages.items():
+        (out / name).write_text(text, encoding="utf-8")
