@@ -6,7 +6,8 @@ from invoke import Exit
 
 import tasks
 from lib.evaluation import device
-from lib.evaluation.device import run_files
+from lib.evaluation.device import file_perplexity, run_files
+from lib.evaluation.perplexity import perplexity
 from lib.methods import make
 from lib.models.checkpoint import export, save
 from lib.models.gguf_export import to_gguf
@@ -62,3 +63,19 @@ def test_what_cannot_run_is_refused(files, tmp_path, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'pared-down\[device\]'"):
         run_files(files)
+
+
+def test_perplexity_of_a_file_is_that_of_the_model(tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    dense, tokenizer = tiny("llama", torch.float32, vocab_size=ROWS), load("wiki-a-llama")[1]
+    windows = token_ids(6, 24)
+    expected = perplexity(dense, windows.flatten(), 24)
+    plain, eight = (
+        file_perplexity(to_gguf(export(dense, tokenizer, tmp_path / name), tmp_path / f"{name}.gguf", name), windows)
+        for name in ("float32", "Q8_0")
+    )
+    assert plain.losses == pytest.approx(expected.losses, abs=23e-3)  # its keys and values have 16 bits: 0.001 a token
+    assert (plain.windows, plain.tokens, plain.length) == (6, 6 * 23, 24)
+    assert 1e-5 < abs(eight.perplexity / expected.perplexity - 1) < 0.02
+    with pytest.raises(ValueError, match="has 64 positions"):
+        file_perplexity(tmp_path / "float32.gguf", token_ids(1, 65))

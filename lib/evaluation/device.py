@@ -1,4 +1,4 @@
-"""How GGUF files run in llama.cpp on this machine: memory, time to the first token, tokens a second.
+"""How GGUF files run in llama.cpp on this machine: perplexity, memory, time to the first token, tokens a second.
 
 Every file has a process of its own, so that its memory can be told, and the files take turns, so that other load on the machine
 slows all of them alike. llama.cpp itself takes the times.
@@ -7,14 +7,20 @@ slows all of them alike. llama.cpp itself takes the times.
 from __future__ import annotations
 
 import importlib.util
+import json
 import multiprocessing
 import statistics
+import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+from lib.evaluation.perplexity import Perplexity, of_losses, rows_at_once
 from lib.evaluation.process import resident_memory
 
 KV_BYTES = 2  # of a number in the cache: float16, llama.cpp's default
@@ -31,18 +37,11 @@ def run_files(
     sequence. Raises ModuleNotFoundError without xllamacpp, FileNotFoundError for a missing file, ValueError for one that
     llama.cpp does not load or whose context is too short.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise ModuleNotFoundError("llama.cpp is run through the package xllamacpp: pip install 'pared-down[device]'")
     facts = [_facts(Path(path), prompt + generated) for path in paths]
     with ExitStack() as stack:
         workers = [stack.enter_context(ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))) for _ in facts]
         for fact, worker in zip(facts, workers, strict=True):
-            try:
-                fact["loaded"] = worker.submit(_load, str(fact["path"]), threads, prompt + generated).result()
-            except (BrokenProcessPool, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"llama.cpp does not load {fact['path']} ({error}): was it written by `invoke export-gguf`?"
-                ) from error
+            fact["loaded"] = _started(worker, fact["path"], threads, prompt + generated)
         turns = [[worker.submit(_turn, prompt, generated).result() for worker in workers] for _ in range(1 + repeats)][1:]
     rows = []
     for fact, own in zip(facts, zip(*turns, strict=True), strict=True):
@@ -51,10 +50,61 @@ def run_files(
     return rows
 
 
-def _facts(path: Path, tokens: int) -> dict:
-    """What the file itself tells. Raises FileNotFoundError, and ValueError where so many tokens do not fit."""
+def file_perplexity(path: str | Path, windows: torch.Tensor, threads: int = 1) -> Perplexity:
+    """Perplexity of the file on windows [number, length] of its own token ids, by the protocol of `lib.evaluation.perplexity`.
+
+    llama.cpp computes the last hidden states, with its own products and its own cache. It gives no logits of a prompt, so the
+    file's head is applied to them here, in float32. Raises as `run_files` does.
+    """
+    path, length = Path(path), windows.shape[1]
+    _facts(path, length)
+    head = _head(path)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
+        _started(worker, path, threads, length, True)
+        losses = []
+        for ids in windows:
+            hidden = torch.tensor(worker.submit(_hidden, ids.tolist()).result())
+            losses.append(_summed_loss(hidden[:-1], ids[1:], *head))
+    return of_losses(torch.stack(losses), length)
+
+
+def _summed_loss(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Cross-entropy of the targets [tokens] summed, in float64, from hidden states [tokens, d]; a few logits at a time."""
+    rows = rows_at_once(len(weight))
+    pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return sum(F.cross_entropy(F.linear(x, weight, bias), own, reduction="sum").double() for x, own in pieces)
+
+
+def _head(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [vocabulary, d] and bias of the head in a file, in float32; a tied head is the table of the tokens."""
     import gguf
 
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    weight = tensors.get("output.weight", tensors["token_embd.weight"])
+    bias = tensors.get("output.bias")
+    return _float32(weight), None if bias is None else _float32(bias)
+
+
+def _float32(tensor) -> torch.Tensor:
+    import gguf
+
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+def _started(worker: ProcessPoolExecutor, path: Path, *settings) -> int:
+    """Load a file in a process of its own; the bytes that it then holds. Raises ValueError for what llama.cpp cannot load."""
+    try:
+        return worker.submit(_load, str(path), *settings).result()
+    except (BrokenProcessPool, RuntimeError, ValueError) as error:
+        raise ValueError(f"llama.cpp does not load {path} ({error}): was it written by `invoke export-gguf`?") from error
+
+
+def _facts(path: Path, tokens: int) -> dict:
+    """What the file itself tells. Raises as `run_files` does, ValueError where so many tokens do not fit."""
+    import gguf
+
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise ModuleNotFoundError("llama.cpp is run through the package xllamacpp: pip install 'pared-down[device]'")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: give .gguf files, such as `invoke export-gguf` writes")
     try:
@@ -72,16 +122,27 @@ def _facts(path: Path, tokens: int) -> dict:
     return {"path": path, "bytes": path.stat().st_size, "kv_bytes_per_token": KV_BYTES * heads * size}
 
 
-def _load(path: str, threads: int, context: int) -> int:
-    """Start llama.cpp with a file in this process; the bytes that the process then holds."""
+def _load(path: str, threads: int, context: int, hidden_states: bool = False) -> int:
+    """Start llama.cpp with a file in this process, for text or for hidden states; the bytes that the process then holds."""
     global _server
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, context, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    if hidden_states:
+        params.embedding, params.pooling_type = True, xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+        params.n_batch = params.n_ubatch = context  # a prompt is read in one piece
     _server = xllamacpp.Server(params)
     return resident_memory()
+
+
+def _hidden(ids: list[int]) -> list[list[float]]:
+    """The last hidden states of a prompt, behind the final norm: [tokens][d]."""
+    body = json.dumps({"content": ids, "embd_normalize": -1}).encode()  # -1: as they are
+    request = urllib.request.Request(f"{_server.listening_address}/embeddings", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)[0]["embedding"]
 
 
 def _turn(prompt: int, generated: int) -> dict:
