@@ -75,6 +75,12 @@ def _summed_loss(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tens
     return sum(F.cross_entropy(F.linear(x, weight, bias), own, reduction="sum").double() for x, own in pieces)
 
 
+def check_installed() -> None:
+    """Raise ModuleNotFoundError without xllamacpp."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise ModuleNotFoundError("llama.cpp is run through the package xllamacpp: pip install 'pared-down[device]'")
+
+
 def _head(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight [vocabulary, d] and bias of the head in a file, in float32; a tied head is the table of the tokens."""
     import gguf
@@ -103,8 +109,7 @@ def _facts(path: Path, tokens: int) -> dict:
     """What the file itself tells. Raises as `run_files` does, ValueError where so many tokens do not fit."""
     import gguf
 
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise ModuleNotFoundError("llama.cpp is run through the package xllamacpp: pip install 'pared-down[device]'")
+    check_installed()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: give .gguf files, such as `invoke export-gguf` writes")
     try:

@@ -321,3 +321,32 @@ def front_picture(results: Path, profiles: Iterable[str]) -> list[Path]:
         written.figure("size", figure)
     plt.close(figure)
     return [Path(results) / name for name in written.files]
+
+
+def device_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Perplexity of files against their bytes, and against how fast they write: the dense model in several kinds, and methods.
+
+    table: rows of `lib.suite.on_device.device_rows` of one model. A line joins the files of one method and kind, from small to
+    large shares removed; hollow marks have 16 bits.
+    """
+    figure, panels = row(2, 4.8, 4.4)
+    for panel, column in zip(panels, ("mb", "writes"), strict=True):
+        for (method, kind), part in device_lines(table).items():
+            looks = {"color": "black", "marker": "s"} if method == "dense" else look(method)
+            fill = {"mfc": "white"} if kind == "F16" else {}
+            panel.plot(part[column], part.times_dense, lw=1.6, ms=7, **looks | fill | {"label": f"{method}, {kind}"})
+            below, above = part.times_dense - part.low, part.high - part.times_dense
+            panel.errorbar(part[column], part.times_dense, [below, above], fmt="none", ecolor=looks["color"], capsize=3)
+    panels[0].set(xscale="log", xlabel="MB of the file")
+    plain_numbers(panels[0].xaxis, (1, 1.5, 2, 3, 5, 7))
+    panels[1].set(xlabel="writes, times as fast as dense in 16 bits")
+    perplexity_axis(panels)
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, loc="outside lower center", frameon=False)
+    figure.suptitle(textwrap.fill(title, 90), weight="bold", size=12)
+    return figure
+
+
+def device_lines(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """The rows of each line of `device_figure`, {(method, kind): rows}: all kinds of the dense model are one line."""
+    kinds = table.kind.where(table.method != "dense", "16 to 4 bits")
+    return dict(iter(table.groupby([table.method, kinds], sort=False)))
