@@ -582,20 +582,33 @@ def export_gguf(c, folder, out, dtype="float16"):
         "threads": "of llama.cpp (default: one per core)",
         "prompt": "tokens to read before the first new one",
         "tokens": "tokens to write",
+        "corpus": "whose test split perplexity is computed on (default: none, no perplexity)",
+        "windows": "of 256 tokens of it",
+        "data-dir": "folder with corpora, used instead of the hub",
     },
     iterable=["model"],
 )
-def device(c, model, threads=0, prompt=512, tokens=128):
-    """Run exported files in llama.cpp on this machine, in turns: bytes, memory, time to the first token, tokens a second."""
+def device(c, model, threads=0, prompt=512, tokens=128, corpus="", windows=16, data_dir=""):
+    """Run exported files in llama.cpp on this machine, in turns: perplexity, bytes, memory, time to the first token, speed."""
     import pandas as pd
 
-    from lib.evaluation.device import run_files
+    from lib.evaluation.device import file_perplexity, file_windows, run_files
 
-    at_least(1, prompt=prompt, tokens=tokens)
+    use_data_dir(data_dir)
+    at_least(1, prompt=prompt, tokens=tokens, windows=windows)
     at_least(0, threads=threads)
     if not model:
         raise Exit("give --model FILE.gguf, once for each file", code=2)
-    rows = checked(lambda: run_files(model, threads or os.cpu_count() or 1, prompt, tokens))
+
+    def work() -> list[dict]:
+        cores = threads or os.cpu_count() or 1
+        text = file_windows(model[0], corpus, 256, windows) if corpus else None
+        rows = run_files(model, cores, prompt, tokens)
+        if corpus:
+            rows = [{"perplexity": file_perplexity(path, text, cores).perplexity} | row for path, row in zip(model, rows, strict=True)]
+        return [{"file": row.pop("file")} | row for row in rows]
+
+    rows = checked(work)
     table = pd.DataFrame(rows).set_index("file")
     for name in ("bytes", "loaded", "used"):
         table[name] /= 1e6

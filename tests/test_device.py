@@ -6,8 +6,10 @@ from invoke import Exit
 
 import tasks
 from lib.evaluation import device
-from lib.evaluation.device import file_perplexity, run_files
+from lib.evaluation.device import file_perplexity, file_windows, run_files
 from lib.evaluation.perplexity import perplexity
+from lib.evaluation.text import load_corpus, spread, tokens_of
+from lib.evaluation.text import windows as cut_into_windows
 from lib.methods import make
 from lib.models.checkpoint import export, save
 from lib.models.gguf_export import to_gguf
@@ -79,3 +81,12 @@ def test_perplexity_of_a_file_is_that_of_the_model(tmp_path):
     assert 1e-5 < abs(eight.perplexity / expected.perplexity - 1) < 0.02
     with pytest.raises(ValueError, match="has 64 positions"):
         file_perplexity(tmp_path / "float32.gguf", token_ids(1, 65))
+
+
+def test_the_corpus_is_cut_into_the_same_windows_as_ever(files):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    tokenizer = load("wiki-a-llama")[1]
+    whole = cut_into_windows(tokens_of(load_corpus("wiki-a", "test"), tokenizer), 40)
+    assert file_windows(files[0], "wiki-a", 40, 5).equal(whole[spread(len(whole), 5)])
+    with pytest.raises(ValueError, match="has 64 positions"):
+        file_windows(files[0], "wiki-a", 65, 5)

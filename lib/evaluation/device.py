@@ -22,6 +22,8 @@ import torch.nn.functional as F
 
 from lib.evaluation.perplexity import Perplexity, of_losses, rows_at_once
 from lib.evaluation.process import resident_memory
+from lib.evaluation.text import load_corpus, spread
+from lib.evaluation.text import windows as cut_into_windows
 
 KV_BYTES = 2  # of a number in the cache: float16, llama.cpp's default
 _server = None  # of this process
@@ -66,6 +68,19 @@ def file_perplexity(path: str | Path, windows: torch.Tensor, threads: int = 1) -
             hidden = torch.tensor(worker.submit(_hidden, ids.tolist()).result())
             losses.append(_summed_loss(hidden[:-1], ids[1:], *head))
     return of_losses(torch.stack(losses), length)
+
+
+def file_windows(path: str | Path, corpus: str, length: int, number: int | None = None) -> torch.Tensor:
+    """Windows [number, length] of ids of a corpus, evenly spread over its test split, as llama.cpp tokenises it for a file.
+
+    number: None for all. Raises as `run_files` does.
+    """
+    _facts(Path(path), length)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
+        _started(worker, Path(path), 1, length)
+        ids = worker.submit(_answered, "/tokenize", {"content": load_corpus(corpus, "test").text, "add_special": False}).result()
+    whole = cut_into_windows(torch.tensor(ids["tokens"]), length)
+    return whole[spread(len(whole), number)]
 
 
 def _summed_loss(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -144,10 +159,14 @@ def _load(path: str, threads: int, context: int, hidden_states: bool = False) ->
 
 def _hidden(ids: list[int]) -> list[list[float]]:
     """The last hidden states of a prompt, behind the final norm: [tokens][d]."""
-    body = json.dumps({"content": ids, "embd_normalize": -1}).encode()  # -1: as they are
-    request = urllib.request.Request(f"{_server.listening_address}/embeddings", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)[0]["embedding"]
+    return _answered("/embeddings", {"content": ids, "embd_normalize": -1})[0]["embedding"]  # -1: as they are
+
+
+def _answered(route: str, question: dict) -> dict | list:
+    """What the server of this process answers."""
+    body, kind = json.dumps(question).encode(), {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(_server.listening_address + route, body, kind)) as answer:
+        return json.load(answer)
 
 
 def _turn(prompt: int, generated: int) -> dict:
