@@ -604,9 +604,9 @@ def device(c, model, threads=0, prompt=512, tokens=128, corpus="", windows=16, d
         cores = threads or os.cpu_count() or 1
         text = file_windows(model[0], corpus, 256, windows) if corpus else None
         rows = run_files(model, cores, prompt, tokens)
-        if corpus:
-            rows = [{"perplexity": file_perplexity(path, text, cores).perplexity} | row for path, row in zip(model, rows, strict=True)]
-        return [{"file": row.pop("file")} | row for row in rows]
+        for path, row in zip(model, rows, strict=True):
+            row |= {"perplexity": file_perplexity(path, text, cores).perplexity} if corpus else {}
+        return rows
 
     rows = checked(work)
     table = pd.DataFrame(rows).set_index("file")
