@@ -468,7 +468,7 @@ def methods(c):
         "corpus": "text whose test split is scored",
         "length": "tokens per window (default: the model's positions, at most 2048)",
         "windows": "score only the first windows (default: 0, all)",
-        "tasks": "zero-shot tasks of lm-eval, separated by commas (wiki_a_continuation needs no network)",
+        "tasks": "tasks of lm-eval, separated by commas (wiki_a_continuation and wiki_a_last_word need no network)",
         "limit": "score only the first documents of each task (default: 0, all)",
         "dtype": DTYPE,
         "device": "cpu, cuda, or auto, which spreads the blocks of a large model over all GPUs and main memory",
@@ -476,10 +476,11 @@ def methods(c):
     }
 )
 def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, device="cpu", dtype="", data_dir=""):
-    """Print the perplexity of a model, compressed or not, and its zero-shot accuracy on the given tasks."""
+    """Print the perplexity of a model, compressed or not, and its zero-shot scores on the given tasks."""
     from lib.evaluation.perplexity import perplexity
+    from lib.evaluation.spoken import spoken, tasks_by_kind
     from lib.evaluation.text import load_corpus, tokens_of
-    from lib.evaluation.zero_shot import tasks_named, zero_shot
+    from lib.evaluation.zero_shot import zero_shot
     from lib.models.folder import positions
     from lib.models.load import known_config, load, spread
 
@@ -488,16 +489,19 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
 
     def work():
         use_data_dir(data_dir)
-        text, names = load_corpus(corpus, "test"), tasks_named(tasks) if tasks else ()
+        text, (choosing, speaking) = load_corpus(corpus, "test"), tasks_by_kind(tasks) if tasks else ((), ())
         window = length or min(2048, positions(known_config(model)))
         network, tokenizer = load(model, "cpu" if device == "auto" else device, dtype or None)
         network = spread(network) if device == "auto" else network
         found = perplexity(network, tokens_of(text, tokenizer), window, windows or None)
         print(f"perplexity {found.perplexity:.3f} on {corpus} (test), {found.windows} windows of {window}: {found.definition}")
-        for row in zero_shot(network, tokenizer, names, limit or None) if names else ():
+        for row in zero_shot(network, tokenizer, choosing, limit or None) if choosing else ():
             first = f" (limit {row['limit']})" if row["limit"] else ""
             normed = "" if row["acc_norm"] is None else f", by length {row['acc_norm']:.3f}"  # lm-eval's acc_norm
             print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f}{normed}, {row['documents']} documents{first}")
+        for row in spoken(network, tokenizer, speaking, limit or None) if speaking else ():
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+            print(f"{row['task']}: {row['metric']} {row['value']:.3f}{error}, {row['documents']} documents")
 
     checked(work)
 

@@ -10,7 +10,8 @@ LIB = Path(__file__).parent.parent / "lib"
 # From the ground up: a module imports from its own floor and those before it. "" is the root of lib.
 FLOORS = ("primitives", "evaluation", "papers", "baselines", "models", "", "suite")
 FILES = sorted(path for path in LIB.rglob("*.py") if path.name != "__init__.py")
-HEAVY = {("evaluation.zero_shot", "evaluation.shared_context")}  # imported in a function because it imports lm-eval, in seconds
+# Imported in a function because it imports lm-eval, in seconds.
+HEAVY = {(f"evaluation.{name}", "evaluation.shared_context") for name in ("zero_shot", "spoken")}
 LONGEST, MOST = 60, 9  # lines of a function; its parameters
 
 
