@@ -217,7 +217,7 @@ def curves(panel: Axes, lines: Mapping[str, tuple], bold: Iterable[str] | None =
 def bands(panel: Axes, table: pd.DataFrame, x: str, methods: Iterable[str]) -> None:
     """Intervals of lines: shaded from `low` to `high` of the rows of each method, over their column `x` in percent."""
     for method in methods:
-        part = table[table.method == method].dropna(subset=["low", "high"]).sort_values(x)
+        part = table[table.method == method].sort_values(x).astype({"low": float, "high": float}).dropna(subset=["low", "high"])
         panel.fill_between(100 * part[x], part.low, part.high, color=style_of(method).color, alpha=0.2, lw=0, zorder=1)
 
 
@@ -384,7 +384,7 @@ def energy_figure(shares: Mapping[str, Sequence], levels: Sequence[float], level
         lost[model] = percent(mean[round(level * len(x)) - 1] / 100, 1)
     top = 1.5 * max(panel.get_ylim())
     panel.plot([0, top], [0, top], color=INK, lw=1, ls=":")
-    panel.text(0.42 * top, 0.5 * top, "if all directions\nwere alike", color=INK, ha="right")
+    panel.text(0.65 * top, 0.64 * top, "if all directions\nwere alike", color=INK, va="top")
     panel.set(xlabel="directions deleted, %", ylabel="energy lost, %", ylim=(0, 0.66 * top), xlim=(0, 100 * max(levels)))
     panel.set_xticks([100 * value for value in levels])
     panel.yaxis.get_major_locator().set_params(integer=True)
