@@ -172,7 +172,7 @@ def by_place(number: int, color: str) -> dict:
 def plain_numbers(axis: Axis, ticks: Sequence[float]) -> None:
     """Label a logarithmic axis with ordinary numbers, `ticks` of them in every decade."""
     axis.set_major_locator(LogLocator(subs=ticks))
-    axis.set_major_formatter("{x:,g}")
+    axis.set_major_formatter("{x:,.12g}")  # such as 0.05 and 30,000
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -191,7 +191,7 @@ def perplexity_axis(panels: Sequence[Axes], label: str = "perplexity, times dens
     for panel in panels:
         panel.set(yscale="log", ylim=(0.95, TOP if highest > TOP else 1.1 * highest))
         plain_numbers(panel.yaxis, (1, 1.5, 2, 3, 5, 7))
-    panels[0].set_ylabel(f"{label} (cut at {TOP})" if highest > TOP else label)
+    panels[0].set_ylabel(f"{label}\n(cut at {TOP})" if highest > TOP else label)
 
 
 def lines_of(table: pd.DataFrame) -> dict[str, tuple]:
@@ -658,7 +658,8 @@ def ranks_figure(plans: Mapping[str, Mapping[str, int]], even: Mapping[str, int]
         panel.set_yticks(range(len(kinds)), kinds)
         panel.set(title=plan, xlabel="block")
         panel.grid(visible=False)
-    figure.colorbar(plt.cm.ScalarMappable(**scale), ax=panels, label="rank, times the equal one (all: whole)")
+    bar = {"location": "bottom", "shrink": 0.8, "aspect": 40, "label": "rank, times the equal one (all: whole)"}
+    figure.colorbar(plt.cm.ScalarMappable(**scale), ax=panels, **bar)
     said = {}
     for plan, ranks in plans.items():
         shares = pd.Series({name: ranks[name] / even[name] for name in even if name in ranks})
