@@ -479,6 +479,17 @@ def test_intervals_are_drawn():
     assert np.allclose(sorted(tuple(bar[:, 0]) for bar in bars), sorted((t["low"], t["high"]) for t in TIMES.values()))
 
 
+def test_what_has_collapsed_is_cut_and_said_to_be():
+    times = TIMES | {"SVD": {"times_dense": 2e9, "low": None, "high": None}}
+    panel = plots.cost_figure(COST, times, "a").axes[0]
+    assert (panel.get_xlabel(), panel.get_xlim()[1]) == ("times dense\n(cut at 40)", 40)
+    assert made("cost").axes[0].get_xlabel() == "times dense"
+    table = committed("svd_llm", "perplexity").query("model == 'wiki-a-llama'")
+    table = table.assign(times_dense=table.times_dense.where(table.method != "SVD", 1e9))
+    names = set(written(plots.ratio_figure(table, PRINTED, 0.4))[0])
+    assert {"SVD ↑", "SVD-LLM", "SVD-LLM (W)"} <= names
+
+
 def test_colours_say_what_is_removed():
     for name, kind in (("calibration", "narrows the stream"), ("ratio", "factors matrices"), ("aggregation", "deletes neurons")):
         labels = {text.get_color() for panel in made(name).axes for text in panel.texts}

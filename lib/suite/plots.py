@@ -579,6 +579,7 @@ def loss_figure(table: pd.DataFrame, level: float) -> Figure:
 
 RIVALS = ("SVD", "FWSVD", "ASVD")
 TRUNCATED = (*RIVALS, "SVD-LLM (W)", "SVD-LLM")
+HIGHEST = 1e6  # times dense, of their figure: arrows behind the names of what is above
 
 
 def ratio_figure(table: pd.DataFrame, printed: Mapping[str, Mapping[float, float]], level: float) -> Figure:
@@ -596,7 +597,7 @@ def ratio_figure(table: pd.DataFrame, printed: Mapping[str, Mapping[float, float
         lines = {m: (100 * rows.ratio, rows.times_dense) for m, rows in part.groupby("method", sort=False)}
         curves(panel, lines, TRUNCATED)
         bands(panel, part, "ratio", TRUNCATED)
-        panel.set(title=title, yscale="log", ylabel="times dense")
+        panel.set(title=title, yscale="log", ylabel="times dense", ylim=(0.9, min(1.3 * part.times_dense.max(), HIGHEST)))
         plain_numbers(panel.yaxis, (1, 3) if part.times_dense.max() < 1e3 else (1,))
         drawn.append({m: line for m, line in lines.items() if m in TRUNCATED})
         at = part[part.ratio == level].set_index("method").times_dense
@@ -870,7 +871,10 @@ def cost_figure(table: pd.DataFrame, measured: Mapping[str, Mapping[str, float]]
         panel.scatter(values, places, s=36, color=colours, zorder=3)
         panel.set_xscale("log")
     panels[0].hlines(places, table.low, table.high, color=colours, lw=2)
-    for panel, label, ticks in zip(panels, ("times dense", "seconds", "memory, MB"), ((1, 1.5, 2, 3), (1,), (1, 3)), strict=True):
+    over = table.times_dense.max() > TOP
+    panels[0].set_xlim(0.95, TOP if over else None)
+    labels = (f"times dense\n(cut at {TOP})" if over else "times dense", "seconds", "memory, MB")
+    for panel, label, ticks in zip(panels, labels, ((1, 3) if over else (1, 1.5, 2, 3), (1,), (1, 3)), strict=True):
         panel.set_xlabel(label)
         plain_numbers(panel.xaxis, ticks)
     panels[0].set_yticks(places, table.index)
