@@ -479,6 +479,11 @@ def test_intervals_are_drawn():
     assert np.allclose(sorted(tuple(bar[:, 0]) for bar in bars), sorted((t["low"], t["high"]) for t in TIMES.values()))
 
 
+def test_a_removed_block_leaves_a_gap():
+    [line] = [line for line in made("diagnostics").axes[0].get_lines() if line.get_marker() == "o"]
+    assert line.get_ydata() == pytest.approx([20, np.nan, 20], nan_ok=True)
+
+
 def test_what_has_collapsed_is_cut_and_said_to_be():
     times = TIMES | {"SVD": {"times_dense": 2e9, "low": None, "high": None}}
     panel = plots.cost_figure(COST, times, "a").axes[0]

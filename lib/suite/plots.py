@@ -792,12 +792,13 @@ def importance_figure(importance: Mapping[str, Sequence[float]], indices: Mappin
 def diagnostics_figure(table: pd.DataFrame, bound: float) -> Figure:
     """Block by block: neurons removed, variance of the multipliers beside its bound, error with and without them.
 
-    table: rows of `diagnostics`; removed blocks are left out.
+    table: rows of `diagnostics`; a block that was removed leaves a gap.
     """
     kept = table[~table.removed.astype(bool)]
     figure, panels = column(3, 1.9, sharex=True)
     color, ends = COLOURS["deletes neurons"], [{}, {}, {}]
-    for number, (model, part) in enumerate(kept.groupby("model", sort=False)):
+    for number, (model, part) in enumerate(table.groupby("model", sort=False)):
+        part = part.where(~part.removed.astype(bool))
         looks = by_place(number, color)
         for panel, end, values in zip(panels, ends, (100 * part.cut, part.variance, part.error), strict=True):
             panel.plot(part.block, values, lw=2, **looks)
