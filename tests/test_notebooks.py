@@ -4,6 +4,7 @@ import ast
 import builtins
 import hashlib
 import json
+import re
 import symtable
 from pathlib import Path
 
@@ -71,6 +72,16 @@ def test_cells_that_nbval_skips_are_few(path):
     skipped = [cell for cell in cells if "NBVAL_IGNORE_OUTPUT" in cell.source or "NBVAL_SKIP" in cell.source]
     assert len(skipped) <= len(cells) / 2
     assert not [cell for cell in cells if "NBVAL_SKIP" in cell.source]
+
+
+@pytest.mark.parametrize("path", STORED)
+def test_figures_are_few_and_all_made_in_one_place(path):
+    """`lib.suite.plots` draws them, where the tests see what a reader sees."""
+    code = "\n".join(cell.source for cell in code_cells(path))
+    figures = re.findall(r'run\.figure\("(\w+)", fig\)', code)
+    assert 3 <= len(figures) <= 6
+    assert len(set(figures)) == len(figures) == code.count("run.figure(") == len(re.findall(r"fig = plots\.\w+_figure\(", code))
+    assert "subplots(" not in code
 
 
 def names(statement):
