@@ -905,20 +905,20 @@ def device_figure(table: pd.DataFrame, title: str) -> Figure:
     table: rows of `lib.suite.on_device.device_rows` of one model. A line joins the files of one method and kind, from small to
     large shares removed; hollow marks have 16 bits.
     """
-    figure, panels = row(2, 4.8, 4.4)
+    figure, panels = row(2, height=4.2)
     for panel, column in zip(panels, ("mb", "writes"), strict=True):
         for (method, kind), part in device_lines(table).items():
-            looks = {"color": "black", "marker": "s"} if method == "dense" else look(method)
+            looks = {"color": INK, "marker": "s"} if method == "dense" else look(method)
             fill = {"mfc": "white"} if kind == "F16" else {}
-            panel.plot(part[column], part.times_dense, lw=1.6, ms=7, **looks | fill | {"label": f"{method}, {kind}"})
+            panel.plot(part[column], part.times_dense, lw=1.6, ms=6, **looks | fill | {"label": f"{method}, {kind}"})
             below, above = part.times_dense - part.low, part.high - part.times_dense
             panel.errorbar(part[column], part.times_dense, [below, above], fmt="none", ecolor=looks["color"], capsize=3)
     panels[0].set(xscale="log", xlabel="MB of the file")
-    plain_numbers(panels[0].xaxis, (1, 1.5, 2, 3, 5, 7))
-    panels[1].set(xlabel="writes, times as fast as dense in 16 bits")
+    plain_numbers(panels[0].xaxis, (1, 2, 3, 5))
+    panels[1].set(xlabel="writes, times dense in F16")
     perplexity_axis(panels)
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=3, loc="outside lower center", frameon=False)
-    figure.suptitle(textwrap.fill(title, 90), weight="bold", size=12)
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=2, loc="outside lower center", frameon=False)
+    headline(figure, title)
     return figure
 
 
