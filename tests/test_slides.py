@@ -1,5 +1,6 @@
 """Slides: few words, one figure or a small table each, no more than fits, and measured claims only as they were printed."""
 
+import base64
 import json
 import re
 import shutil
@@ -173,6 +174,24 @@ def test_a_slide_without_outputs_is_left_out_with_its_question(monkeypatch, tmp_
     assert [text_of(slide) for slide in deck(run)[1:3]] == ["Question Q?", "T 1"]
     run.notebook.cells = [cell for cell in run.notebook.cells if cell.id != "c0"]
     assert [text_of(slide) for slide in deck(run)[1:-1]] == ["Question R?"]
+
+
+def test_a_high_picture_stands_beside_the_words(monkeypatch, tmp_path):
+    def drawn(kind, data):
+        return nbformat.v4.new_output("display_data", data={kind: data, "text/plain": "a figure"})
+
+    def png(width, height):
+        head = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        return base64.b64encode(head).decode()
+
+    svg = '<svg viewBox="0 0 {} {}"><title>What &amp; how</title></svg>'
+    pictures = [drawn("image/png", png(300, 200)), drawn("image/png", png(200, 300))]
+    pictures += [drawn("image/svg+xml", svg.format(30.5, 20)), drawn("image/svg+xml", svg.format(20, 30.5))]
+    cells = [("f()", {"title": "A figure"}, [picture]) for picture in pictures]
+    found = deck(made_up(monkeypatch, tmp_path, cells))[1:-1]
+    assert [slide.kind for slide in found] == ["", "tall", "", "tall"]
+    names = [re.search('alt="(.*?)"', slide.html)[1] for slide in found]
+    assert names == ["Plot: A figure", "Plot: A figure", "What &amp; how", "What &amp; how"]
 
 
 def stub_of_reveal(folder):

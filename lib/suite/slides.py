@@ -18,6 +18,7 @@ import base64
 import itertools
 import re
 import shutil
+import struct
 from dataclasses import dataclass, field
 from html import escape, unescape
 from pathlib import Path
@@ -33,6 +34,7 @@ WORDS, ROWS, LINES = 40, 8, 22  # the most on a slide: words beside its table, r
 BESIDE = 2  # sentences below a table or a picture
 SMALLEST = 16  # pixels of the type of a table, on a slide of 720
 HEARD = 13  # words that a slide shows of what a model wrote
+TALL = "tall"  # the class of a picture that is higher than wide, and of its slide
 REVEAL = "https://unpkg.com/reveal.js@5.2.1"
 PARTS = ("dist/reveal.js", "dist/reveal.css", "plugin/notes/notes.js")  # of reveal.js
 EXERCISES = re.compile(r"## \d+ · Exercises")
@@ -208,7 +210,7 @@ def output_slide(words: dict, outputs: list, heading: str, printed: list[str]) -
     if not body and not lines and "text" not in words:
         return None
     text = f'<div class="text">{html_of(words["text"])}</div>' if "text" in words else ""
-    slide = Slide(title, [text, body], place(heading))
+    slide = Slide(title, [text, body], place(heading), kind=TALL if f'class="{TALL}"' in body else "")
     shown = fitting(lines, WORDS - slide.words, BESIDE if body else LINES)
     slide.parts.append(listed(shown) if "says" in words else printing(shown))
     if len(shown) < len(lines):
@@ -246,15 +248,20 @@ def picture(outputs: list, title: str) -> str:
         if "image/svg+xml" in data:
             drawing = data["image/svg+xml"]
             own = re.search(r"<title>(.*?)</title>", drawing, re.DOTALL)
-            code = base64.b64encode(drawing.encode()).decode()
-            return image("image/svg+xml", code, unescape(own[1]) if own else f"Plot: {title}")
+            return image("image/svg+xml", drawing.encode(), unescape(own[1]) if own else f"Plot: {title}")
         if "image/png" in data:
-            return image("image/png", data["image/png"], f"Plot: {title}")
+            return image("image/png", base64.b64decode(data["image/png"]), f"Plot: {title}")
     return ""
 
 
-def image(kind: str, code: str, name: str) -> str:
-    return f'<figure><img alt="{escape(name)}" src="data:{kind};base64,{code.strip()}"></figure>'
+def image(kind: str, data: bytes, name: str) -> str:
+    """A picture in a page. One that is higher than wide is marked, so that it gets the right side of its slide."""
+    box = re.search(rb'viewBox="\S+ \S+ (\S+) (\S+)"', data) if kind == "image/svg+xml" else None
+    width, height = map(float, box.groups()) if box else (1, 1)
+    if kind == "image/png":
+        width, height = struct.unpack(">II", data[16:24])  # of its header
+    code, look = base64.b64encode(data).decode(), TALL if height > width else "wide"
+    return f'<figure class="{look}"><img alt="{escape(name)}" src="data:{kind};base64,{code}"></figure>'
 
 
 def table(outputs: list, height: int) -> str:
