@@ -116,6 +116,8 @@ def test_a_measured_claim_is_what_was_printed(monkeypatch, tmp_path):
     assert slide.section == "section 1"
     (outputs := run.notebook.cells[2].outputs)[0].text = lines.replace("3.1 % below", "level with")
     assert deck(run)[1].title == "m: A is level with B"
+    outputs[0].text = "m: A is above B, and nothing else.\n"
+    assert [text_of(slide) for slide in deck(run)[1:-1]] == ["m: A is above B, and nothing else"]
     outputs[0].text = "nothing of the kind\n"
     assert len(deck(run)) == 2, "no claim, no slide"
 

@@ -199,15 +199,14 @@ def slides_of(words: dict, outputs: list | None, heading: str, printed: list[str
 def output_slide(words: dict, outputs: list, heading: str, printed: list[str]) -> Slide | None:
     """What a cell of code puts out, under its claim; None where there is nothing to show. printed: the lines of its section."""
     said = [heard(line) for line in printed if re.search(words["says"], line)] if "says" in words else []
-    if "title" in words:
-        title = inline(words["title"])
-    elif said:
+    claimed = bool(said) and "title" not in words
+    if claimed:
         title = escape(said.pop(0).rstrip("."))
     else:
-        title = inline(re.sub(r"^\d+ · ", "", heading.splitlines()[-1]))
+        title = inline(words.get("title", re.sub(r"^\d+ · ", "", heading.splitlines()[-1])))
     body = picture(outputs, words.get("title", heading.splitlines()[-1])) or table(outputs, 430 - 70 * min(len(said), BESIDE))
     lines = said if "says" in words or body else printed_text(outputs).splitlines()
-    if not body and not lines and "text" not in words:
+    if not (claimed or body or lines):
         return None
     text = f'<div class="text">{html_of(words["text"])}</div>' if "text" in words else ""
     slide = Slide(title, [text, body], place(heading), kind=TALL if f'class="{TALL}"' in body else "")
