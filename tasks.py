@@ -277,8 +277,10 @@ def plan(c, profile, gpu="A100", tflops=0.0):
 @task(help={"paper": "only this notebook (default: all)"})
 def notebooks(c, paper=""):
     """Execute the stored notebooks again with their default parameters, so that the stored outputs are current."""
+    import nbformat
     import papermill
 
+    from lib.suite.public import address, with_colab
     from lib.suite.runs import tidy
 
     for name in [paper_named(paper)] if paper else papers():
@@ -290,6 +292,7 @@ def notebooks(c, paper=""):
                 str(path), str(staged), log_output=True, stdout_file=sys.stdout, progress_bar=False, cwd=str(NOTEBOOKS)
             )
             tidy(staged)
+            nbformat.write(with_colab(nbformat.read(staged, as_version=4), name, address()), staged)
             staged.replace(path)
         finally:
             staged.unlink(missing_ok=True)
@@ -657,7 +660,8 @@ def site(c):
 def slides(c, paper, profile="workshop", reveal=""):
     """Make reveal.js slides of an executed notebook into site/slides/ (needs the extra `site`).
 
-    Each heading of a section starts a slide. Its texts, tables and figures are stacked below it; code is not shown.
+    Which cells are slides is written in the metadata of notebooks/*.ipynb, as lib/suite/slides.py explains. Measured claims
+    are those that the run printed; questions are slides of their own, and the prose is in the speaker's notes (press S).
     """
     paper = paper_named(paper)
 
@@ -668,6 +672,27 @@ def slides(c, paper, profile="workshop", reveal=""):
 
     network = "needs no network" if reveal else "the browser loads reveal.js from unpkg.com; --reveal FOLDER avoids that"
     print(f"{shown(checked(work))}: {network}; `invoke site` links to it")
+
+
+@task
+def ready(c):
+    """Say whether this machine is ready for the workshop, line by line, and what to do where it is not. Takes seconds."""
+    try:
+        from lib.suite.ready import machine
+    except ModuleNotFoundError as error:
+        raise Exit(f"NOT READY  the package {error.name} is missing. Do: pip install -e .", code=1) from error
+    checks = machine(ROOT)
+    print("\n".join(check.line for check in checks), flush=True)
+    if all(check.ready for check in checks if check.name in ("Python", "packages")):
+        from lib.suite.ready_models import models
+
+        tried = checked(lambda: models(RESULTS))
+        print("\n".join(check.line for check in tried))
+        checks += tried
+    wrong = [check.name for check in checks if not check.ready and not check.optional]
+    if wrong:
+        raise Exit(f"not ready yet: {', '.join(wrong)}", code=1)
+    print("this machine is ready")
 
 
 @task

@@ -1,4 +1,4 @@
-"""The site shows every committed number, says where it comes from, and needs no network; slides follow from the headings."""
+"""The site shows every committed number, says where it comes from, and needs no network."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from lib.suite import diagrams, front
 from lib.suite.markup import boxed, mathml, sortable
 from lib.suite.results import RESULTS, ROOT
 from lib.suite.site import LARGE, build_site, find_runs, notebook_page, one_line, read_run, results_page
-from lib.suite.slides import build_slides, slide_cells
+from lib.suite.slides import build_slides
 from tasks import named_values
 
 PAPERS = ("slicegpt", "afr", "compare")
@@ -446,8 +446,6 @@ def test_an_incomplete_run_says_how_to_make_it_again(tmp_path):
     (run / "manifest.json").unlink()
     with pytest.raises(ValueError, match=f"holds no manifest.json: {again}"):
         build_slides(run, tmp_path / "site")
-    with pytest.raises(ValueError, match="holds no dist/reveal.js"):
-        build_slides(RUNS[0], tmp_path / "site", tmp_path)
     assert not (tmp_path / "site").exists()
 
 
@@ -456,42 +454,6 @@ def test_a_run_in_another_setting_lists_its_parameters(tmp_path):
     run.manifest |= {"profile": "workshop-custom", "parameters": {"levels": [0.1, 0.2], "corpus": "my file.txt"}}
     words = "invoke reproduce --profile workshop --paper slicegpt --set 'levels=[0.1, 0.2]' --set 'corpus=my file.txt'"
     assert run.command == words
-
-
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_every_section_starts_a_slide(run):
-    notebook = read_run(run).notebook
-    slides = slide_cells(read_run(run))
-    sources = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    headings = [line for line in re.findall(r"^##? .+", sources, re.MULTILINE) if not line.endswith("Exercises")]
-    starts = [cell.source.splitlines()[0] for cell in slides if cell.metadata.slideshow.slide_type == "slide"]
-    assert starts == [*headings, "## How the numbers were made"]
-    assert len(headings) > 10
-    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "display_data"]
-    shown = [output for cell in slides for output in cell.get("outputs", []) if output.output_type == "display_data"]
-    assert shown == pictures
-    printed = "".join(output.text for cell in slides for output in cell.get("outputs", []) if output.output_type == "stream")
-    assert re.search(r"perplexity,? \d", printed)
-    assert " at 20%: perplexity" not in printed
-
-
-def test_slides_show_outputs_without_code_and_load_reveal_alone(tmp_path):
-    stub = tmp_path / "reveal"
-    (stub / "dist").mkdir(parents=True)
-    (stub / "dist" / "reveal.js").write_text("// stands for reveal.js\n")
-    path = build_slides(RUNS[0], tmp_path / "site", stub)
-    page = Page(path)
-    assert (path.parent / "reveal.js" / "dist" / "reveal.js").read_text() == "// stands for reveal.js\n"
-    loaded = [source for source in page.loaded if not source.startswith("data:")]
-    assert loaded
-    assert all(source.startswith("reveal.js/dist/") for source in loaded)
-    assert "import matplotlib" not in page.text
-    assert path.read_text().count("<section") > nbformat_headings(RUNS[0])
-
-
-def nbformat_headings(run):
-    cells = nbformat.read(run / f"{run.name}.ipynb", as_version=4).cells
-    return sum(len(re.findall(r"^## ", cell.source, re.MULTILINE)) for cell in cells if cell.cell_type == "markdown")
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -669,13 +631,3 @@ def test_axe_finds_no_serious_fault_of_accessibility(site, tmp_path):
     names += [f"workshop/{paper}/{name}.html" for paper in ("slicegpt", "compare") for name in ("notebook", "index")]
     for name, width, faults in browse(out, tmp_path, names, FAULTS % AXE.as_uri()):
         assert [fault for fault in faults if fault[0] in ("serious", "critical")] == [], f"{name} at {width}"
-
-
-def test_slides_end_before_the_exercises(tmp_path):
-    run = read_run(RUNS[0])
-    before = [cell.source for cell in slide_cells(run)]
-    run.notebook.cells += [
-        nbformat.v4.new_markdown_cell("## 99 · Exercises\n\nTwo."),
-        nbformat.v4.new_markdown_cell("### Exercise 1"),
-    ]
-    assert [cell.source for cell in slide_cells(run)] == before

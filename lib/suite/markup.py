@@ -149,7 +149,7 @@ def readme_page(path: Path, folder: str, pages: Mapping[str, str], up: str) -> s
 
 
 class Words:
-    """How exporters of pages and of slides convert Markdown."""
+    """How an exporter of pages converts Markdown."""
 
     code, papers = "", frozenset()
 

@@ -27,6 +27,7 @@ from pygments.lexers import PythonLexer
 from lib.suite import explorer, front
 from lib.suite.markup import Words, boxed, page, readme_page, sortable
 from lib.suite.pages import PAPERS
+from lib.suite.public import address, colab
 from lib.suite.results import ROOT
 
 ASSETS = Path(__file__).parent.parent / "assets" / "site"
@@ -269,6 +270,8 @@ def notebook_page(run: Executed, papers: Sequence[str] = ()) -> str:
     contents = f'<details class="contents" open>{contents}</details>'
     made = f"<details><summary>How this was made</summary>{facts(run)}</details>"
     around = neighbours(run, papers)
+    opens = colab(run.folder.name, address())
+    around += f'<p><a href="{opens}">Open in Colab</a></p>' if opens else ""
     tools = f'<div class="tools">{around}<button id="code" aria-pressed="false">Show all code</button></div>'
     return page(
         run.title,

@@ -20,7 +20,7 @@ FLOOR = re.compile(r"([\w.-]+).*?>=\s*([\w.]+)")  # the name of a requirement, a
 FILES = (
     "models", "folder", "checkpoint", "disk", "output", "structured", "finetune", "gguf", "gguf_families", "gguf_import",
     "destinations", "evaluate", "paired", "shared_context", "benchmark_tasks", "latent_cache", "text", "compress", "results",
-    "plots", "cluster", "site", "tasks",
+    "plots", "cluster", "site", "slides", "tasks",
 )  # fmt: skip
 
 
