@@ -1,14 +1,18 @@
 """Profiles name real things, and what a run would do is counted from shapes alone."""
 
 import json
+import re
 
 import pytest
 import torch
 from invoke import Exit
 
 import tasks
+from lib.papers.sliced_network import check_sliceable
+from lib.papers.slicegpt import slice_without_shortcuts, stock_model
 from lib.primitives.cost import count
 from lib.suite import profiles as counting
+from lib.suite import published
 from lib.suite.architectures import ARCHITECTURES, MORE_ARCHITECTURES, meta_model
 from lib.suite.profiles import (
     REACHED,
@@ -22,10 +26,12 @@ from lib.suite.profiles import (
     read_profile,
 )
 from lib.suite.results import RAW
+from tests.conftest import tiny, token_ids
 
 # Parameters as the models' publishers state them, tied tables counted once.
 PUBLISHED = {
-    "gemma-3-270m": 268_098_176, "opt-125m": 125_239_296, "smollm2-135m": 134_515_008, "qwen2.5-0.5b": 494_032_768,
+    "gemma-3-270m": 268_098_176, "opt-125m": 125_239_296, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120,
+    "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920, "llama-3.2-1b": 1_235_814_400,
     "opt-6.7b": 6_658_473_984, "llama-7b": 6_738_415_616, "llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248,
 }  # fmt: skip
 
@@ -56,6 +62,94 @@ def test_a_profile_says_what_it_is(name):
     if "gpu" in found.about["needs"]:  # the papers' own settings
         assert (found.papers["slicegpt"]["samples"], found.papers["svd_llm"]["samples"]) == (1024, 256)
         assert {p: v["length"] for p, v in found.papers.items()} == PAPER_LENGTHS
+
+
+# --- the published tables that a profile stands beside ---------------------------------------------------------------------
+
+PAPERS = {"SliceGPT": "SLICEGPT", "SVD-LLM": "SVD_LLM", "Structured AFR": "AFR", "COMP": "COMP"}  # -> beginning of their tables
+COMPARISONS = {  # -> the models of each
+    "LowRankArena": set(published.LOW_RANK_ARENA),
+    "LEMS": set(published.LEMS_MODELS),
+    "ModelOpt": set(published.MODELOPT),
+}
+
+
+def numbered_tables(prefix):
+    """The numbers of a paper's tables that are held: those in the names, and the three that AFR_TABLES joins."""
+    names = [name for name in vars(published) if name.startswith(prefix)]
+    found = {int(k) for name in names if (own := re.search(r"_TABLES?((?:_\d+)+)", name)) for k in own[1].split("_")[1:]}
+    return found | ({1, 2, 3} if "AFR_TABLES" in names else set())
+
+
+def named_tables(said):
+    """The numbers in "Tables 1, 4 to 6 and 8"."""
+    pairs = re.findall(r"(\d+)(?: to (\d+))?", said)
+    return {k for first, last in pairs for k in range(int(first), int(last or first) + 1)}
+
+
+def test_what_counts_as_a_table():
+    assert named_tables(" Tables 1, 4 to 6 and 8") == {1, 4, 5, 6, 8}
+    assert numbered_tables("AFR") == {1, 2, 3, 4}
+    assert {2, 3, 15} <= numbered_tables("SVD_LLM")
+    assert not {14, 16} & numbered_tables("SVD_LLM")
+
+
+@pytest.mark.parametrize(("name", "entry"), [(name, entry) for name in PUBLISHED for entry in profile(name).about["tables"]])
+def test_the_tables_that_a_profile_names_are_held(name, entry):
+    source = next(known for known in (*COMPARISONS, *PAPERS) if entry.startswith(known))
+    said, _, model = entry.removeprefix(source).partition(" (")
+    if source in COMPARISONS:
+        model, _, beside = model.removesuffix(")").partition(", ")
+        assert not said
+        assert model in COMPARISONS[source]
+        # another model, of about the same size, is said to be one
+        assert beside == ("" if model == profile(name).about["architecture"] else "side by side")
+    elif said.startswith(" Table"):
+        assert named_tables(said)
+        assert named_tables(said) <= numbered_tables(PAPERS[source])
+    else:  # COMP, whose tables are not to be had
+        assert any(held.startswith(PAPERS[source]) for held in vars(published))
+
+
+def test_comparisons_are_whole_and_say_what_their_readers_take_from_them():
+    for rows in published.LOW_RANK_ARENA.values():
+        assert [set(row) for row in rows.values()] == [{"dense"}, *[set(rows[0.2])] * 2]
+        assert list(rows) == [0.0, 0.2, 0.4]
+        assert min(method[0] for method in rows[0.2].values()) > rows[0.0]["dense"][0]
+        assert min(rows[0.2], key=lambda method: rows[0.2][method][0]) == "MoDeGPT"
+    for table in (published.LEMS_RANKS, published.LEMS_DECOMPOSITIONS):
+        for rows in table.values():
+            for model, (dense, _) in published.LEMS_DENSE.items():
+                best = min(rows, key=lambda method: rows[method][model][0])
+                assert best.endswith("LEMS")
+                assert dense < rows[best][model][0]
+        less, more = table.values()
+        assert all(less[method][model][0] < more[method][model][0] for method in less for model in published.LEMS_MODELS)
+    for rows in published.MODELOPT.values():
+        assert len({len(row) for row in rows.values()}) == 1
+        assert all(rows["dense"] >= row for row in rows.values())
+
+
+# --- what a profile leaves out ---------------------------------------------------------------------------------------------
+
+
+def test_what_keeps_the_slicegpt_notebook_from_qwen3():
+    """The method slices it; the ordinary narrower model, which the notebook makes of every family but OPT, does not exist."""
+    assert "epsilon" in profile("qwen3-0.6b").about["refused"]["slicegpt"]
+    assert "slicegpt" not in profile("qwen3-0.6b").papers
+    model = tiny("qwen3", torch.float32, tie_word_embeddings=True)
+    check_sliceable(model)
+    with pytest.raises(ValueError, match=r"qwen3 gives self_attn\.q_norm the epsilon of the norms at the junctions"):
+        stock_model(slice_without_shortcuts(model, token_ids(), 0.25))
+
+
+def test_small_models_of_today_are_planned_on_a_cpu():
+    # By hand: a matrix [m, n] keeps k (m + n), k = ⌊0.8 m n / (m + n)⌋; norms, table and the norms of Qwen's heads stay.
+    for name, left in (("smollm2-360m", 298_722_240), ("qwen3-0.6b", 507_740_160), ("llama-3.2-1b", 1_040_762_880)):
+        architecture = profile(name).about["architecture"]
+        parameters = tasks.full_parameters("svd_llm", name)
+        assert params_after("svd_llm", parameters | {"ratios": [0.2]}, architecture) == {0.2: left}
+        assert plan("svd_llm", parameters, architecture, "CPU")["peak_bytes"] < counting.DEVICES["CPU"].memory
 
 
 def test_the_architectures_of_the_notebooks_table_stay_as_they_are():

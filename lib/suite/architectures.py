@@ -7,7 +7,7 @@ from torch import nn
 
 from lib.primitives.checks import choose_one
 
-# Shapes of the papers' models, from their published configuration files.
+# Shapes of the papers' models and of small models of today, each from the `config.json` that its publisher put on the hub.
 _LLAMA_2_7B = dict(
     model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
     num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5,
@@ -54,6 +54,11 @@ MORE_ARCHITECTURES = {
     | dict(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
+    "SmolLM2-360M": _LLAMA_2_7B
+    | dict(
+        vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
+        num_key_value_heads=5, max_position_embeddings=8192, tie_word_embeddings=True,
     ),
     "Qwen2.5-0.5B": dict(
         model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,

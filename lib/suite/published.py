@@ -205,3 +205,153 @@ AFR_TABLE_4 = {
 # over LLM-Pruner is in points or relative, and how memory was measured, is not stated.
 COMP_GAIN_PERCENT = 6.13
 COMP_MEMORY_SAVED = 0.80
+
+# --- the field's own comparisons, of models of 7 to 8 billion parameters -------------------------------------------------------
+
+# LowRankArena (arXiv 2608.26389), the main tables of its repository's README. Perplexity on the test split of WikiText-2 and on
+# the first 262,144 tokens of C4's validation split, both in whole windows of 2,048 tokens without a special token; mean accuracy
+# on BoolQ, ARC-easy, ARC-challenge, WinoGrande, PIQA, HellaSwag and OpenBookQA. No adapters. Ratio: removed share of the
+# parameters, one minus the table's "keep"; whether embeddings and head count is not stated there, nor the calibration of these
+# rows (its study of calibration sets has 256 WikiText-2 samples of 2,048). 0: the dense model. SVD-LLM is SVD-LLM (W).
+LOW_RANK_ARENA = {
+    "LLaMA-7B": {
+        0.0: {"dense": (5.67, 7.20, 0.649)},
+        0.2: {
+            "ASVD": (8.60, 11.04, 0.609),
+            "SVD-LLM": (7.88, 16.42, 0.501),
+            "Dobi-SVD": (9.23, 19.01, 0.526),
+            "Basis Sharing": (7.74, 15.51, 0.574),
+            "MoDeGPT": (6.92, 10.87, 0.552),
+        },
+        0.4: {
+            "ASVD": (3839.83, 4268.56, 0.357),
+            "SVD-LLM": (13.74, 55.03, 0.399),
+            "Dobi-SVD": (15.24, 48.37, 0.426),
+            "Basis Sharing": (12.42, 41.13, 0.465),
+            "MoDeGPT": (12.43, 23.40, 0.509),
+        },
+    },
+    "Llama-3.1-8B": {
+        0.0: {"dense": (6.24, 9.10, 0.716)},
+        0.2: {
+            "ASVD": (2011.38, 1281.96, 0.353),
+            "SVD-LLM": (14.83, 80.94, 0.516),
+            "Dobi-SVD": (556.59, 1008.41, 0.355),
+            "Basis Sharing": (15.61, 54.36, 0.561),
+            "MoDeGPT": (9.01, 17.68, 0.590),
+        },
+        0.4: {
+            "ASVD": (22684.63, 14186.23, 0.351),
+            "SVD-LLM": (199.84, 1187.78, 0.360),
+            "Dobi-SVD": (987.51, 1529.38, 0.349),
+            "Basis Sharing": (82.96, 461.21, 0.396),
+            "MoDeGPT": (24.50, 51.82, 0.504),
+        },
+    },
+    "Qwen3-8B-Base": {
+        0.0: {"dense": (7.00, 11.78, 0.704)},
+        0.2: {
+            "ASVD": (11.88, 20.54, 0.641),
+            "SVD-LLM": (11.08, 33.90, 0.595),
+            "Dobi-SVD": (51.21, 236.65, 0.400),
+            "Basis Sharing": (11.05, 31.67, 0.588),
+            "MoDeGPT": (10.34, 22.46, 0.597),
+        },
+        0.4: {
+            "ASVD": (1359.38, 1484.57, 0.375),
+            "SVD-LLM": (20.44, 112.01, 0.425),
+            "Dobi-SVD": (107.63, 610.21, 0.386),
+            "Basis Sharing": (18.59, 95.39, 0.469),
+            "MoDeGPT": (18.40, 55.66, 0.457),
+        },
+    },
+}
+
+# LEMS (Thoma et al., ICML 2026, openreview.net/forum?id=IjIgNPFuCt), the two tables of its repository's README. WikiText-2
+# perplexity in windows of 2,048 tokens, calibrated on 256 WikiText-2 samples of 2,048, and mean accuracy in percent of lm-eval
+# tasks (its code has eight: PIQA, OpenBookQA, HellaSwag, ARC-challenge, ARC-easy, WinoGrande, BoolQ, MathQA), the settings being
+# the defaults of its code. Ratio: removed share of the parameters of the blocks' linear layers, one minus the table's "ratio".
+LEMS_MODELS = ("Mistral-7B", "Llama-3-8B", "Qwen3-8B")
+
+
+def _of_lems(rows: dict[str, tuple[tuple[float, float], ...]]) -> dict[str, dict[str, tuple[float, float]]]:
+    return {method: dict(zip(LEMS_MODELS, values, strict=True)) for method, values in rows.items()}
+
+
+# Of the first table; the second prints accuracies that differ by 0.01.
+LEMS_DENSE = dict(zip(LEMS_MODELS, ((5.25, 63.95), (6.14, 63.34), (9.71, 62.03)), strict=True))
+# One decomposition, which the table does not name, with ranks from several rules and searches.
+LEMS_RANKS = {
+    0.2: _of_lems(
+        {
+            "uniform": ((7.14, 52.35), (11.44, 47.69), (12.52, 53.56)),
+            "ASVD": ((7.20, 47.81), (12.92, 45.95), (15.70, 47.72)),
+            "SVD-LLM V2": ((7.13, 52.68), (11.40, 47.70), (12.52, 53.36)),
+            "MRCS": ((7.11, 51.75), (11.99, 46.63), (14.52, 52.04)),
+            "ATP": ((7.14, 52.35), (11.07, 51.56), (12.52, 53.56)),
+            "LEMS": ((5.98, 57.67), (8.16, 55.99), (10.38, 59.28)),
+        }
+    ),
+    0.4: _of_lems(
+        {
+            "uniform": ((14.38, 39.10), (48.56, 34.39), (21.68, 39.63)),
+            "ASVD": ((16.78, 35.56), (75.21, 33.98), (29.22, 36.09)),
+            "SVD-LLM V2": ((14.90, 39.29), (47.53, 34.43), (21.42, 39.74)),
+            "MRCS": ((14.21, 37.44), (67.95, 33.41), (38.72, 36.42)),
+            "ATP": ((13.59, 40.24), (25.14, 39.95), (19.47, 40.20)),
+            "LEMS": ((10.58, 45.60), (17.86, 43.09), (15.70, 45.51)),
+        }
+    ),
+}
+# Several decompositions with uniform ranks; the last row adds the search to the one before it.
+LEMS_DECOMPOSITIONS = {
+    0.1: _of_lems(
+        {
+            "FWSVD": ((9.47, 56.93), (42.11, 48.88), (16.95, 53.82)),
+            "ASVD": ((9.14, 57.30), (65.09, 47.89), (20.36, 51.19)),
+            "SVD-LLM": ((6.46, 56.81), (10.14, 52.27), (12.52, 55.96)),
+            "SVD-LLM V2": ((6.46, 56.78), (10.18, 52.17), (12.52, 55.80)),
+            "Dobi-SVD": ((7.11, 55.17), (11.22, 52.98), (13.46, 55.48)),
+            "GFWSVD": ((31.66, 40.73), (2569.75, 33.40), (171.49, 46.66)),
+            "KFAC-SVD": ((6.22, 56.92), (8.84, 54.45), (11.51, 57.07)),
+            "KFAC-SVD + LEMS": ((5.37, 62.77), (6.58, 61.99), (9.85, 62.89)),
+        }
+    ),
+    0.3: _of_lems(
+        {
+            "FWSVD": ((34.84, 44.24), (716.39, 33.40), (41.37, 42.68)),
+            "ASVD": ((28.16, 46.09), (10989.41, 33.03), (70.66, 43.10)),
+            "SVD-LLM": ((10.96, 44.39), (34.64, 37.69), (17.11, 45.76)),
+            "SVD-LLM V2": ((10.96, 44.35), (34.98, 37.70), (17.15, 45.62)),
+            "Dobi-SVD": ((12.37, 42.94), (31.54, 38.48), (18.54, 46.24)),
+            "GFWSVD": ((2549.75, 32.29), (41798.89, 31.77), (21684.98, 34.06)),
+            "KFAC-SVD": ((9.29, 45.76), (19.43, 40.73), (14.69, 46.78)),
+            "KFAC-SVD + LEMS": ((7.42, 51.52), (11.07, 49.39), (11.81, 53.80)),
+        }
+    ),
+}
+
+# NVIDIA's ModelOpt, examples/pruning of its repository (minitron_vs_puzzletron and puzzletron). It prints no perplexity.
+# Qwen3-8B (advanced_compression_experiments.md, section 1.1, ModelOpt 0.43.0): billions of parameters, then MMLU (5-shot),
+# HellaSwag (normalised by length) and GSM8K (flexible match). Both aim at 80 % of the model's memory, so parameters differ.
+# Distillation: tokens of WikiText-103 (1.6 million) or of Nemotron Post-Training v2 (1.9 billion).
+MODELOPT = {
+    "Qwen3-8B": {
+        "dense": (8.19, 0.7493, 0.7653, 0.8749),
+        "Minitron, 8 of 36 blocks removed": (6.65, 0.5084, 0.5295, 0.0114),
+        "Minitron, distilled on 1.6 million tokens": (6.65, 0.7302, 0.6166, 0.4761),
+        "Minitron, distilled on 1.9 billion tokens": (6.65, 0.7394, 0.6357, 0.7453),
+        "Puzzletron, widths of each block": (7.75, 0.5910, 0.6863, 0.5762),
+        "Puzzletron, distilled on 1.6 million tokens": (7.75, 0.6921, 0.7390, 0.7612),
+        "Puzzletron, distilled on 1.9 billion tokens": (7.75, 0.7186, 0.7381, 0.8378),
+    },
+    # puzzletron/Llama-3.1-8B-Instruct.md: MMLU alone, of a model of 50 % and one of 69 % of the size before (the latter on 100
+    # questions of each subject), distilled on WikiText-103 for 100 steps, which makes the better of the two worse.
+    "Llama-3.1-8B-Instruct": {
+        "dense": (0.6839,),
+        "Puzzletron to 69 %": (0.6626,),
+        "Puzzletron to 69 %, distilled": (0.6496,),
+        "Puzzletron to 50 %": (0.2316,),
+        "Puzzletron to 50 %, distilled": (0.2960,),
+    },
+}
