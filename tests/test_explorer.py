@@ -209,7 +209,7 @@ def test_every_choice_is_drawn_within_the_picture(everything, width):
         places = [float(dot.get("cx")) for dot in dots if dot is not None]
         assert places == sorted(places) or places == sorted(places, reverse=True), (model, axis, size)
         assert all(158 <= x <= width - 116 for x in places)
-        cut = [point["method"] for point in points if axis == "perplexity" and point["value"] > plots.TOP]
+        cut = [point["method"] for point in points if axis in ("perplexity", "c4") and point["value"] > plots.TOP]
         assert [point["method"] for point, dot in zip(points, dots, strict=True) if dot is None] == cut
         for point, dot in zip(points, dots, strict=True):
             hollow = point["removed"] is not None and abs(point["removed"] - float(size)) >= plots.NEAR

@@ -16,12 +16,16 @@ from pathlib import Path
 import pandas as pd
 
 from lib.papers.afr import PAPER
-from lib.suite import claims, destinations
+from lib.suite import claims, destinations, on_device
 from lib.suite.plots import NEAR, front_picture
 from lib.suite.results import RAW, markdown, write_atomically
 from lib.suite.standing import BEHIND, leaders
 
-SHOWN = {"workshop": "The two embedded models", "gemma-3-270m": "Gemma 3 270M"}  # profiles whose results are committed
+SHOWN = {  # profiles whose results are committed, those that a reader should see first in front
+    "smollm2-135m": "SmolLM2-135M",
+    "workshop": "The two embedded models",
+    "gemma-3-270m": "Gemma 3 270M",
+}
 PAPERS = {
     "slicegpt": "SliceGPT",
     "svd_llm": "SVD-LLM",
@@ -29,7 +33,12 @@ PAPERS = {
     "comp": "COMP",
     "compare": "All methods at equal size",
 }
-MODELS = {"wiki-a-llama": "wiki-a-llama", "wiki-a-opt": "wiki-a-opt", "gemma-3-270m": "Gemma 3 270M"}
+MODELS = {
+    "smollm2-135m": "SmolLM2-135M",
+    "wiki-a-llama": "wiki-a-llama",
+    "wiki-a-opt": "wiki-a-opt",
+    "gemma-3-270m": "Gemma 3 270M",
+}
 SIZES = (0.2, 0.5)  # of the columns of README.md
 BEGIN = "<!-- The lines from here to the next comment are written by `invoke reproduce`. -->"
 END = "<!-- End of the lines that `invoke reproduce` writes. -->"
@@ -85,15 +94,22 @@ def write_pages(root: Path) -> str:
     missing = [name for name in sources() if not (root / name).is_file()]
     if missing:
         return f"pages: left as they are, because {missing[0]} is missing"
-    front_picture(root / "results", SHOWN)
+    front_picture(root / "results", [profile for profile in SHOWN if len(sizes_of(root / "results", profile)) > 1])
     written = [name for name, text in pages(root).items() if _replace(root / name, text)]
     return f"pages: {' and '.join(written)} written from the tables" if written else "pages: up to date with the tables"
+
+
+def sizes_of(results: Path, profile: str) -> list[float]:
+    """The sizes that a comparison has; its curves need two."""
+    table = pd.read_csv(results / profile / "compare" / "tables" / "pareto.csv")
+    return sorted(table[table.method != "dense"]["size"].unique())
 
 
 def sources() -> list[str]:
     """The files that the pages are made of, as paths from the root of the project."""
     tables = [f"results/{profile}/compare/tables/pareto.csv" for profile in SHOWN]
-    tables += ["results/workshop/compare/tables/standing.csv"]
+    tables += [f"results/{profile}/compare/tables/standing.csv" for profile in ("smollm2-135m", "workshop")]
+    tables += ["results/smollm2-135m/compare/tables/device.csv"]
     tables += [f"results/workshop/{part.paper}/tables/perplexity.csv" for part in PARTS]
     return ["README.md", "lib/README.md", *tables, *(f"results/workshop/{paper}/{RAW}" for paper in claims.CLAIMS)]
 
@@ -131,7 +147,7 @@ def _replace(path: Path, text: str) -> bool:
 
 
 def equal_sizes(results: Path) -> str:
-    """Perplexity over that of the dense model for every method, at two real sizes of three models, and where it comes from.
+    """Perplexity over that of the dense model for every method, at two real sizes of all models, and where it comes from.
 
     Means over the draws where a comparison has drawn several; in bold what is not told apart from the lowest.
     """
@@ -140,20 +156,30 @@ def equal_sizes(results: Path) -> str:
     once = pd.concat([pd.read_csv(table / "pareto.csv") for table in tables])
     once = once[once["size"].isin(SIZES)].set_index(["method", "model", "size"])
     over = standing.set_index(["method", "model", "size"])
-    columns = [(model, size) for model in MODELS for size in SIZES]
     values = over.relative.combine_first(once.relative)
+    there = {key[1:] for key in values.index}
+    columns = [(model, size) for model in MODELS for size in SIZES if (model, size) in there]
     cells = pd.Series({key: _cell(value, key, once, over) for key, value in values.items()}).unstack([1, 2])[columns]
     order = values.unstack([1, 2])[columns[0]].sort_index().sort_values(kind="stable").index
     shown = cells.loc[order].fillna("n/a").reset_index(names="method")
     heads = {size: f"{100 * size:.0f} %" for size in SIZES}
-    shown.columns = ["method", *(f"{MODELS[m]}, {heads[s]}" if s == SIZES[0] else heads[s] for m, s in columns)]
-    source = " and ".join(f"`results/{profile}/compare/tables/pareto.csv`" for profile in SHOWN)
-    made = " and ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
+    first = {model: size for model, size in reversed(columns)}
+    shown.columns = ["method", *(f"{MODELS[m]}, {heads[s]}" if s == first[m] else heads[s] for m, s in columns)]
+    source = ", ".join(f"`results/{profile}/compare/tables/pareto.csv`" for profile in SHOWN)
+    made = ", ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
     said = [
         f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}."
         for (model, size), part in standing[standing["size"] == SIZES[0]].groupby(["model", "size"], sort=False)
     ]
+    said += [f"- In llama.cpp, {line}." for line in on_devices(results)]
     return f"{markdown(shown)}\n" + "\n".join(said) + f"\n\nFrom {source},\nmade by {made}.\n"
+
+
+def on_devices(results: Path) -> list[str]:
+    """Whether files of pruned models are the better deal, a line for each model of which files were run."""
+    tables = [results / profile / "compare" / "tables" / "device.csv" for profile in SHOWN]
+    rows = [pd.read_csv(table) for table in tables if table.is_file()]
+    return [on_device.headline(part.to_dict("records")) for table in rows for _, part in table.groupby("model", sort=False)]
 
 
 def _cell(value: float, key: tuple[str, str, float], once: pd.DataFrame, over: pd.DataFrame) -> str:
@@ -238,8 +264,8 @@ every measurement with the settings that identify it: the summed loss of each wi
 answered correctly and by what margin. `lib.evaluation.paired` makes intervals of them, and `invoke reproduce --reuse` starts
 from them where the code that computed them is unchanged. `invoke site` makes a website of the results.
 
-[Which claims of the papers are true here](claims.md) is judged from these files. What the methods do to Gemma 3 270M, and where
-that differs from the small models, is described in [`gemma-3-270m`](gemma-3-270m/README.md). The papers' own models are run with
+[Which claims of the papers are true here](claims.md) is judged from these files. What is particular to the real models is in
+[`smollm2-135m`](smollm2-135m/README.md) and [`gemma-3-270m`](gemma-3-270m/README.md). The papers' own models are run with
 the other [profiles](../notebooks/params/README.md).
 """
 
