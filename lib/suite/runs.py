@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import multiprocessing
 import os
 import posixpath
@@ -236,15 +237,19 @@ def tidy(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def local_state(parameters: dict) -> list[tuple[str, int, int]]:
-    """Name, size and time of every local file that a run would read: models and texts by path, the data directory."""
+def local_state(parameters: dict) -> str:
+    """A hash of name, size and time of every local file that a run would read: models and texts by path, the data directory.
+
+    A hash, because ledgers are committed, and where files lie is a fact about one machine.
+    """
     named = [os.environ.get("PARED_DATA_DIR", "")]
     for value in parameters.values():
         named += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
     files = []
     for path in (Path(name).expanduser() for name in named if os.sep in name or name.endswith(".txt")):
         files += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    found = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 def replace_folder(new: Path, old: Path) -> None:
