@@ -49,7 +49,7 @@ def test_the_process_ends_with_the_one_that_asked():
     """Killed in mid-measurement, it must leave nothing behind that waits for ever."""
     code = f"from lib.suite.pruning_memory import measure\nif __name__ == '__main__':\n    measure('afr', 0.2, {SHAPE}, 32, 64)"
     asking = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    deadline = time.time() + 60
+    deadline = time.time() + 300  # seconds: on a busy machine the imports alone take one minute
     while len(in_session(asking.pid)) < 4 and time.time() < deadline:  # itself, resource tracker, server, worker
         time.sleep(0.1)
     assert len(in_session(asking.pid)) >= 4
