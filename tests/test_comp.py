@@ -120,8 +120,9 @@ def test_impossible_ratios_are_refused_before_any_work():
 
 
 def test_a_normalised_ffn_output_is_refused_unless_the_reference_is_its_own():
-    with pytest.raises(ValueError, match="reference='same input'"):
-        comp.prune(tiny("gemma3_text"), token_ids(), 0.2)
+    for reference in ("residual", "teacher"):
+        with pytest.raises(ValueError, match="reference='same input'"):
+            comp.prune(tiny("gemma3_text"), token_ids(), 0.2, Settings(reference=reference))
 
 
 # --- one block ------------------------------------------------------------------------------------------------------------
@@ -363,11 +364,9 @@ def test_reported_errors_are_those_of_the_two_streams(family, reference, rho):
             for name in (*mlp.readers, mlp.writer):
                 Anatomy(uncut).blocks[i].set_submodule(name, Anatomy(model).blocks[dense].get_submodule(name))
             wanted = streams(uncut, ids)[1][i]
-        lost = (own_s[i] - wanted)[:, 1:].square().sum()  # each sequence's first token is left out
+        lost = (own_s[i] - wanted).square().sum()
         bias = Anatomy(model).blocks[dense].get_submodule(Anatomy(model).family.mlp.writer).bias
-        energy = (
-            (wanted if bias is None else wanted - bias.detach())[:, 1:].square().sum()
-        )  # the multipliers do not reach the bias
+        energy = (wanted if bias is None else wanted - bias.detach()).square().sum()  # the multipliers do not reach the bias
         assert result.error == pytest.approx(float(lost / energy), rel=1e-8)
 
 
@@ -501,18 +500,33 @@ def test_batches_do_not_matter_nor_repeated_sequences(batches_of):
     same(comp.prune(model, token_ids().repeat(2, 1), 0.3)[1], whole)
 
 
-@pytest.mark.parametrize("drop_first", [True, False])
-@pytest.mark.parametrize("length", [1, 6])
-def test_the_first_token_of_every_sequence_is_left_out_unless_it_is_the_only_one(drop_first, length):
-    stream = ResidualStream(tiny("llama"), token_ids(3, length), batch=2)
+def test_every_token_counts_alike():
+    stream = ResidualStream(tiny("llama"), token_ids(3, 6), batch=2)
     anatomy, block = stream.anatomy, stream.anatomy.blocks[0]
-    pairs = [comp.Pair(batch) for batch in stream.inputs(0)]
-    found = comp.block_system(block, anatomy.family, pairs, Settings(reference="same input", drop_first=drop_first))
+    found = comp.block_system(block, anatomy.family, map(comp.Pair, stream.inputs(0)), Settings())
     with inputs_of(block.mlp.down_proj) as seen, torch.no_grad():
         block(stream.hidden, **next(iter(ResidualStream(anatomy.model, stream.ids, batch=3).inputs(0))).kwargs)
-    x = seen[0][:, 1 if drop_first and length > 1 else 0 :].flatten(0, 1)
+    x = seen[0].flatten(0, 1)
     w = block.mlp.down_proj.weight.detach()
     assert relative(found.h, (x.T @ x / len(x)) * (w.T @ w)) < 1e-10
+
+
+def test_a_neuron_that_works_on_first_tokens_alone_stays():
+    """Trained models have such neurons: they make the massive activations that all later tokens attend to."""
+    model = tiny("llama")
+    block, ids = model.model.layers[0], token_ids()
+    ids[:, 0], ids[:, 1:] = 0, ids[:, 1:].clamp(min=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0  # one direction of the stream belongs to token 0
+        model.model.embed_tokens.weight[0] = 0
+        model.model.embed_tokens.weight[0, 0] = 1
+        block.self_attn.o_proj.weight.zero_()
+        for part in (block.mlp.gate_proj, block.mlp.up_proj):
+            part.weight[7] = 0
+            part.weight[7, 0] = 10
+    report = comp.prune(model, ids, 0.35, Settings(rho=0.0, allocation="uniform"))[1]
+    assert 7 in report.results[0].keep
+    assert report.results[0].removed > model.config.intermediate_size / 2
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -72,8 +72,7 @@ class Settings:
     tune: bool = True
     variance_bound: float = 0.1  # of the multipliers of a block; infinity switches the check off
     checks: int = 8  # of the variance, per block
-    reference: str = "residual"  # teacher's output with the residual's error repaired; or: teacher, same input
-    drop_first: bool = True  # leave each sequence's first token, whose activations are massive, out of the sums
+    reference: str = "same input"  # the block's own output; or: teacher (the dense model's), residual (and its stream repaired)
     rounds: int = 4
     precision: str = "float64"  # of the n x n matrices; or: float32
     seed: int = 0  # of the random control
@@ -280,17 +279,19 @@ def block_system(
     run: the step from the student's stream in `pairs` to the block's output, the FFN alone where attention has been added.
     The wanted output is Y_T + R_T - R_S (`residual`), Y_T (`teacher`), or the block's own output (`same input`): T is
     the dense model on its own stream, S the pruned one, Y the FFN's output, R the residual that it is added to.
+
+    Every token counts alike, the first of a sequence too: in trained models its activations are massive, all later tokens attend
+    to it, and the one or two neurons that make them must look as indispensable as they are.
     """
     sums = Sums(block.get_submodule(family.mlp.writer).weight.T, precision=getattr(torch, settings.precision))
     for batch, wanted_output, wanted_ffn in pairs:
         output, x, y = run_seeing(run, block, family, batch, family.mlp.writer)
-        counted = slice(1 if settings.drop_first and x.shape[1] > 1 else 0, None)  # tokens
         beyond = None
         if settings.reference == "residual":  # Y_T + R_T is the dense block's output, Y + R_S the pruned prefix's
             beyond = wanted_output - output
         elif settings.reference == "teacher":
             beyond = wanted_ffn - y
-        sums.add(x[:, counted].flatten(0, 1), None if beyond is None else beyond[:, counted].flatten(0, 1))
+        sums.add(x.flatten(0, 1), None if beyond is None else beyond.flatten(0, 1))
     return sums.system(keep_gram=settings.metric == "C1-G")
 
 
@@ -613,9 +614,10 @@ def _prune(
 
 
 class CompWalk(Walk):
-    """COMP's rounds over the blocks that stay: a copy of the dense model that is pruned in place, and two streams.
+    """COMP's rounds over the blocks that stay: a copy of the dense model that is pruned in place, with one or two streams.
 
-    The student's stream is that of the copy, the teacher's that of the dense model. One block of each is in memory at a time.
+    The student's stream is that of the copy; the teacher's, which some references need, that of the dense model. One block of
+    each is in memory at a time.
     """
 
     def __init__(self, model: nn.Module, ids: torch.Tensor, plan: Plan, settings: Settings, batch: int | None = None):

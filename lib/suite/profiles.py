@@ -164,7 +164,7 @@ NOTEBOOKS = {
         _of("comp"),
         "accuracy",
         _masks_and_adapters,
-        passes=lambda p, made: 2 * made,  # COMP's own take three: layer scores, then teacher and student
+        passes=lambda p, made: 2 * made,  # COMP's own: layer scores, then its stream; trials on half of the text come on top
     ),
 }
 
