@@ -1,8 +1,9 @@
-"""Recovery fine-tuning: train low-rank adapters (LoRA) on a compressed model and merge them into its weights.
+"""Recovery fine-tuning: train a compressed model, by low-rank adapters (LoRA) that are merged into its weights or as a whole.
 
 A linear layer y = W x becomes y = W x + (α/r) B A x with W frozen, A [r, in] random and B [out, r] zero, so training
 starts at the compressed model. Afterwards W + (α/r) B A is one matrix of the old shape: the model is no larger than before.
-SliceGPT trains all linear layers of the blocks at once; SVD-LLM its left factors, then its right ones.
+SliceGPT trains all linear layers of the blocks at once; SVD-LLM its left factors, then its right ones. What is minimised is the
+next-token loss, or the distance from the dense model (`lib.primitives.distillation`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,7 +33,7 @@ MAX_NORM = 1.0  # of the gradient; default of the trainer that the released scri
 class LoRA:
     """Settings of one recovery run; the defaults are those published for SliceGPT. Raises ValueError for impossible ones."""
 
-    rank: int = 32  # paper
+    rank: int | None = 32  # paper; None: no adapters, the layers' own weights are trained
     alpha: float = 10  # paper; the adapters are scaled by alpha / rank
     dropout: float = 0.05  # README of the released code; on the input of the adapters
     lr: float = 2e-4  # this line and the next two: defaults of the released script
@@ -85,6 +88,8 @@ def recover(
     validation: torch.Tensor | None = None,
     progress: Callable[[str], None] | None = None,
     inplace: bool = False,
+    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    state: Path | None = None,
 ) -> Recovered:
     """Fine-tune a compressed model on text so that it recovers some of its loss, without growing by a single weight.
 
@@ -94,7 +99,11 @@ def recover(
     without a new lowest. The model given is left alone, or gets the merged weights with `inplace`; tensors shared with other
     models are never written to. The result depends on the seed alone, and the caller's random state is not touched.
 
-    Raises ValueError before any work for ids, targets or settings that do not fit the model; later if the loss is not finite.
+    loss: of the model on ids [b, length], a scalar; None: the mean next-token loss. state: a file in which the run notes where it
+    is at every evaluation; a run that finds one goes on from there, with the same result, and removes it at its end.
+
+    Raises ValueError before any work for ids, targets or settings that do not fit the model, and for a state of another run;
+    later if the loss is not finite.
     Source: SliceGPT, recovery fine-tuning, and its released script.
     """
     names = linear_layers(model, targets)
@@ -103,10 +112,13 @@ def recover(
         if blocks.shape[1] < 2:
             raise ValueError("sequences of 1 token have no next token to predict: use longer ones")
     steps = settings.planned_steps(len(ids))
+    if settings.rank is None and model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"weights in {model.dtype} are too coarse to be trained: load the model in float32, or give LoRA a rank")
+    run = Training(settings, steps, loss or mean_loss, state, progress)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(settings.seed)
         adapted = with_adapters(model, names, settings)
-        history, step = _train(adapted, ids, settings, steps, validation, progress)
+        history, step = run.train(adapted, ids, validation)
     recovered = (model if inplace else shell(model)).eval()
     merge(adapted, names, recovered)
     return Recovered(recovered, history, step)
@@ -145,18 +157,17 @@ def with_adapters(model: nn.Module, names: Sequence[str], settings: LoRA) -> nn.
     """A copy of the model for training: new adapters on the layers `names`, everything else frozen and shared in memory.
 
     Adapters are at least float32, whatever the dtype of the model. A starts random (from torch's global generator), B zero.
+    Without a rank the layers have new weights instead, equal to the old ones, which can be trained.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
-    from peft.functional import cast_adapter_dtype
-
     # New parameters over the same memory: those of the given model must stay trainable.
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     adapted = copy.deepcopy(model, frozen | {id(buffer): buffer for buffer in model.buffers()})
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(names), bias="none"
-    )
-    adapted = inject_adapter_in_model(config, adapted)
-    cast_adapter_dtype(adapted, "default")  # half precision to float32
+    if settings.rank is None:
+        for name in names:
+            layer = adapted.get_submodule(name)
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+    else:
+        adapted = _with_low_rank(adapted, names, settings)
     if settings.gradient_checkpointing:
         # Not reentrant, because a sliced block passes its residual from norm to writer outside of the arguments.
         for block in Anatomy(adapted).blocks:
@@ -164,15 +175,30 @@ def with_adapters(model: nn.Module, names: Sequence[str], settings: LoRA) -> nn.
     return adapted
 
 
+def _with_low_rank(model: nn.Module, names: Sequence[str], settings: LoRA) -> nn.Module:
+    """The model itself with adapters on the layers `names`."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+    from peft.functional import cast_adapter_dtype
+
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(names), bias="none"
+    )
+    adapted = inject_adapter_in_model(config, model)
+    cast_adapter_dtype(adapted, "default")  # half precision to float32
+    return adapted
+
+
 @torch.no_grad()
 def merge(adapted: nn.Module, names: Sequence[str], into: nn.Module) -> None:
-    """Give the layers `names` of `into` the weights W + (α/r) B A of `adapted`, summed in float64 and cast once.
+    """Give the layers `names` of `into` the weights W + (α/r) B A of `adapted`, summed in float64 and cast once, or its own.
 
     The weights are new parameters; the adapted layers are dropped one by one, so that no layer is held twice for long.
     """
     for name in names:
         layer, old = adapted.get_submodule(name), into.get_submodule(name).weight
-        weight = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
+        weight = layer.weight
+        if hasattr(layer, "get_delta_weight"):
+            weight = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
         into.get_submodule(name).weight = parameter(weight, like=old).requires_grad_(old.requires_grad)
         adapted.set_submodule(name, nn.Identity())
 
@@ -186,53 +212,116 @@ def rate(step: int, warmup: int, steps: int) -> float:
     return min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
 
 
-def _train(
-    adapted: nn.Module,
-    ids: torch.Tensor,
-    settings: LoRA,
-    steps: int,
-    validation: torch.Tensor | None,
-    progress: Callable[[str], None] | None,
-) -> tuple[list[dict], int]:
-    """Train the adapters in place, ending with the best ones; returns the history and the step that they are from."""
-    adapters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.warmup, steps))
-    batches = _batches(ids, settings)
-    history, losses = [], []
-    best_loss, best_step, best, stale = math.inf, steps, [], 0
-    for step in range(steps + 1):
-        # 1. Every few steps: note the losses, keep the best adapters, stop without progress.
-        due = step % settings.evaluate_every == 0 or step == steps
-        if due and (losses or validation is not None):
-            row = {"step": step, "train_loss": sum(losses) / len(losses) if losses else None, "validation_loss": None}
-            losses = []
-            if validation is not None:
-                loss = row["validation_loss"] = _mean_loss(adapted, validation, settings.batch)
-                _checked(loss, "validation loss", step, settings)
-                stale += 1
-                if loss < best_loss:
-                    best_loss, best_step, best, stale = loss, step, [p.detach().clone() for p in adapters], 0
-            history.append(row)
-            if progress:
-                progress(f"recovery step {step} of {steps}: {_in_words(row)}")
-            if step == steps or stale == settings.patience:
+@dataclass
+class Training:
+    """One run over `steps` steps: what it minimises, where it notes how far it is, and what it has reached so far."""
+
+    settings: LoRA
+    steps: int
+    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    state: Path | None = None
+    progress: Callable[[str], None] | None = None
+    history: list[dict] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # since the last row of the history
+    best_loss: float = math.inf
+    best_step: int | None = None
+    best: list[torch.Tensor] = field(default_factory=list)
+    stale: int = 0  # evaluations since the best one
+
+    def train(self, adapted: nn.Module, ids: torch.Tensor, validation: torch.Tensor | None) -> tuple[list[dict], int]:
+        """Train the adapters in place, ending with the best ones; returns the history and the step that they are from."""
+        settings = self.settings
+        adapters = [p for p in adapted.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(adapters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.warmup, self.steps))
+        parts = {"optimizer": optimizer, "schedule": schedule}
+        begun = self._resume(adapters, parts, ids)
+        batches = islice(_batches(ids, settings), begun, None)
+        for step in range(begun, self.steps + 1):
+            # 1. Every few steps: note the losses, keep the best adapters, stop without progress.
+            due = step % settings.evaluate_every == 0 or step == self.steps
+            if due and (self.losses or validation is not None) and not (step == begun and self.history):
+                self._look(adapted, adapters, validation, step)
+            if step == self.steps or self.stale == settings.patience:
                 break
-        # 2. One step of training.
-        adapted.train()
-        loss = mean_loss(adapted, next(batches).to(adapters[0].device))
-        losses.append(_checked(loss.item(), "loss", step, settings))
-        optimizer.zero_grad()
-        loss.backward()
-        _checked(nn.utils.clip_grad_norm_(adapters, MAX_NORM).item(), "gradient's norm", step, settings)
-        optimizer.step()
-        schedule.step()
-    # 3. Back to the best adapters.
-    if best:
-        with torch.no_grad():
-            for adapter, value in zip(adapters, best, strict=True):
-                adapter.copy_(value)
-    return history, best_step
+            if due and self.state and step > begun:
+                self._note(step, adapters, parts, ids)
+            # 2. One step of training.
+            adapted.train()
+            loss = self.loss(adapted, next(batches).to(adapters[0].device))
+            self.losses.append(_checked(loss.item(), "loss", step, settings))
+            optimizer.zero_grad()
+            loss.backward()
+            _checked(nn.utils.clip_grad_norm_(adapters, MAX_NORM).item(), "gradient's norm", step, settings)
+            optimizer.step()
+            schedule.step()
+        # 3. Back to the best adapters.
+        if self.best:
+            _set(adapters, self.best)
+        if self.state:
+            self.state.unlink(missing_ok=True)
+        return self.history, self.steps if self.best_step is None else self.best_step
+
+    def _look(self, adapted: nn.Module, adapters: list[nn.Parameter], validation: torch.Tensor | None, step: int) -> None:
+        """A row of the history, and the adapters themselves where they are the best so far."""
+        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        row, self.losses = {"step": step, "train_loss": mean, "validation_loss": None}, []
+        if validation is not None:
+            loss = row["validation_loss"] = self._validation_loss(adapted, validation)
+            _checked(loss, "validation loss", step, self.settings)
+            self.stale += 1
+            if loss < self.best_loss:
+                self.best_loss, self.best_step, self.stale = loss, step, 0
+                self.best = [p.detach().clone() for p in adapters]
+        self.history.append(row)
+        if self.progress:
+            self.progress(f"recovery step {step} of {self.steps}: {_in_words(row)}")
+
+    @torch.no_grad()
+    def _validation_loss(self, adapted: nn.Module, ids: torch.Tensor) -> float:
+        adapted.eval()
+        device = next(adapted.parameters()).device
+        parts = ids.split(self.settings.batch)
+        return sum(self.loss(adapted, part.to(device)).item() * len(part) for part in parts) / len(ids)
+
+    def _same(self, adapters: list[nn.Parameter], ids: torch.Tensor) -> dict:
+        """What must be equal for a run to go on where another stopped."""
+        shapes = [tuple(p.shape) for p in adapters]
+        return {"settings": self.settings.record(), "steps": self.steps, "shapes": shapes, "ids": ids.cpu()}
+
+    def _note(self, step: int, adapters: list[nn.Parameter], parts: dict, ids: torch.Tensor) -> None:
+        """Write where the run is, in one piece: a run that is killed while it writes leaves the last state."""
+        reached = {name: getattr(self, name) for name in REACHED}
+        saved = {"of": self._same(adapters, ids), "step": step, "reached": reached, "random": torch.get_rng_state()}
+        saved |= {"adapters": [p.detach() for p in adapters], **{name: part.state_dict() for name, part in parts.items()}}
+        new = self.state.with_name(self.state.name + ".new")
+        torch.save(saved, new)
+        new.replace(self.state)
+
+    def _resume(self, adapters: list[nn.Parameter], parts: dict, ids: torch.Tensor) -> int:
+        """The step at which to begin: that of the state, which is taken over, or 0 without one."""
+        if self.state is None or not self.state.exists():
+            return 0
+        saved, own = torch.load(self.state, weights_only=True), self._same(adapters, ids)
+        same_ids = torch.equal(saved["of"].pop("ids"), own.pop("ids"))
+        if not same_ids or saved["of"] != own:
+            raise ValueError(f"{self.state} is of a run with other text, settings or layers: remove it, or name another file")
+        for name, value in saved["reached"].items():
+            setattr(self, name, value)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        _set(adapters, saved["adapters"])
+        torch.set_rng_state(saved["random"])
+        return saved["step"]
+
+
+REACHED = ("history", "losses", "best_loss", "best_step", "best", "stale")
+
+
+@torch.no_grad()
+def _set(adapters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+    for adapter, value in zip(adapters, values, strict=True):
+        adapter.copy_(value)
 
 
 def _batches(ids: torch.Tensor, settings: LoRA) -> Iterator[torch.Tensor]:
@@ -240,13 +329,6 @@ def _batches(ids: torch.Tensor, settings: LoRA) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
         yield from ids[torch.randperm(len(ids), generator=generator)].split(settings.batch)
-
-
-@torch.no_grad()
-def _mean_loss(adapted: nn.Module, ids: torch.Tensor, batch: int) -> float:
-    adapted.eval()
-    device = next(adapted.parameters()).device
-    return sum(mean_loss(adapted, part.to(device)).item() * len(part) for part in ids.split(batch)) / len(ids)
 
 
 def _checked(value: float, what: str, step: int, settings: LoRA) -> float:
