@@ -299,6 +299,20 @@ COSTS = [("COMP", 2.0, 90.0), ("CFSP", 1.0, 30.0), ("SVD", 0.5, None), (CHANCE, 
 COST = pd.DataFrame(COSTS, columns=["method", "seconds_a", "peak_mb"])
 TIMES = {"COMP": 1.1, "CFSP": 1.2, "SVD": 2.5, CHANCE: 1.5, "FPT": 1.15}
 TIMES = {method: {"times_dense": value, "low": value - 0.05, "high": value + 0.05} for method, value in TIMES.items()}
+HEALED = [
+    {
+        "model": model,
+        "method": method,
+        "learns_from": aim,
+        "before": before,
+        "after": after,
+        "low": 0.95 * after,
+        "high": 1.1 * after,
+    }
+    for model in ("a", "b")
+    for method, before, aims in (("CFSP", 2.5, (1.5, 1.4)), ("SVD-LLM (W)", 11.0, (3.0, 2.8)))
+    for aim, after in zip(plots.AIMS, aims, strict=True)
+]
 PRINTED = {
     method: {R: value / published.SVD_LLM_TABLE_1_DENSE for R, value in row.items()}
     for method, row in published.SVD_LLM_TABLE_1.items()
@@ -328,6 +342,7 @@ MADE = {
     "size": (plots.size_figure, crowd()),
     "speed": (plots.speed_figure, committed("compare", "latency")),
     "cost": (plots.cost_figure, COST, TIMES, "a"),
+    "healing": (plots.healing_figure, pd.DataFrame(HEALED), 0.5),
 }
 
 
@@ -386,7 +401,7 @@ def test_names_in_a_panel_do_not_overlap(name):
         assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
-LOGARITHMIC = {"layouts", "calibration", "ratio", "aggregation", "importance", "diagnostics", "size", "cost"}
+LOGARITHMIC = {"layouts", "calibration", "ratio", "aggregation", "importance", "diagnostics", "size", "cost", "healing"}
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -888,6 +888,36 @@ def cost_figure(table: pd.DataFrame, measured: Mapping[str, Mapping[str, float]]
     return figure
 
 
+AIMS = {"next token": {"marker": "s", "mfc": "white"}, "dense model": {"marker": "o"}}  # what a compressed model can learn from
+
+
+def healing_figure(table: pd.DataFrame, size: float) -> Figure:
+    """Perplexity before and after a little training, by what the models learnt from. table: rows of `healing`, at one size."""
+    models = list(table.model.unique())
+    figure, panels = column(len(models), 0.42 * table.groupby("model").method.nunique().max() + 0.5, sharex=True)
+    for panel, model in zip(panels, models, strict=True):
+        part = table[table.model == model].pivot(index="method", columns="learns_from").sort_values(("before", "dense model"))
+        for place, method in enumerate(part.index):
+            own, color = part.loc[method], style_of(method).color
+            panel.hlines(place, own["after"].min(), own["before"].max(), color=color, lw=1, alpha=0.5)
+            panel.plot(own["before"].max(), place, "|", color=color, ms=14, mew=2)
+            for aim, looks in AIMS.items():
+                value = own[("after", aim)]
+                spread = [[value - own[("low", aim)]], [own[("high", aim)] - value]]
+                panel.errorbar(value, place, xerr=spread, color=color, ms=7, capsize=3, **looks)
+        panel.set(xscale="log", title=model, ylim=(len(part) - 0.4, -0.6))
+        panel.set_yticks(range(len(part)), part.index)
+        plain_numbers(panel.xaxis, (1, 1.5, 2, 3, 5, 7))
+    panels[-1].set_xlabel("perplexity, times dense")
+    names = {"before": {"marker": "|", "mew": 2}, **{f"from the {aim}": looks for aim, looks in AIMS.items()}}
+    handles = [Line2D([], [], color=INK, ls="", ms=8, label=name, **looks) for name, looks in names.items()]
+    figure.legend(handles=handles, ncols=3, loc="outside lower center", frameon=False)
+    spans = table.groupby("model", sort=False).agg({"before": ["min", "max"], "after": ["min", "max"]})
+    said = [f"{a:.1f} to {b:.1f} become {c:.1f} to {d:.1f} ({model})" for model, a, b, c, d in spans.itertuples()]
+    headline(figure, f"After a little training at {percent(size)}, times dense: {', '.join(said)}")
+    return figure
+
+
 def front_picture(results: Path, profiles: Iterable[str]) -> list[Path]:
     """Draw the comparisons of some profiles as `figures/size.svg` and `.png` of the results folder."""
     tables = [pd.read_csv(Path(results) / profile / "compare" / "tables" / "pareto.csv") for profile in profiles]

@@ -8,6 +8,7 @@ from lib.evaluation.paired import Interval, common_ratio, envelope, holm
 
 FIRST, LEVEL, BEHIND = "first", "level", "behind"
 SIGNIFICANT = 0.05
+ENOUGH = 3  # draws of the calibration text: with fewer, another one could change who leads
 
 
 def paired(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
@@ -52,4 +53,7 @@ def leaders(rows: Sequence[dict]) -> str:
     first, *others = rows
     level = [row["method"] for row in others if row["standing"] == LEVEL]
     value = f"{first['relative']:.3f} times dense [{first['low']:.3f}, {first['high']:.3f}]"
-    return f"{first['method']} has the lowest perplexity, {value}; level with it: {', '.join(level) or 'none'}"
+    found = f"{first['method']} has the lowest perplexity, {value}; level with it: {', '.join(level) or 'none'}"
+    draws = max(row["draws"] for row in rows)
+    few = "one draw" if draws == 1 else f"{draws} draws"
+    return found if draws >= ENOUGH else f"{found} ({few} of the calibration text, so this is no ranking yet)"
