@@ -451,6 +451,49 @@ def choose(
     print(outcome(found))
 
 
+@task(
+    help={
+        "model": "the compressed model to train: a folder of compress, or any name that it takes",
+        "out": "new folder for the trained model",
+        "dense": "the model that it was made from: learn what it says at every position, instead of the next token of the text",
+        "corpus": "text to read: wiki-a, wikitext2, ptb, c4, alpaca, or a .txt file",
+        "tokens": "tokens to read, once",
+        "length": "tokens per sequence",
+        "all-weights": "train all weights of the linear layers, not adapters of rank 32; needs float32 and more memory",
+        "lr": "learning rate",
+        "batch": "sequences a step",
+        "share": "with --dense: share of its divergence in the loss, the rest is the next-token loss",
+        "dtype": DTYPE,
+        "data-dir": "folder with benchmark and calibration files, used instead of the hub",
+    }
+)
+def heal(
+    c, model, out, dense="", corpus="wiki-a", tokens=200_000, length=256, all_weights=False, lr=1e-3, batch=8, share=1.0, seed=0,
+    device="cpu", dtype="", data_dir="",
+):  # fmt: skip
+    """Train a compressed model a little, so that some of its loss comes back; continues where it was stopped."""
+    from lib.evaluation.text import Calibration
+    from lib.heal import heal as train
+    from lib.primitives.distillation import Distillation
+    from lib.primitives.finetune import LoRA
+
+    at_least(2, length=length)
+    at_least(1, tokens=tokens, batch=batch)
+    samples = -(-tokens // length)
+    steps = -(-samples // batch)
+
+    def work():
+        use_data_dir(data_dir)
+        usual = {"dropout": 0.0, "warmup": min(10, steps // 10), "evaluate_every": max(1, steps // 20)}
+        settings = LoRA(rank=None if all_weights else 32, lr=lr, batch=batch, seed=seed, **usual)
+        aim = Distillation(share) if dense else None
+        return train(model, out, Calibration(corpus, samples, length, seed), settings, dense, aim, device, dtype or None)
+
+    row = checked(work)
+    what = f"divergence from {dense}" if dense and share == 1 else "loss"
+    print(f"{what} on held-out text: {row['before']:.4f} to {row['after']:.4f} nats a token; step {row['step']} saved in {out}")
+
+
 @task
 def methods(c):
     """List the methods: what each removes, what it needs, whose it is, and where its output can be loaded."""

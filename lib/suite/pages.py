@@ -168,16 +168,11 @@ def equal_sizes(results: Path) -> str:
     source = ", ".join(f"`results/{profile}/compare/tables/pareto.csv`" for profile in SHOWN)
     made = ", ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
     said = [
-        f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}{alone(part)}."
+        f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}."
         for (model, size), part in standing[standing["size"] == SIZES[0]].groupby(["model", "size"], sort=False)
     ]
     said += [f"- In llama.cpp, {line}." for line in on_devices(results)]
     return f"{markdown(shown)}\n" + "\n".join(said) + f"\n\nFrom {source},\nmade by {made}.\n"
-
-
-def alone(part: pd.DataFrame) -> str:
-    """What a comparison over a single calibration set cannot say."""
-    return " (over the windows of one calibration set: another may differ)" if part.draws.max() == 1 else ""
 
 
 def on_devices(results: Path) -> list[str]:

@@ -56,4 +56,4 @@ def leaders(rows: Sequence[dict]) -> str:
     found = f"{first['method']} has the lowest perplexity, {value}; level with it: {', '.join(level) or 'none'}"
     draws = max(row["draws"] for row in rows)
     few = "one draw" if draws == 1 else f"{draws} draws"
-    return found if draws >= ENOUGH else f"{found} ({few} of the calibration text, so this is no ranking yet)"
+    return found if draws >= ENOUGH else f"{found} (over the windows of {few} of the calibration text: another may differ)"
