@@ -65,6 +65,9 @@ def test_standings_tell_ahead_from_level():
     assert (rows[1]["standing"], standing["worse"], standing["sometimes worse"]) == (LEVEL, BEHIND, LEVEL)
     assert rows[0]["relative"] == pytest.approx(math.exp(0.1), rel=0.01)
     assert leaders(rows).endswith(f"level with it: {rows[1]['method']}, sometimes worse")
+    for count, words in ((1, "one draw"), (2, "2 draws")):
+        few = standings(cell(0.0, noise=0), {method: found[:count] for method, found in cells.items()})
+        assert leaders(few).endswith(f" (over the windows of {words} of the calibration text: another may differ)")
 
 
 def test_many_null_pairs_are_level_after_holm():
