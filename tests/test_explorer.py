@@ -162,10 +162,23 @@ def test_whatever_tables_and_columns_there_are_are_shown(tmp_path):
     second = {"c4_perplexity": 30, "c4_times_dense": 1.25, "c4_low": 1.2, "c4_high": 1.3}
     rows = [swept("dense", 0.0, 1.0, **second), swept("A", 0.2, 1.5, **second), swept("B", 0.2, math.inf), swept("A", 0.5, 3.0)]
     says = [{"model": "m", "method": "A", "ratio": 0.2, "times_dense": 1.5, "says": "and the <b>sea</b>"}]
-    full = comparison(tmp_path / "full", pareto=rows, says=says)
+    healing = [
+        {
+            "model": "m",
+            "method": "A",
+            "size": 0.5,
+            "learns_from": aim,
+            "before": 3.0,
+            "after": after,
+            "low": after - 0.1,
+            "high": 2.5,
+        }
+        for aim, after in (("next token", 2.0), ("dense model", 1.8))
+    ]
+    full = comparison(tmp_path / "full", pareto=rows, says=says, healing=healing)
     tables = explorer.script({"bare": bare, "full": full, "none": comparison(tmp_path / "none")})
     found = run(tables, "modelsOf(SUITE).map(({ id }) => [id, choice(SUITE, { model: id }).axes])")
-    assert found == [["bare/m", ["perplexity", "kept"]], ["full/m", ["perplexity", "kept", "c4"]]]
+    assert found == [["bare/m", ["perplexity", "kept"]], ["full/m", ["perplexity", "healed", "distilled", "kept", "c4"]]]
     ask = "pointsOf(SUITE, choice(SUITE, { model: 'full/m', axis: 'c4' }))"
     assert run(tables, ask)["missing"] == ["B"]
     [point] = run(tables, ask)["points"]
@@ -173,6 +186,11 @@ def test_whatever_tables_and_columns_there_are_are_shown(tmp_path):
     assert point["says"] == "and the <b>sea</b>"
     assert "&lt;b&gt;sea" in run(tables, f"tableRow({ask}.points[0], MEASURES.perplexity)")
     assert run(tables, "choice(SUITE, { model: 'full/m', axis: 'c4', size: 0.5 }).sizes") == [0.2]
+    for axis, value in (("healed", 2.0), ("distilled", 1.8)):
+        chosen = f"choice(SUITE, {{ model: 'full/m', axis: '{axis}' }})"
+        assert run(tables, f"{chosen}.sizes") == [0.5]
+        [point] = run(tables, f"pointsOf(SUITE, {chosen})")["points"]
+        assert (point["method"], point["value"], point["low"], point["high"]) == ("A", value, value - 0.1, 2.5)
     drawn = run(tables, draw("choice(SUITE, { model: 'full/m', size: 0.2 })"))
     assert len(list(ElementTree.fromstring(drawn).iter(SVG + "path"))) == 1, "an infinite perplexity is an arrow at the edge"
 

@@ -75,6 +75,14 @@ const second = (name) => (profile, model, size) =>
       .map((row) => [row.method, { value: row[`${name}_times_dense`], low: row[`${name}_low`], high: row[`${name}_high`], interval: "95 %, windows" }])
   );
 
+// Perplexity after a little training, by what the models learnt from.
+const trained = (aim) => (profile, model, size) =>
+  Object.fromEntries(
+    about(profile, "healing", model, size)
+      .filter((row) => row.learns_from === aim)
+      .map((row) => [row.method, { value: row.after, low: row.low, high: row.high, interval: "95 %, windows" }])
+  );
+
 function kept(profile, model, size) {
   const dense = rowsOf(profile, "pareto").find((row) => row.model === model && row.method === "dense");
   return Object.fromEntries(about(profile, "pareto", model, size).filter((row) => dense && is(row.params)).map((row) => [row.method, { value: row.params / dense.params }]));
@@ -93,6 +101,8 @@ function denseAccuracy(profile, model) {
 // cut: values above SUITE.top are drawn at the edge. dense: where the dense model is.
 const MEASURES = {
   perplexity: { name: "perplexity", unit: "times dense", tables: ["pareto", "standing", "seeds"], read: perplexity, best: "low", log: true, cut: true, dense: () => 1 },
+  healed: { name: "perplexity after a little training on text", unit: "times dense", tables: ["healing"], read: trained("next token"), best: "low", log: true, cut: true, dense: () => 1 },
+  distilled: { name: "perplexity after learning from the dense model", unit: "times dense", tables: ["healing"], read: trained("dense model"), best: "low", log: true, cut: true, dense: () => 1 },
   accuracy: { name: "zero-shot accuracy", unit: "%", tables: ["other_measures"], read: accuracy, best: "high", dense: denseAccuracy },
   kl: { name: "KL divergence from dense", unit: "nats", tables: ["other_measures"], read: column("other_measures", "kl"), best: "low", dense: () => 0 },
   top: { name: "share of equal top tokens", unit: "%", tables: ["other_measures"], read: column("other_measures", "same_top"), best: "high", dense: () => 1 },
