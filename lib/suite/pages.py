@@ -108,7 +108,8 @@ def sizes_of(results: Path, profile: str) -> list[float]:
 def sources() -> list[str]:
     """The files that the pages are made of, as paths from the root of the project."""
     tables = [f"results/{profile}/compare/tables/pareto.csv" for profile in SHOWN]
-    tables += [f"results/{p}/compare/tables/{table}.csv" for p in ("smollm2-135m", "workshop") for table in ("standing", "device")]
+    for profile in ("smollm2-135m", "workshop"):
+        tables += [f"results/{profile}/compare/tables/{table}.csv" for table in ("standing", "device")]
     tables += [f"results/workshop/{part.paper}/tables/perplexity.csv" for part in PARTS]
     return ["README.md", "lib/README.md", *tables, *(f"results/workshop/{paper}/{RAW}" for paper in claims.CLAIMS)]
 

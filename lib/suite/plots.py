@@ -310,10 +310,10 @@ def message(table: pd.DataFrame) -> str:
     return f"With {100 * table['size'].max():.0f} % of the decoder removed, perplexity is lowest for {found}"
 
 
-def highlighted(table: pd.DataFrame) -> list[str]:
-    """The methods whose lines have a colour: those of the papers, the best of each model, and others while there is room."""
-    there = list(dict.fromkeys(table.method))
-    wanted = [*PAPERS, *lowest(table).values(), *NEXT, *there]
+def highlighted(table: pd.DataFrame, model: str) -> list[str]:
+    """The methods with a colour in a model's panel: those of the papers, its best, those of other models, more where there is room."""
+    there, best = list(dict.fromkeys(table[table.model == model].method)), lowest(table)
+    wanted = [*PAPERS, best.get(model), *best.values(), *NEXT, *there]
     return [method for method in dict.fromkeys(wanted) if method in there and method != CHANCE][:MOST]
 
 
@@ -324,22 +324,22 @@ def size_figure(table: pd.DataFrame, beside: bool = False) -> Figure:
     beside: panels side by side, for a page that is wide.
     """
     table = table[table.method != "dense"]
-    models, bold = list(table.model.unique()), highlighted(table)
-    named = [*bold, CHANCE]
+    models = list(table.model.unique())
+    named = {model: [*highlighted(table, model), CHANCE] for model in models}
     figure, panels = row(len(models), 3.9, 4.6) if beside else column(len(models), 3.2, sharex=True)
     lines = {model: lines_of(table[table.model == model]) for model in models}
     for panel, model in zip(panels, models, strict=True):
-        curves(panel, lines[model], named)
-        bands(panel, table[table.model == model], "removed_decoder", bold)
+        curves(panel, lines[model], named[model])
+        bands(panel, table[table.model == model], "removed_decoder", named[model][:-1])
         panel.set_title(model)
     for panel in panels if beside else panels[-1:]:
         panel.set_xlabel("decoder parameters really removed, %")
     perplexity_axis(panels)
-    methods = list(dict.fromkeys(table.method))
-    removed_below(figure, [method for method in methods if method in named], any(m not in named for m in methods))
+    methods, coloured = set(table.method), set().union(*named.values())
+    removed_below(figure, methods & coloured, any(not set(own) <= set(named[model]) for model, own in lines.items()))
     headline(figure, message(table))
     for panel, model in zip(panels, models, strict=True):
-        label_ends(panel, {method: lines[model][method] for method in named if method in lines[model]})
+        label_ends(panel, {method: lines[model][method] for method in named[model] if method in lines[model]})
     return figure
 
 
