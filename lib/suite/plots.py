@@ -311,7 +311,7 @@ def message(table: pd.DataFrame) -> str:
 
 
 def highlighted(table: pd.DataFrame, model: str) -> list[str]:
-    """The methods with a colour in a model's panel: those of the papers, its best, those of other models, more where there is room."""
+    """The methods with a colour in the panel of a model: those of the papers, its best, those of others, more with room."""
     there, best = list(dict.fromkeys(table[table.model == model].method)), lowest(table)
     wanted = [*PAPERS, best.get(model), *best.values(), *NEXT, *there]
     return [method for method in dict.fromkeys(wanted) if method in there and method != CHANCE][:MOST]
