@@ -73,15 +73,16 @@ def test_methods_of_one_pass_run_no_layer_twice(method):
     assert 0.9 * whole < spent.macs <= whole  # the last block may end before its last layer
 
 
-def test_comp_runs_attention_once_for_the_student():
-    """One pass scores, one is the teacher's; the student runs its attention once and its FFN twice, the second time pruned."""
+@pytest.mark.parametrize(("reference", "passes"), [("same input", 1), ("residual", 2)])
+def test_comp_runs_attention_once_for_the_student(reference, passes):
+    """One pass scores, another may be the teacher's; the student runs attention once and its FFN twice, the second time pruned."""
     model, ids = model_of(), token_ids()
     block = model.model.layers[0]
     attention = sum(p.numel() for p in block.self_attn.parameters())
     ffn = sum(p.numel() for p in block.mlp.parameters())
     with watched(lambda: 0.0) as spent:
-        make("comp", model, ids, 0.2, rho=0.0, rounds=1)
-    most = 2 * LAYERS * (attention + ffn) + LAYERS * (attention + ffn) + (LAYERS - 1) * ffn
+        make("comp", model, ids, 0.2, rho=0.0, rounds=1, reference=reference)
+    most = passes * LAYERS * (attention + ffn) + LAYERS * (attention + ffn) + (LAYERS - 1) * ffn
     assert spent.macs < most * ids.numel()
     assert spent.macs > (most - LAYERS * ffn) * ids.numel()
 
