@@ -75,7 +75,7 @@ def test_methods_of_one_pass_run_no_layer_twice(method):
 
 @pytest.mark.parametrize(("reference", "passes"), [("same input", 1), ("residual", 2)])
 def test_comp_runs_attention_once_for_the_student(reference, passes):
-    """One pass scores, another may be the teacher's; the student runs attention once and its FFN twice, the second time pruned."""
+    """One pass scores, another may be the teacher's; the student runs attention once and its FFN twice, the second time cut."""
     model, ids = model_of(), token_ids()
     block = model.model.layers[0]
     attention = sum(p.numel() for p in block.self_attn.parameters())
