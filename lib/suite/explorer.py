@@ -15,16 +15,8 @@ from pathlib import Path
 from lib.suite.markup import page, scrolling
 from lib.suite.plots import COLOURS, NEAR, TOP, style_of
 
-TABLES = (
-    "pareto",
-    "standing",
-    "seeds",
-    "healing",
-    "other_measures",
-    "cost",
-    "latency",
-    "says",
-)  # those that the script reads, if present
+# Those that the script reads, if present.
+TABLES = ("pareto", "standing", "seeds", "healing", "other_measures", "cost", "latency", "says")
 NUMBERS = ("value", "low", "high", "removed, %")  # columns of the page's table, between `method` and the others
 WORDS = ("standing", "interval", "what it does", "how it continues the prompt")
 
