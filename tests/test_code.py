@@ -87,6 +87,39 @@ def test_a_change_of_a_method_makes_its_cells_stale_and_no_others(copy, path):
     assert "notebook compare" in found
 
 
+SAYS = """
+def root(x):
+    if x < 0:
+        raise ValueError("negative")
+    return x**0.5
+"""
+
+
+def test_what_a_module_only_says_makes_nothing_stale():
+    before = code._computed(SAYS)
+    for old, new in (
+        ("    if x < 0", '    """The root of x."""\n    if x < 0'),
+        ("    if x < 0", "    # No root there.\n    if x < 0"),
+        ('"negative"', 'f"{x} is negative: {reason(x)}"'),
+        ("\ndef", "\nfrom lib.primitives.refused import reason\n\ndef"),
+        ("\ndef", '\n"""Roots."""\ndef'),
+    ):
+        assert old in SAYS
+        assert code._computed(SAYS.replace(old, new, 1)) == before, new
+
+
+def test_what_it_computes_or_refuses_does():
+    before = code._computed(SAYS)
+    for old, new in (
+        ("0.5", "0.25"),
+        ("x < 0", "x <= 0"),
+        ("ValueError", "KeyError"),
+        ("\ndef", "\nfrom lib.primitives.linalg import root\n\ndef"),
+        ("    return", "    print(x)\n    return"),
+    ):
+        assert code._computed(SAYS.replace(old, new, 1)) != before, new
+
+
 def test_a_change_of_a_primitive_makes_all_stale_that_use_it(copy):
     assert copy("lib/primitives/gradients.py") >= {"afr", "llm-pruner", "notebook afr", "notebook compare"}
     assert copy("lib/primitives/anatomy.py") == {*METHODS, *(f"notebook {path.stem}" for path in PAPERS)}

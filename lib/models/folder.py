@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lib.evaluation.console import no_progress_bars
+from lib.primitives.refused import text_alone
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -62,7 +63,7 @@ def config_of(source: str | Path):
     if not (config.dtype is None or (isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point)):
         raise ValueError(f"{source}/{CONFIG} has dtype {config.dtype!r}, in which no model works")
     if hasattr(config, "text_config") or hasattr(config, "vision_config"):
-        raise ValueError(f"{source} is of type {config.model_type!r}, for more than text: give a folder of its text model alone")
+        raise ValueError(f"{source} is of type {config.model_type!r}, for more than text: {text_alone(config)}")
     _check_quantisation(source, config)
     return config
 

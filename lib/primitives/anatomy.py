@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lib.primitives.refused import reason
+
 
 @dataclass(frozen=True)
 class Half:
@@ -110,10 +112,7 @@ def family_of(config) -> Family:
     """The family record of a transformers causal LM. Raises ValueError for an unknown or a post-norm architecture."""
     kind = config.model_type
     if kind not in FAMILIES:
-        raise ValueError(
-            f"model type {kind!r} is not known here: supported are {', '.join(sorted(FAMILIES))}. A new family is one "
-            "record in lib/primitives/anatomy.py"
-        )
+        raise ValueError(f"model type {kind!r} is not known here: {reason(kind)} Supported are {', '.join(sorted(FAMILIES))}")
     if kind == "opt" and not _is_plain_opt(config):
         raise ValueError(
             "this OPT model (like OPT-350M) normalises after each residual add, projects its embeddings or has no final norm, "

@@ -45,7 +45,8 @@ SHOWING = frozenset(
 
 # What makes the files of a model: a measurement names the hash of its weights and of its evaluated tokens instead.
 FETCHING = frozenset({"lib.models.gguf_import", "lib.models.packaged"})
-ASIDE = SHOWING | FETCHING
+REFUSING = frozenset({"lib.primitives.refused"})  # reasons in words
+ASIDE = SHOWING | FETCHING | REFUSING
 
 
 def closure(modules: Iterable[str]) -> list[str]:
@@ -93,17 +94,39 @@ def _imports(source: str) -> frozenset[str]:
 def code_version(modules: tuple[str, ...] | None = None) -> str:
     """Hash of the code of the `closure` of these modules; None: of every file of `lib`, embedded models included.
 
-    Pages of text (.md) are left out: what they say changes no number.
+    What a module says changes no number, so its comments, docstrings and messages of errors do not count, and pages of text
+    (.md) neither.
     """
     digest = hashlib.sha256()
     if modules is None:
         every = (path for path in (ROOT / "lib").rglob("*") if path.is_file() and path.suffix != ".md")
-        files = sorted(path for path in every if "__pycache__" not in path.parts)
+        parts = {path: path.read_bytes() for path in sorted(every) if "__pycache__" not in path.parts}
     else:
-        files = [_file(name) for name in closure(modules)]
-    for path in files:
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+        parts = {path: _computed(path.read_text(encoding="utf-8")) for path in map(_file, closure(modules))}
+    for path, part in parts.items():
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + part)
     return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1024)
+def _computed(source: str) -> bytes:
+    """What a text of Python computes: the program without what it only says."""
+    return ast.unparse(_Silenced().visit(ast.parse(source))).encode()
+
+
+class _Silenced(ast.NodeTransformer):
+    """Takes out docstrings, what errors say, and imports of what changes no number. When an error is raised still counts."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+    def visit_Raise(self, node: ast.Raise) -> ast.Raise:
+        if isinstance(node.exc, ast.Call):
+            node.exc.args, node.exc.keywords = [], []
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        return None if node.module in ASIDE else node
 
 
 def notebook_code(*things: object) -> str | None:
