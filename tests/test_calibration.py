@@ -257,7 +257,7 @@ def test_unknown_and_post_norm_models_are_refused():
     import transformers
 
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
-    with pytest.raises(ValueError, match="gpt2.*supported are.*llama"):
+    with pytest.raises(ValueError, match="gpt2.*fused.*Supported are.*llama"):
         family_of(gpt2.config)
     for settings in ({"do_layer_norm_before": False}, {"_remove_final_layer_norm": True}):
         with pytest.raises(ValueError, match="OPT-350M"):

@@ -1,5 +1,6 @@
 """A GGUF file is the model that was exported: run from the file alone, by our reading of the format and by llama.cpp."""
 
+import copy
 import functools
 import inspect
 import itertools
@@ -465,15 +466,25 @@ def test_equal_blocks_stay_an_ordinary_architecture(tmp_path, tokenizer):
         assert header(path)["general.architecture"] == name, method
 
 
+def rounded(model, dtype):
+    """A copy in torch whose matrices are those that blocks of 32 numbers of a type hold, the rows filled up with zeros."""
+    model = copy.deepcopy(model)
+    for name, value in model.state_dict().items():
+        if value.ndim == 2:
+            kind = gguf.GGMLQuantizationType["Q8_0" if "embed" in name or "lm_head" in name else dtype]
+            full = torch.nn.functional.pad(value, (0, -value.shape[1] % 32)).numpy()
+            value.copy_(torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(full, kind), kind))[:, : value.shape[1]])
+    return model
+
+
 @pytest.mark.parametrize("dtype", ["Q8_0", "Q4_1", "Q4_0"])
 def test_quantised_files(tmp_path, tokenizer, dtype):
-    """Rows of 32 and 64 numbers are quantised as the gguf library does it; rows of 37 keep 16 bits, with a warning."""
+    """Rows of 32 and 64 numbers are quantised as the gguf library does it."""
     model = tiny("llama", torch.float32, vocab_size=ROWS, intermediate_size=64, head_dim=16)
     model = remove_neurons(model, [torch.arange(37), None, None])
-    with pytest.warns(UserWarning, match=r"^1 matrices with rows of 37 to 37 .* multiple of 32, stay in 16 bits.*multiple=32"):
-        path = written(model, tokenizer, tmp_path, dtype)
+    path = written(model, tokenizer, tmp_path, dtype)
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    assert found["blk.0.ffn_down.weight"].tensor_type.name == "F16"
+    assert found["blk.0.ffn_down.weight"].tensor_type.name == dtype
     assert found["blk.1.ffn_down.weight"].tensor_type.name == dtype
     assert found["token_embd.weight"].tensor_type.name == "Q8_0"
     assert found["blk.1.ffn_norm.weight"].tensor_type.name == "F32"
@@ -487,18 +498,34 @@ def test_quantised_files(tmp_path, tokenizer, dtype):
     assert counted.tensors.sum() == len(found)
     assert counted.loc[dtype, "bytes"] == sum(int(t.n_bytes) for t in found.values() if t.tensor_type.name == dtype)
     with torch.no_grad():
-        apart = relative(run(path, token_ids()), model(token_ids()).logits.double())
-    assert apart < (0.02 if dtype == "Q8_0" else 0.3)
+        assert relative(run(path, token_ids()), rounded(model, dtype)(token_ids()).logits) < 1e-5
     assert Runtime(path).log_probabilities([1, 2, 3], ROWS).isfinite().all()
 
 
-def test_a_multiple_of_32_keeps_every_matrix_quantised(tmp_path, tokenizer):
-    model = tiny("llama", torch.float32, vocab_size=ROWS, intermediate_size=256, head_dim=16)
-    small = make("comp", model, token_ids(), 0.25, multiple=32, rho=0.0)
+def test_neurons_of_zeros_fill_up_the_blocks_of_a_type(tmp_path, tokenizer):
+    """37 neurons become 64 where numbers are stored by 32: the same model, but for the rounding of its weights."""
+    model = tiny("llama", torch.float32, vocab_size=ROWS, intermediate_size=64, head_dim=16)
+    model = remove_neurons(model, [torch.arange(37), None, torch.arange(32)], bias=[torch.full((32,), 0.1), None, None])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = written(small, tokenizer, tmp_path, "Q8_0")
+        path = written(model, tokenizer, tmp_path / "eight", "Q8_0")
     assert set(kinds(path).type) == {"F32", "Q8_0"}
+    assert header(path)["deci.feed_forward_length"] == [64, 64, 32]
+    for name, weight in matrices(path).items():
+        if name.startswith("blk.0.ffn_") and name.endswith("weight"):
+            assert (weight if "down" not in name else weight.T)[37:].eq(0).all(), name
+    with torch.no_grad():
+        assert relative(run(path, token_ids()), rounded(model, "Q8_0")(token_ids()).logits) < 1e-5
+    assert header(written(model, tokenizer, tmp_path / "full"))["deci.feed_forward_length"] == [37, 64, 32]
+
+
+def test_other_rows_that_do_not_divide_keep_16_bits(tmp_path, tokenizer):
+    model = tiny("llama", torch.float32, vocab_size=ROWS, head_dim=6)  # 4 heads of 6 are 24 numbers in a row
+    with pytest.warns(UserWarning, match=r"^3 matrices with rows of 24 to 24 numbers, no multiple of 32, stay in 16 bits: 0"):
+        path = written(model, tokenizer, tmp_path, "Q8_0")
+    found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    assert {found[f"blk.{i}.attn_output.weight"] for i in range(3)} == {"F16"}
+    assert found["blk.0.attn_q.weight"] == "Q8_0"
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------

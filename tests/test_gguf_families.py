@@ -295,7 +295,6 @@ COUNTED = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*no multiple of 32")
 @pytest.mark.parametrize("case", COUNTED)
 def test_a_file_has_the_bytes_that_were_counted(tmp_path, case):
     model = COUNTED[case]()

@@ -81,7 +81,7 @@ def test_files_in_llama_cpp_say_what_torch_says():
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     dense, tokenizer = tiny("llama", torch.float32, vocab_size=ROWS), load("wiki-a-llama")[1]
     windows = token_ids(3, 24)
-    small = make("cfsp", dense, token_ids(), 0.5, multiple=32)
+    small = make("cfsp", dense, token_ids(), 0.5)
     files = [File("dense", 0.0, "F16", dense), File("CFSP", 0.5, "F16", small), File("CFSP", 0.5, "Q4_0", small)]
     rows = on_device.measured(files, tokenizer, windows)
     assert rows[0]["writes"] == rows[0]["reads"] == rows[0]["expected"] == 1.0

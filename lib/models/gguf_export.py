@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import struct
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,10 +73,11 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     """Convert a stock model folder, or a structurally pruned model of this suite, to the new GGUF file `out`. Returns `out`.
 
     dtype: float16, bfloat16, float32, Q8_0, Q4_1 or Q4_0, of the matrices; norms and biases are always float32, and with 4 bits
-    the table and the head have Q8_0. A matrix whose rows are no multiple of 32 numbers keeps 16 bits, with a warning; `kinds`
-    counts them. A sliding window that is shorter than the model's positions becomes the context length, because readers
-    ignore windows, other than those of a Gemma 3: up to that length they agree. Readers compute GELU by the formula with tanh in
-    16 bits, so models with it (Gemma 3, Phi-2, GPT-NeoX) differ slightly.
+    the table and the head have Q8_0. These types hold rows of whole blocks of 32 numbers: an MLP of another width gets neurons of
+    zeros, which change nothing, and any other matrix keeps 16 bits, with a warning; `kinds` counts them. A sliding window that is
+    shorter than the model's positions becomes the context length, because readers ignore windows, other than those of a Gemma 3:
+    up to that length they agree. Readers compute GELU by the formula with tanh in 16 bits, so models with it (Gemma 3, Phi-2,
+    GPT-NeoX) differ slightly.
 
     Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, and ValueError, with the reason, for
     a model or tokenizer that readers of GGUF would run differently: all before anything is written. A weight too large for
@@ -84,7 +87,7 @@ def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path
     _check_arguments(folder, out, dtype)
     model, places = _described(folder)
     take_generation_config(model, folder)  # raises for a damaged file
-    network = network_of(model)
+    network = _filled(network_of(model), dtype)
     writer = _writer(network, folder.resolve().name, dtype)
     _add_tokenizer(writer, folder, model.config)
     tensors = _tensors(network, dtype)
@@ -120,7 +123,7 @@ class FileSize:
 
     def __call__(self, model: nn.Module) -> int:
         check_config(model.config)
-        network = network_of(model, self.rotation)
+        network = _filled(network_of(model, self.rotation), self.dtype)
         tensors = _tensors(network, self.dtype)
         stretch = [] if self.rotation.alike else [self.rotation.factors.nbytes]
         header = _written_bytes(_writer(network, self.name, self.dtype), tensors, self.rotation) + self.tokenizer
@@ -358,11 +361,26 @@ class Tensor(NamedTuple):
     size: int
 
 
+def _filled(network: Network, dtype: str) -> Network:
+    """The network with MLPs as wide as whole blocks of the numbers that a type holds together."""
+    step, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[DTYPES[dtype][0]]]
+    widths = [-(-width // step) * step for width in network.blocks.neurons]
+    return replace(network, blocks=network.blocks._replace(neurons=widths))
+
+
+def _shape(network: Network, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor in the file, where an MLP may have more neurons than in the model."""
+    block, layer = re.match(r"(?:blk\.(\d+)\.)?(.*)", name).groups()
+    if layer.startswith(("ffn_gate.", "ffn_up.")):
+        return network.blocks.neurons[int(block)], *shape[1:]
+    return (shape[0], network.blocks.neurons[int(block)]) if layer == "ffn_down.weight" else shape
+
+
 def _tensors(network: Network, dtype: str) -> list[Tensor]:
     """The tensors of the file in order. Rows that do not divide into the blocks of a type stay in 16 bits."""
     stored, found = stored_tensors(network.model), []
     for name, parts in tensors_of(network.architecture, network.model).items():
-        shape = (sum(len(stored[part]) for part in parts), *stored[parts[0]].shape[1:])
+        shape = _shape(network, name, (sum(len(stored[part]) for part in parts), *stored[parts[0]].shape[1:]))
         wished = gguf.GGMLQuantizationType[_wished(name, shape, dtype)]
         kind = wished if shape[-1] % gguf.GGML_QUANT_SIZES[wished][0] == 0 else gguf.GGMLQuantizationType.F16
         found.append(Tensor(name, parts, shape, kind, _bytes(shape, kind)))
@@ -378,7 +396,7 @@ def _warn_of_rows(tensors: list[Tensor], dtype: str) -> None:
     lengths = [t.shape[-1] for t in left]
     warnings.warn(
         f"{len(left)} matrices with rows of {min(lengths)} to {max(lengths)} numbers, no multiple of 32, stay in 16 bits: "
-        f"{more / 1e6:.1f} MB more than in {dtype}. Compress with `--set multiple=32` where the method has it",
+        f"{more / 1e6:.1f} MB more than in {dtype}",
         stacklevel=3,
     )
 
@@ -412,8 +430,10 @@ def _write_tensors(writer, network: Network, tensors: list[Tensor], places: dict
     if not network.rotation.alike:
         writer.write_tensor_data(network.rotation.factors.numpy())
     for tensor in tensors:
-        value = torch.cat([read(places[part]) for part in tensor.parts])
-        writer.write_tensor_data(_stored(tensor.parts[0], as_in_file(network, tensor.name, value), tensor.kind, dtype))
+        value = as_in_file(network, tensor.name, torch.cat([read(places[part]) for part in tensor.parts]))
+        more = [n for have, want in zip(value.shape, tensor.shape, strict=True) for n in (want - have, 0)]
+        value = nn.functional.pad(value, more[::-1])  # the last dimension comes first there
+        writer.write_tensor_data(_stored(tensor.parts[0], value, tensor.kind, dtype))
 
 
 def _stored(name: str, value: torch.Tensor, kind: gguf.GGMLQuantizationType, dtype: str) -> numpy.ndarray:

@@ -54,17 +54,9 @@ def cells(method: Method) -> dict[str, str]:
     if kind == UNEQUAL and "equal_widths" in settings:
         for place, yes in ((TRANSFORMERS, TESTED), (VLLM, SOURCE)):
             found[place] += f"; with `--set equal_widths=yes`, {yes}"
-    if kind != SHORTCUTS:
-        found[QUANTISED] += _rows(method, settings)
+    if "round_interval" in settings and kind != SHORTCUTS:  # a stream of any width, and rows as long
+        found[QUANTISED] += "; all matrices with `--set round_interval=32`"
     return found
-
-
-def _rows(method: Method, settings: set[str]) -> str:
-    """What keeps rows multiples of 32, as the quantised types of GGUF need them, where a method can make them shorter."""
-    for name in ("multiple", "round_interval"):
-        if name in settings:
-            return f"; all matrices with `--set {name}=32`"
-    return "; rows that are no multiple of 32 keep 16 bits" if "neurons" in method.removes else ""
 
 
 def table() -> str:
