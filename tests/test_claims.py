@@ -68,6 +68,9 @@ def test_standings_tell_ahead_from_level():
     for count, words in ((1, "one draw"), (2, "2 draws")):
         few = standings(cell(0.0, noise=0), {method: found[:count] for method, found in cells.items()})
         assert leaders(few).endswith(f" (over the windows of {words} of the calibration text: another may differ)")
+    fewer = leaders(standings(cell(0.0, noise=0), cells | {rows[1]["method"]: cells[rows[1]["method"]][:1]}))
+    assert "good (one draw)" in fewer or "as good (one draw)" in fewer
+    assert "another may differ" not in fewer or fewer.startswith(rows[1]["method"])
 
 
 def test_many_null_pairs_are_level_after_holm():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,16 +113,17 @@ def ratio(ours: str, other: str, level: float, **settings) -> Callable:
 def accuracy(ours: str, other: str, level: float, **settings) -> Callable:
     """The measurement "accuracy of `ours` minus that of `other`" over all questions, in points of 100, of the first draw."""
 
-    def measure(evidence: Evidence, model: str) -> Interval | None:
-        both = sides(evidence, model, ours, other, level, **settings)
-        asked = [[cell for cell in cells if cell["zero_shot"]] for cells in both]
-        if not all(asked):
-            return None
-        right = [[answer for row in cells[0]["zero_shot"] for answer in row["correct"]] for cells in asked]
-        found = accuracy_difference(*right)
-        return Interval(100 * found.estimate, 100 * found.low, 100 * found.high, found.p)
+    return lambda evidence, model: difference_of_answers(*sides(evidence, model, ours, other, level, **settings))
 
-    return measure
+
+def difference_of_answers(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
+    """Accuracy over all questions of the first cell of either side that was asked any, the difference in points of 100."""
+    asked = [[cell for cell in cells if cell["zero_shot"]] for cells in (ours, other)]
+    if not all(asked):
+        return None
+    right = [[answer for row in cells[0]["zero_shot"] for answer in row["correct"]] for cells in asked]
+    found = accuracy_difference(*right)
+    return Interval(100 * found.estimate, 100 * found.low, 100 * found.high, found.p)
 
 
 def exactly(value: float) -> Interval:

@@ -1,7 +1,7 @@
 """The claims of the four papers, judged by runs: the table of each notebook, and the page `results/claims.md`.
 
-A claim is a record in the module of its paper, `claims_slicegpt` and so on. What it measures is found in the raw measurements of
-a run, and the verdict follows from the number's interval alone.
+A claim is a record in the module of its notebook, `claims_slicegpt` and so on. What it measures is found in the raw measurements
+of a run, and the verdict follows from the number's interval alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.suite import claims_afr, claims_comp, claims_slicegpt, claims_svd_llm
+from lib.suite import claims_afr, claims_comp, claims_compare, claims_slicegpt, claims_svd_llm
 from lib.suite.claim import UNTESTABLE, VERDICTS, Evidence, judge, shown
 from lib.suite.results import RAW, Results, markdown
 
@@ -22,6 +22,7 @@ CLAIMS = {
     "svd_llm": claims_svd_llm.CLAIMS,
     "afr": claims_afr.CLAIMS,
     "comp": claims_comp.CLAIMS,
+    "compare": claims_compare.CLAIMS,
 }
 
 

@@ -22,6 +22,7 @@ SHOWING = frozenset(
         "claims",
         "claims_afr",
         "claims_comp",
+        "claims_compare",
         "claims_slicegpt",
         "claims_svd_llm",
         "code",

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lib.suite.markup import page, scrolling
-from lib.suite.plots import COLOURS, NEAR, TOP, style_of
+from lib.suite.plots import COLOURS, TOP, style_of
+from lib.suite.standing import NEAR
 
 # Those that the script reads, if present.
 TABLES = ("pareto", "standing", "seeds", "healing", "other_measures", "cost", "latency", "says")

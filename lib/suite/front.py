@@ -17,8 +17,8 @@ from lib.suite.claim import UNTESTABLE, VERDICTS
 from lib.suite.claims import COUNTED
 from lib.suite.markup import page, scrolling, sortable_rows
 from lib.suite.pages import MODELS, PAPERS, relative
-from lib.suite.plots import COLOURS, NEAR, TOP, message, style_of
-from lib.suite.standing import BEHIND
+from lib.suite.plots import COLOURS, TOP, message, style_of
+from lib.suite.standing import BEHIND, NEAR
 
 TITLE = "Four papers on compressing language models"
 CLAIM_COLUMNS = ("paper", "claim", "verdict", "model", "here", "the paper", "where")

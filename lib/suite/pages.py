@@ -17,9 +17,9 @@ import pandas as pd
 
 from lib.papers.afr import PAPER
 from lib.suite import claims, destinations, on_device
-from lib.suite.plots import NEAR, front_picture
+from lib.suite.plots import front_picture
 from lib.suite.results import RAW, markdown, write_atomically
-from lib.suite.standing import BEHIND, leaders
+from lib.suite.standing import BEHIND, NEAR, leaders
 
 SHOWN = {  # profiles whose results are committed, those that a reader should see first in front
     "smollm2-135m": "SmolLM2-135M",

@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from lib.suite.results import Results
+from lib.suite.standing import NEAR
 
 WIDTH = 5.6  # inches of a figure: shown as wide as a phone, ten points are nine of its pixels
 FONT = 10  # points of the smallest letters
@@ -113,7 +114,6 @@ PAPERS = ("COMP", "Structured AFR", "SliceGPT", "SVD-LLM (W)")  # a method of ea
 NEXT = ("ShortGPT", "CFSP", "LLM-Pruner")  # drawn in colour where there is room
 CHANCE = "random neurons"  # the line that every method has to beat
 MOST = 6  # lines in colour
-NEAR = 0.015  # a model counts at a size when what was really removed is within this of it
 TOP = 40  # times dense: what is worse than this has collapsed, and how badly does not matter
 
 

@@ -8,6 +8,7 @@ from lib.evaluation.paired import Interval, common_ratio, envelope, holm
 
 FIRST, LEVEL, BEHIND = "first", "level", "behind"
 SIGNIFICANT = 0.05
+NEAR = 0.015  # a model counts at a size when what was really removed is within this of it
 ENOUGH = 3  # draws of the calibration text: with fewer, another one could change who leads
 
 
@@ -51,9 +52,17 @@ def standings(dense: dict, cells: Mapping[str, Sequence[dict]]) -> list[dict]:
 def leaders(rows: Sequence[dict]) -> str:
     """The outcome in a sentence: the first, and the methods that are level with it."""
     first, *others = rows
-    level = [row["method"] for row in others if row["standing"] == LEVEL]
+    level = [row["method"] + _fewer(row, first) for row in others if row["standing"] == LEVEL]
     value = f"{first['relative']:.3f} times dense [{first['low']:.3f}, {first['high']:.3f}]"
     found = f"{first['method']} has the lowest perplexity, {value}; level with it: {', '.join(level) or 'none'}"
-    draws = max(row["draws"] for row in rows)
-    few = "one draw" if draws == 1 else f"{draws} draws"
-    return found if draws >= ENOUGH else f"{found} (over the windows of {few} of the calibration text: another may differ)"
+    if first["draws"] >= ENOUGH:
+        return found
+    return f"{found} (over the windows of {_draws(first)} of the calibration text: another may differ)"
+
+
+def _draws(row: dict) -> str:
+    return "one draw" if row["draws"] == 1 else f"{row['draws']} draws"
+
+
+def _fewer(row: dict, first: dict) -> str:
+    return f" ({_draws(row)})" if row["draws"] < first["draws"] else ""
