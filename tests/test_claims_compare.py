@@ -49,18 +49,18 @@ def test_cells_are_those_of_the_size_and_of_the_text_that_all_read():
 @pytest.mark.parametrize(
     ("claim", "verdict"),
     [
-        ("COMP is ahead of LLM-Pruner, with 20% removed.", REPRODUCED),
-        ("COMP is ahead of SliceGPT, with 20% removed.", CONTRADICTED),
-        ("COMP is ahead of FPT, with 20% removed.", UNDECIDED),
-        ("Whitening is ahead of the truncations without it, with 20% removed.", REPRODUCED),
-        ("COMP answers more questions than LLM-Pruner, with 20% removed.", REPRODUCED),
-        ("Structured AFR answers more questions than LLM-Pruner, with 20% removed.", UNDECIDED),
+        ("COMP is ahead of LLM-Pruner, with 20 % removed.", REPRODUCED),
+        ("COMP is ahead of SliceGPT, with 20 % removed.", CONTRADICTED),
+        ("COMP is ahead of FPT, with 20 % removed.", UNDECIDED),
+        ("Whitening is ahead of the truncations without it, with 20 % removed.", REPRODUCED),
+        ("COMP answers more questions than LLM-Pruner, with 20 % removed.", REPRODUCED),
+        ("Structured AFR answers more questions than LLM-Pruner, with 20 % removed.", UNDECIDED),
     ],
 )
 def test_verdicts_on_known_numbers(claim, verdict):
     found = table("compare", Evidence(records())).set_index("claim")
     assert found.verdict[claim] == verdict
-    assert "COMP is ahead of ShortGPT, with 20% removed." not in found.index  # it is not near this size here
-    assert found.here["Whitening is ahead of the truncations without it, with 20% removed."].startswith(
+    assert "COMP is ahead of ShortGPT, with 20 % removed." not in found.index  # it is not near this size here
+    assert found.here["Whitening is ahead of the truncations without it, with 20 % removed."].startswith(
         "perplexity of SVD-LLM (W) over that of the best of SVD, FWSVD and ASVD: 0.6"
     )

@@ -47,11 +47,16 @@ def answers(ours: str, other: str, size: float) -> Callable:
 def lower(statement: str, where: str, printed: str, ours: str, others: Sequence[str], size: float) -> Claim:
     best = others[0] if len(others) == 1 else f"the best of {', '.join(others[:-1])} and {others[-1]}"
     number = f"perplexity of {ours} over that of {best}"
-    return Claim("compare", f"{statement}, with {size:.0%} removed.", where, printed, number, BELOW, over(ours, others, size))
+    return Claim(
+        "compare", f"{statement}, with {100 * size:.0f} % removed.", where, printed, number, BELOW, over(ours, others, size)
+    )
 
 
 def more_accurate(paper: str, where: str, printed: str, ours: str, other: str, size: float) -> Claim:
-    statement, number = f"{paper} answers more questions than {other}, with {size:.0%} removed.", "accuracy, difference in points"
+    statement, number = (
+        f"{paper} answers more questions than {other}, with {100 * size:.0f} % removed.",
+        "accuracy, difference in points",
+    )
     return Claim("compare", statement, where, printed, number, POSITIVE, answers(ours, other, size))
 
 
