@@ -6,7 +6,7 @@ of a run, and the verdict follows from the number's interval alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -58,12 +58,12 @@ def judged(results: Path, profiles: Iterable[str]) -> dict[str, pd.DataFrame]:
     return found
 
 
-def page(found: dict[str, pd.DataFrame], models: Iterable[str]) -> str:
+def page(found: dict[str, pd.DataFrame], models: Collection[str]) -> str:
     """`results/claims.md`: every claim with its number, interval and verdict; found: as `judged` gives it."""
     return f"{TOP}{summary(found, models)}\n" + "\n".join(f"## {paper}\n\n{markdown(frame)}" for paper, frame in found.items())
 
 
-def summary(found: dict[str, pd.DataFrame], models: Iterable[str]) -> str:
+def summary(found: dict[str, pd.DataFrame], models: Collection[str]) -> str:
     """How many claims nothing here decides, and for each of the models how many are reproduced, contradicted and undecided."""
     every = pd.concat(found.values())
     untested = every[every.verdict == UNTESTABLE].claim.nunique()
@@ -71,8 +71,8 @@ def summary(found: dict[str, pd.DataFrame], models: Iterable[str]) -> str:
     tested = every[every.verdict != UNTESTABLE]
     # What is counted or timed stands beside shapes and random networks, which are no language models.
     real = tested.model.where(tested.model.isin(models), COUNTED)
-    for model, part in tested.groupby(real, sort=False):
-        counts = part.verdict.value_counts()
+    for model in [model for model in (*models, COUNTED) if (real == model).any()]:
+        counts = tested[real == model].verdict.value_counts()
         lines.append(f"- On {model}: " + ", ".join(f"{counts.get(v, 0)} {v}" for v in VERDICTS) + ".")
     return "\n".join(lines) + "\n"
 
