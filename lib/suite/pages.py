@@ -111,7 +111,8 @@ def sources() -> list[str]:
     for profile in ("smollm2-135m", "workshop"):
         tables += [f"results/{profile}/compare/tables/{table}.csv" for table in ("standing", "device")]
     tables += [f"results/workshop/{part.paper}/tables/perplexity.csv" for part in PARTS]
-    return ["README.md", "lib/README.md", *tables, *(f"results/workshop/{paper}/{RAW}" for paper in claims.CLAIMS)]
+    judged = [f"workshop/{paper}" for paper in claims.CLAIMS] + ["smollm2-135m/compare"]
+    return ["README.md", "lib/README.md", *tables, *(f"results/{run}/{RAW}" for run in judged)]
 
 
 def pages(root: Path) -> dict[str, str]:
