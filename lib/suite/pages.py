@@ -170,8 +170,8 @@ def equal_sizes(results: Path) -> str:
     made = ", ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
     said = [
         f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}."
-        for (model, size), part in standing[standing["size"] == SIZES[0]].groupby(["model", "size"], sort=False)
-    ]
+        for (model, size), part in standing[standing.model == columns[0][0]].groupby(["model", "size"], sort=False)
+    ]  # of the model that stands first; of the others, the bold numbers say it
     said += [f"- In llama.cpp, {line}." for line in on_devices(results)]
     return f"{markdown(shown)}\n" + "\n".join(said) + f"\n\nFrom {source},\nmade by {made}.\n"
 
