@@ -109,7 +109,7 @@ def sources() -> list[str]:
     """The files that the pages are made of, as paths from the root of the project."""
     tables = [f"results/{profile}/compare/tables/pareto.csv" for profile in SHOWN]
     for profile in ("smollm2-135m", "workshop"):
-        tables += [f"results/{profile}/compare/tables/{table}.csv" for table in ("standing", "device")]
+        tables += [f"results/{profile}/compare/tables/{table}.csv" for table in ("standing", "device", "healing")]
     tables += [f"results/workshop/{part.paper}/tables/perplexity.csv" for part in PARTS]
     judged = [f"workshop/{paper}" for paper in claims.CLAIMS] + ["smollm2-135m/compare"]
     return ["README.md", "lib/README.md", *tables, *(f"results/{run}/{RAW}" for run in judged)]
@@ -172,8 +172,21 @@ def equal_sizes(results: Path) -> str:
         f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}."
         for (model, size), part in standing[standing.model == columns[0][0]].groupby(["model", "size"], sort=False)
     ]  # of the model that stands first; of the others, the bold numbers say it
+    said += healed(results, columns[0][0])
     said += [f"- In llama.cpp, {line}." for line in on_devices(results)]
     return f"{markdown(shown)}\n" + "\n".join(said) + f"\n\nFrom {source},\nmade by {made}.\n"
+
+
+def healed(results: Path, model: str) -> list[str]:
+    """What learning a little from the dense model repaired, a sentence for each method of a model that was trained."""
+    tables = [results / profile / "compare" / "tables" / "healing.csv" for profile in SHOWN]
+    frames = [pd.read_csv(table) for table in tables if table.is_file()]
+    rows = [row for frame in frames for row in frame[frame.model == model].itertuples() if row.learns_from == "dense model"]
+    return [
+        f"- {MODELS[model]}, {row.method} with {100 * row.size:.0f} % removed: {row.before:.2f} times dense, and {row.after:.2f} "
+        f"[{row.low:.2f}, {row.high:.2f}] after learning from the dense model on {row.tokens:,} tokens."
+        for row in rows
+    ]
 
 
 def on_devices(results: Path) -> list[str]:
