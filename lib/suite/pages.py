@@ -178,15 +178,18 @@ def equal_sizes(results: Path) -> str:
 
 
 def healed(results: Path, model: str) -> list[str]:
-    """What learning a little from the dense model repaired, a sentence for each method of a model that was trained."""
+    """What a little training repaired, a sentence for each method of a model that was trained."""
     tables = [results / profile / "compare" / "tables" / "healing.csv" for profile in SHOWN]
-    frames = [pd.read_csv(table) for table in tables if table.is_file()]
-    rows = [row for frame in frames for row in frame[frame.model == model].itertuples() if row.learns_from == "dense model"]
-    return [
-        f"- {MODELS[model]}, {row.method} with {100 * row.size:.0f} % removed: {row.before:.2f} times dense, and {row.after:.2f} "
-        f"[{row.low:.2f}, {row.high:.2f}] after learning from the dense model on {row.tokens:,} tokens."
-        for row in rows
-    ]
+    frames = [frame[frame.model == model] for table in tables if table.is_file() for frame in [pd.read_csv(table)]]
+    said = []
+    for method, rows in pd.concat(frames).groupby("method", sort=False) if frames else ():
+        after = " and ".join(
+            f"{row.after:.2f} [{row.low:.2f}, {row.high:.2f}] from the {row.learns_from}" for row in rows.itertuples()
+        )
+        first = rows.iloc[0]
+        gone = f"{MODELS[model]}, {method} with {100 * first['size']:.0f} % removed"
+        said.append(f"- {gone}: {first.before:.2f} times dense; after learning from {first.tokens:,} tokens, {after}.")
+    return said
 
 
 def on_devices(results: Path) -> list[str]:
