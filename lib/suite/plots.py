@@ -894,7 +894,7 @@ AIMS = {"next token": {"marker": "s", "mfc": "white"}, "dense model": {"marker":
 def healing_figure(table: pd.DataFrame, size: float) -> Figure:
     """Perplexity before and after a little training, by what the models learnt from. table: rows of `healing`, at one size."""
     models = list(table.model.unique())
-    figure, panels = column(len(models), 0.42 * table.groupby("model").method.nunique().max() + 0.5, sharex=True)
+    figure, panels = column(len(models), 0.42 * max(3, table.groupby("model").method.nunique().max()) + 0.5, sharex=True)
     for panel, model in zip(panels, models, strict=True):
         part = table[table.model == model].pivot(index="method", columns="learns_from").sort_values(("before", "dense model"))
         for place, method in enumerate(part.index):
@@ -907,15 +907,20 @@ def healing_figure(table: pd.DataFrame, size: float) -> Figure:
                 panel.errorbar(value, place, xerr=spread, color=color, ms=7, capsize=3, **looks)
         panel.set(xscale="log", title=model, ylim=(len(part) - 0.4, -0.6))
         panel.set_yticks(range(len(part)), part.index)
-        plain_numbers(panel.xaxis, (1, 1.5, 2, 3, 5, 7))
+        plain_numbers(panel.xaxis, (1, 1.5, 2, 3, 5, 7, 10))
     panels[-1].set_xlabel("perplexity, times dense")
     names = {"before": {"marker": "|", "mew": 2}, **{f"from the {aim}": looks for aim, looks in AIMS.items()}}
     handles = [Line2D([], [], color=INK, ls="", ms=8, label=name, **looks) for name, looks in names.items()]
     figure.legend(handles=handles, ncols=3, loc="outside lower center", frameon=False)
     spans = table.groupby("model", sort=False).agg({"before": ["min", "max"], "after": ["min", "max"]})
-    said = [f"{a:.1f} to {b:.1f} become {c:.1f} to {d:.1f} ({model})" for model, a, b, c, d in spans.itertuples()]
+    said = [f"{span(a, b)} become {span(c, d)} ({model})" for model, a, b, c, d in spans.itertuples()]
     headline(figure, f"After a little training at {percent(size)}, times dense: {', '.join(said)}")
     return figure
+
+
+def span(low: float, high: float) -> str:
+    """Two numbers with one digit behind the point, or one where they are the same."""
+    return f"{low:.1f} to {high:.1f}" if f"{low:.1f}" != f"{high:.1f}" else f"{low:.1f}"
 
 
 def front_picture(results: Path, profiles: Iterable[str]) -> list[Path]:
