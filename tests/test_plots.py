@@ -169,7 +169,7 @@ def test_an_arrow_marks_the_lines_that_leave_the_panel():
 def test_the_picture_has_a_panel_for_each_model_and_the_methods_of_its_rows():
     table = compared()
     figure = plots.size_figure(table)
-    assert [panel.get_title() for panel in figure.axes] == ["wiki-a-llama", "wiki-a-opt", "gemma-3-270m"]
+    assert [panel.get_title() for panel in figure.axes] == ["smollm2-135m", "wiki-a-llama", "wiki-a-opt", "gemma-3-270m"]
     for panel, labels in zip(figure.axes, written(figure), strict=True):
         rows = table[(table.model == panel.get_title()) & (table.method != "dense")]
         bold = plots.highlighted(table[table.method != "dense"], panel.get_title())

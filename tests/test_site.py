@@ -372,7 +372,7 @@ def test_each_paper_has_a_sentence_and_a_drawing(site):
 def test_what_is_said_about_runs_and_the_plan_are_pages(site):
     out, pages = site
     about = pages[out / "workshop" / "about.html"]
-    assert "Gemma 3 270M: a real language model" in about.text
+    assert "Gemma 3 270M: another family" in about.text
     plan = pages[out / "plan.html"]
     assert "claims.html" in plan.links
     for page in ("index.html", "notebook.html"):

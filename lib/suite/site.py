@@ -226,6 +226,7 @@ def describe(run: Executed, cell: nbformat.NotebookNode) -> None:
     lines = cell.source.splitlines() or [""]
     count = "1 line" if len(lines) == 1 else f"{len(lines)} lines"
     made = re.findall(r'run\.(table|figure)\(\s*"(\w+)"', cell.source)
+    made += [("table", "claims")] * ("claims.show(run)" in cell.source)
     figures = [spoken(Path(name)) for kind, name in made if kind == "figure"]
     cell.metadata |= {"summary": f"Code, {count}: {lines[0]}", "files": file_links(run, made)}
     cell.metadata["alt"] = f"Plot: {', '.join(figures)}" if figures else "A plot that the text beside it explains"
