@@ -83,6 +83,6 @@ This page is written by `invoke reproduce` from the raw measurements of the comm
 made by hand are lost. A claim says in which range a number must lie. It is *reproduced* where the whole 95 % interval lies in
 that range, *contradicted* where it lies outside, and *undecided* where it reaches over an end of it. Perplexities are compared
 over the same windows, accuracies over the same questions; where several calibration sets were drawn, the interval covers all of
-them.
+them. Where a method has one, another may differ: the tables `seeds` of the comparisons say how many each has.
 
 """

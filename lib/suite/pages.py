@@ -152,9 +152,7 @@ def equal_sizes(results: Path) -> str:
 
     Means over the draws where a comparison has drawn several; in bold what is not told apart from the lowest.
     """
-    tables = [results / profile / "compare" / "tables" for profile in SHOWN]
-    standing = pd.concat([pd.read_csv(table / "standing.csv") for table in tables if (table / "standing.csv").is_file()])
-    once = pd.concat([pd.read_csv(table / "pareto.csv") for table in tables])
+    standing, once = pd.concat(_compared(results, "standing")), pd.concat(_compared(results, "pareto"))
     once = once[once["size"].isin(SIZES)].set_index(["method", "model", "size"])
     over = standing.set_index(["method", "model", "size"])
     values = over.relative.combine_first(once.relative)
@@ -179,10 +177,8 @@ def equal_sizes(results: Path) -> str:
 
 def healed(results: Path, model: str) -> list[str]:
     """What a little training repaired, a sentence for each method of a model that was trained."""
-    tables = [results / profile / "compare" / "tables" / "healing.csv" for profile in SHOWN]
-    frames = [frame[frame.model == model] for table in tables if table.is_file() for frame in [pd.read_csv(table)]]
-    said = []
-    for method, rows in pd.concat(frames).groupby("method", sort=False) if frames else ():
+    said, trained = [], pd.concat(_compared(results, "healing"))
+    for method, rows in trained[trained.model == model].groupby("method", sort=False):
         after = " and ".join(
             f"{row.after:.2f} [{row.low:.2f}, {row.high:.2f}] from the {row.learns_from}" for row in rows.itertuples()
         )
@@ -194,9 +190,14 @@ def healed(results: Path, model: str) -> list[str]:
 
 def on_devices(results: Path) -> list[str]:
     """Whether files of pruned models are the better deal, a line for each model of which files were run."""
-    tables = [results / profile / "compare" / "tables" / "device.csv" for profile in SHOWN]
-    rows = [pd.read_csv(table) for table in tables if table.is_file()]
-    return [on_device.headline(part.to_dict("records")) for table in rows for _, part in table.groupby("model", sort=False)]
+    tables = _compared(results, "device")
+    return [on_device.headline(part.to_dict("records")) for table in tables for _, part in table.groupby("model", sort=False)]
+
+
+def _compared(results: Path, name: str) -> list[pd.DataFrame]:
+    """A table of every committed comparison that has it."""
+    paths = [results / profile / "compare" / "tables" / f"{name}.csv" for profile in SHOWN]
+    return [pd.read_csv(path) for path in paths if path.is_file()]
 
 
 def _cell(value: float, key: tuple[str, str, float], once: pd.DataFrame, over: pd.DataFrame) -> str:
