@@ -214,6 +214,9 @@ def test_what_it_does_not_name_does_not_count():
 def test_a_lambda_of_a_cell_counts_with_the_cell():
     before, after = NESTED, NESTED.replace("limit = 3", "limit = 4")
     assert code.notebook_code(*cell_of(before, "other")) != code.notebook_code(*cell_of(after, "other"))
+    shown = f"# a comment\n{NESTED}\nprint(limit)\nfor x in ():\n    print(x)\n    fold(x, 'a title')\n"
+    same = NESTED + "\nfor x in ():\n    display(x)\n"
+    assert code.notebook_code(*cell_of(shown, "other")) == code.notebook_code(*cell_of(same, "other"))
     inside = "def outer():\n    limit = {}\n    return lambda: 1\nmade = outer()\n"
     assert len({code.notebook_code(*cell_of(inside.format(i), "outer")) for i in (3, 4)}) == 2
     assert len({code.notebook_code(*cell_of(inside.format(i), "made")) for i in (3, 4)}) == 1

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.sections import by_section
 from lib.suite.results import RAW
-from lib.suite.runs import LINK
+from lib.suite.runs import LINK, LOGGED
 from tasks import NOTEBOOKS, RESULTS, papers
 
 STORED = [pytest.param(NOTEBOOKS / f"{paper}.ipynb", id=paper) for paper in papers()]
@@ -69,9 +69,18 @@ def test_no_cell_gives_the_name_of_a_parameter_to_something_else(path):
 @pytest.mark.parametrize("path", STORED)
 def test_cells_that_nbval_skips_are_few(path):
     cells = code_cells(path)
-    skipped = [cell for cell in cells if "NBVAL_IGNORE_OUTPUT" in cell.source or "NBVAL_SKIP" in cell.source]
+    skipped = [cell for cell in cells if "nbval-ignore-output" in cell.metadata.get("tags", [])]
     assert len(skipped) <= len(cells) / 2
-    assert not [cell for cell in cells if "NBVAL_SKIP" in cell.source]
+    assert not [cell for cell in cells if "NBVAL" in cell.source or "nbval-skip" in cell.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("path", STORED)
+def test_open_tables_are_few(path):
+    """What is not a section's main result is folded."""
+    outputs = [output for cell in code_cells(path) for output in cell.outputs]
+    tables = [text for output in outputs if "<table" in (text := output.get("data", {}).get("text/html", ""))]
+    assert len([text for text in tables if not text.startswith("<details>")]) <= 5
+    assert not [output for output in outputs if output.output_type == "stream" and LOGGED.search(output.text)]
 
 
 @pytest.mark.parametrize("path", STORED)

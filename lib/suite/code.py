@@ -40,6 +40,7 @@ SHOWING = frozenset(
         "site",
         "slides",
         "standing",
+        "tables",
         "versions",
     )  # fmt: skip
 )
@@ -130,12 +131,20 @@ class _Silenced(ast.NodeTransformer):
         return None if node.module in ASIDE else node
 
 
+class _Unshown(_Silenced):
+    """Takes out of a cell, besides, what it only shows."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        called = getattr(node.value, "func", None)
+        return None if getattr(called, "id", None) in ("display", "fold", "print") else super().visit_Expr(node)
+
+
 def notebook_code(*things: object) -> str | None:
     """Hash of functions that a notebook defines, with all of its functions that they name; None where there are none.
 
     What the library's functions do is in `code_version`, and what data they work on in a cell's settings. The compiled code
     counts, so comments, and cells that define nothing of it, change nothing. A lambda that stands in a cell by itself, outside
-    any function, counts with the text of the whole cell, which makes what it works on.
+    any function, counts with all of its cell that makes what it works on: not with comments, nor with what the cell shows.
     """
     found: dict[str, str] = {}
     for thing in things:
@@ -163,7 +172,8 @@ def _collect(thing: object, found: dict[str, str]) -> None:
             return
         found[name], inside = _said(function.__code__), _named(function)
         if function.__qualname__ == "<lambda>":
-            found[name] += "".join(linecache.getlines(function.__code__.co_filename))
+            cell = ast.parse("".join(linecache.getlines(function.__code__.co_filename)))
+            found[name] += ast.unparse(_Unshown().visit(cell))
     for other in inside:
         _collect(other, found)
 
