@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.sections import by_section
 from lib.suite.results import RAW
-from lib.suite.runs import LINK, LOGGED
+from lib.suite.runs import LINK, PROGRESS
 from tasks import NOTEBOOKS, RESULTS, papers
 
 STORED = [pytest.param(NOTEBOOKS / f"{paper}.ipynb", id=paper) for paper in papers()]
@@ -80,7 +80,7 @@ def test_open_tables_are_few(path):
     outputs = [output for cell in code_cells(path) for output in cell.outputs]
     tables = [text for output in outputs if "<table" in (text := output.get("data", {}).get("text/html", ""))]
     assert len([text for text in tables if not text.startswith("<details>")]) <= 5
-    assert not [output for output in outputs if output.output_type == "stream" and LOGGED.search(output.text)]
+    assert not [output for output in outputs if output.output_type == "stream" and PROGRESS.search(output.text)]
 
 
 @pytest.mark.parametrize("path", STORED)

@@ -144,6 +144,19 @@ def test_warnings_lose_the_place_of_the_project(tmp_path):
     assert found.text == "lib/papers/comp.py:3: UserWarning: x\nipykernel_12/34.py:1: y\nsite-packages/torch/n.py:2: a/b z\n"
 
 
+def test_lines_of_progress_are_not_stored(tmp_path):
+    cells = [nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell("2")]
+    progress = ["m at 20%: perplexity 1,234.56\n", "  pruned block 1 of 8; 79 s since the start, 0.7 GiB resident\n"]
+    result = "m at 20%: perplexity of W is 2.0 % [1.0, 3.0] below SVD\n"
+    for cell, texts in zip(cells, ([progress[0], result, progress[1]], progress), strict=True):
+        cell.outputs = [nbformat.v4.new_output("stream", text=text) for text in texts]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "n.ipynb")
+    tidy(tmp_path / "n.ipynb")
+    first, second = nbformat.read(tmp_path / "n.ipynb", as_version=4).cells
+    assert [output.text for output in first.outputs] == [result]
+    assert second.outputs == []
+
+
 def test_links_lead_from_the_results_to_the_same_files(tmp_path):
     text = "[a](../lib/papers/afr.py) [b](slicegpt.ipynb#part) [c](https://arxiv.org/abs/1) [d](#here) $f[i](x y)$"
     cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("table[name](argument)")]

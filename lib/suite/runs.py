@@ -23,6 +23,8 @@ from lib.suite.results import RAW, Ledger, ledger_lines, write_atomically
 
 PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # the folder of a warning's file on this machine
 
+PROGRESS = re.compile(r" at \d+%: perplexity [\d.,]+$| s since the start")  # lines for whoever waits for a run
+
 LINK = re.compile(r"\]\(([^):#\s][^):\s]*)\)")  # in Markdown, to a file
 
 
@@ -217,7 +219,7 @@ def relink(path: Path) -> None:
 
 
 def tidy(path: Path) -> None:
-    """Remove from an executed notebook where and when it ran."""
+    """Remove from an executed notebook where and when it ran, and its lines of progress."""
     import nbformat  # late: it takes a second, and a command that only catches RunError does without
 
     notebook = nbformat.read(path, as_version=4)
@@ -228,7 +230,10 @@ def tidy(path: Path) -> None:
             cell.metadata.pop(key, None)
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                output.text = PLACE.sub("", output.text)
+                lines = PLACE.sub("", output.text).splitlines(keepends=True)
+                output.text = "".join(line for line in lines if not PROGRESS.search(line))
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
         if "injected-parameters" in cell.metadata.get("tags", []):
             lines = cell.source.splitlines()
             cell.source = "\n".join(line for line in lines if not line.startswith("folder = "))

@@ -28,6 +28,7 @@ from nbconvert.filters.markdown_mistune import MarkdownWithMath
 
 from lib.suite.markup import Renderer
 from lib.suite.results import ROOT
+from lib.suite.runs import PROGRESS
 from lib.suite.site import ASSETS, Executed, read_run
 
 WORDS, ROWS, LINES = 40, 8, 22  # the most on a slide: words beside its table, rows of the table, lines of printed matrices
@@ -38,7 +39,7 @@ TALL = "tall"  # the class of a picture that is higher than wide, and of its sli
 REVEAL = "https://unpkg.com/reveal.js@5.2.1"
 PARTS = ("dist/reveal.js", "dist/reveal.css", "plugin/notes/notes.js")  # of reveal.js
 EXERCISES = re.compile(r"## \d+ · Exercises")
-LOGGED = re.compile(r" at \d+%: perplexity | s since the start|files written")  # lines that report progress
+LOGGED = re.compile(rf"{PROGRESS.pattern}|files written")  # lines that are no results
 STARTS = re.compile(r"#|\*\*")  # how prose begins that belongs to what follows
 KEYS = {"title", "says", "text", "question", "answer"}
 PAGE = """<!DOCTYPE html>

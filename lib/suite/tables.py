@@ -21,7 +21,7 @@ class Folded:
         return f"<details><summary>{escape(self.title)}</summary>{self.table._repr_html_()}</details>"
 
     def __repr__(self) -> str:
-        return f"{self.title}\n{self.table}"
+        return f"{self.title}\n{getattr(self.table, 'data', self.table)}"
 
 
 def fold(table: pd.DataFrame | Styler, title: str) -> None:
