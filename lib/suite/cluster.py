@@ -116,8 +116,8 @@ def spread(client, run: Run, partial: Path, ledger: Ledger) -> None:
 
     def keep(record: dict) -> None:
         with writing:
-            if not over.is_set() and record["settings"] not in ledger:
-                ledger.append(record["settings"], record["result"], record["seconds"])
+            if not over.is_set() and record["key"] not in ledger.records:
+                ledger.append(record["settings"], record["result"], record["seconds"], record["modules"])
 
     def submit(parameters: dict):
         job = {"name": run.notebook.name, "notebook": run.notebook.read_text(), "parameters": parameters, "profile": run.profile}
@@ -195,10 +195,8 @@ def work(job: dict, records: list[dict]) -> tuple[dict[str, bytes], list[dict]]:
 
         def report(line: str) -> None:
             record = json.loads(line)
-            if record["key"] != content_key(
-                record["settings"], record["modules"]
-            ):  # the kernel has another version of lib/ than this process
-                foreign.append(record["key"])
+            if record["key"] != content_key(record["settings"], record["modules"]):
+                foreign.append(record["key"])  # the kernel has another version of lib/ than this process
                 return
             added.append(record)
             worker.log_event(job["topic"], line)
