@@ -433,7 +433,7 @@ def test_titles_say_what_the_numbers_say():
         said("diagnostics")
         == "Tuning lowers the error of a block by 0 % to 20 %; 1 of 2 blocks keep the variance within the bound"
     )
-    assert said("cost") == "On a, nothing is both quicker and better than SVD, CFSP, COMP"
+    assert said("cost") == "On a, nothing is both quicker and better than CFSP, COMP"
     assert said("ranks").startswith(
         "a at 40 %: one leaves 1 of 4 matrices whole and gives less than the equal rank to up_proj; other leaves 0"
     )
