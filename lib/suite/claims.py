@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import pandas as pd
+from IPython.display import display
 
 from lib.suite import claims_afr, claims_comp, claims_compare, claims_slicegpt, claims_svd_llm
 from lib.suite.claim import UNTESTABLE, VERDICTS, Evidence, judge, shown
@@ -40,12 +41,13 @@ def table(paper: str, evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "where", "the paper", "model", "here", "verdict"])
 
 
-def show(run: Results) -> pd.DataFrame:
-    """Write the table `claims` of a notebook run, and return it."""
+def show(run: Results) -> None:
+    """Write the table `claims` of a notebook run, and show each claim whole, with the number that decides it."""
     rows = table(run.paper, Evidence.of(run)).to_dict("records")
-    return run.table(
-        "claims", rows, note="Intervals: 95 %, paired over windows or questions; with several draws, over all of them."
-    )
+    note = "Intervals: 95 %, paired over windows or questions; with several draws, over all of them."
+    found = run.table("claims", rows, note=note)[["claim", "model", "here", "verdict"]]
+    with pd.option_context("display.max_colwidth", None):
+        display(found.set_index(["claim", "model"]))
 
 
 def judged(results: Path, profiles: Iterable[str]) -> dict[str, pd.DataFrame]:

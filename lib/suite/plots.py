@@ -691,9 +691,9 @@ def clip_figure(parts: Mapping[str, tuple]) -> Figure:
         panel.plot(places, np.asarray(density) * len(values) * (edges[1] - edges[0]), color=INK, lw=1.5)
         for bound in (low, high):
             panel.axvline(bound, color=color, ls="--", lw=1.5)
-        panel.set(title=f"{score}, {neuron}: {clipped.sum()} of {len(values)} clipped", ylabel="weights", ylim=(0, None))
+        panel.set(title=f"{score}, {neuron}: {clipped.sum()} of {len(values)} clipped", ylabel="entries", ylim=(0, None))
         said[score] = f"{(values[-1] - values[0]) / float(high - low):.1f}"
-    panels[-1].set_xlabel("score of a weight of the neuron")
+    panels[-1].set_xlabel("entry of the neuron's score vector")
     handles = [Line2D([], [], color=INK, label="mixture"), Line2D([], [], color=color, ls="--", label="bounds of the clip")]
     figure.legend(handles=handles, ncols=2, loc="outside lower center", frameon=False)
     headline(figure, f"Where the clip takes most, it divides the range of a neuron's scores by {for_each(said)}")
