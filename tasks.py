@@ -135,6 +135,11 @@ def budget_of(file: str, **targets: str):
         raise ValueError(f"give one of {', '.join(f'--target-{of}' for of in asked)}: each decides the size")
     if file and "bytes" not in asked:
         raise ValueError("--file says how --target-bytes is counted: give both")
+    for of, most in asked.items():
+        if of == "share" and not 0 < most < 1:
+            raise ValueError(f"--target-share is a part of the model, such as 80% or 0.8, not {targets[of]!r}")
+        if of != "share" and most < 1:
+            raise ValueError(f"--target-{of} is a number of {of}, such as 80M, not {targets[of]!r}")
     return Budget(*asked.popitem(), choose_one("GGUF type", file, DTYPES) if file else "") if asked else None
 
 
@@ -142,8 +147,8 @@ def use_data_dir(path: str) -> None:
     """Read corpora and benchmarks from a folder instead of the hub, in this process and those that it starts."""
     if path and not Path(path).is_dir():
         raise ValueError(f"--data-dir {path} is not a folder")
-    if path:
-        os.environ["PARED_DATA_DIR"] = str(Path(path).resolve())
+    if path := path or os.environ.get("PARED_DATA_DIR", ""):
+        os.environ["PARED_DATA_DIR"] = str(Path(path).expanduser().resolve())  # notebooks run in a folder of their own
 
 
 def papers_of(profile: str, paper: str) -> list[str]:
@@ -482,6 +487,9 @@ def heal(
     samples = -(-tokens // length)
     steps = -(-samples // batch)
 
+    if share != 1 and not dense:
+        raise Exit("--share mixes what the dense model says with the text: give --dense too", code=2)
+
     def work():
         use_data_dir(data_dir)
         usual = {"dropout": 0.0, "warmup": min(10, steps // 10), "evaluate_every": max(1, steps // 20)}
@@ -644,7 +652,7 @@ def device(c, model, threads=0, prompt=512, tokens=128, corpus="", windows=16, d
 
     from lib.evaluation.device import file_perplexity, file_windows, run_files
 
-    use_data_dir(data_dir)
+    checked(lambda: use_data_dir(data_dir))
     at_least(1, prompt=prompt, tokens=tokens, windows=windows)
     at_least(0, threads=threads)
     if not model:
@@ -751,6 +759,8 @@ def clean(c):
     for pattern in ("**/__pycache__", ".pytest_cache", ".ruff_cache", "*.partial", "results/**/*.partial", "results/interactive"):
         for path in ROOT.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    tracked = c.run(f"git -C {shlex.quote(str(ROOT))} ls-files results", hide=True, warn=True, in_stream=False).stdout.split("\n")
     for path in RESULTS.rglob("*.ledger.jsonl"):
-        path.unlink()
+        if path.relative_to(ROOT).as_posix() not in tracked:
+            path.unlink()
     print("removed caches, ledgers and unfinished runs")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lib.equal_size import ratios_of
@@ -35,14 +36,20 @@ class Budget:
     most: float
     file: str = ""
 
-    def size_of(self, dense: nn.Module, folder: str | Path, name: str) -> Callable[[nn.Module], float]:
-        """The measure of this budget on models made from `dense`. folder: of its tokenizer; name: of the result's folder."""
+    def size_of(
+        self, dense: nn.Module, folder: str | Path, name: str, stored: torch.dtype | None = None
+    ) -> Callable[[nn.Module], float]:
+        """The measure of this budget on models made from `dense`.
+
+        folder: of its tokenizer; name: of the result's folder; stored: the type of the numbers that are saved, where it is not
+        that of the models that are measured.
+        """
         if self.of == "bytes" and self.file:
             return FileSize(folder, name, self.file)
-        whole = count(dense).params
+        whole, share = count(dense).params, (stored or dense.dtype).itemsize / dense.dtype.itemsize
         return {
             "params": lambda model: count(model).params,
-            "bytes": lambda model: count(model).bytes,
+            "bytes": lambda model: count(model).bytes * share,
             "share": lambda model: count(model).params / whole,
         }[self.of]
 
@@ -74,6 +81,7 @@ def fitting_ratio(name: str, model: nn.Module, budget: Budget, size: Callable[[n
         raise ValueError(f"the size that {name} leaves is known only afterwards: give it a ratio, or choose one of {known}")
     if (dense := size(model)) <= budget.most:
         raise ValueError(f"the dense model has {budget.said(dense)} and is within the budget of {budget.said(budget.most)}")
+    method.shape(model, 0.0, settings)  # raises where the method cannot work on this model at all
 
     @functools.cache
     def at(ratio: float) -> float:

@@ -137,7 +137,8 @@ def with_saved_widths(method: str, values: dict) -> dict:
 
 def saved_widths(folder: str | Path) -> list[int]:
     """The widths, junction by junction, of a sliced model saved in `folder`. Raises ValueError where there are none."""
-    for edit in read_record(Path(folder).expanduser())["edits"]:
+    folder = Path(folder).expanduser()
+    for edit in read_record(folder)["edits"] if is_checkpoint(folder) else ():
         if edit.get("edit") == "slicegpt":
             return edit["widths"]
     raise ValueError(f"{folder} holds no sliced model: a schedule is constant, variance, or the folder of a sliced model")

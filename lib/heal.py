@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from lib.evaluation.console import Progress
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks
-from lib.models.checkpoint import export, is_checkpoint, read_record, save
+from lib.models.checkpoint import export, fingerprint, is_checkpoint, read_record, save
 from lib.models.load import load, locate, torch_dtype
 from lib.models.output import check_output, reserved
 from lib.primitives.anatomy import Anatomy
@@ -20,6 +22,7 @@ from lib.primitives.distillation import Distillation
 from lib.primitives.finetune import LoRA, recover
 
 HELD_OUT = 8  # sequences of the validation split that decide which step is kept
+SPARSE = 0.1  # share of exact zeros from which a model counts as one whose zeros are meant
 
 
 def heal(
@@ -41,7 +44,8 @@ def heal(
     token: the divergence from the dense model, or the next-token loss.
 
     Raises ValueError, FileExistsError or OSError, before any training, for impossible arguments, a dense model of another
-    vocabulary, and a result that could not be saved.
+    vocabulary, a sparse model, whose zeros training would fill, the state of another training beside `out`, and a result that
+    could not be saved.
     """
     if distillation and not dense:
         raise ValueError("learning from the dense model needs one: give the model that was compressed as `dense`")
@@ -50,16 +54,18 @@ def heal(
         network, tokenizer = load(model, device, torch_dtype(dtype))
         check_output(out, count(network).bytes)
         check_length(Anatomy(network), text.length)
-        loss = None
+        _check_trainable(network, model, settings)
+        loss, aim = None, None
         if dense:
             teacher, words = load(dense, device, network.dtype)
             if words.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"{dense} and {model} have different vocabularies: a model learns from the one it was made of")
             loss = (distillation or Distillation()).loss_from(teacher)
+            aim = asdict(distillation or Distillation()) | {"dense": fingerprint(teacher)}
         generator = torch.Generator().manual_seed(text.seed)
         ids = sample_blocks(load_corpus(text.corpus, text.split), tokenizer, text.samples, text.length, generator, text.rule)
         held = sample_blocks(held_text, tokenizer, HELD_OUT, text.length, generator, text.rule)
-        state = out.with_name(f".{out.name}.training")
+        state = _state_of(out, {"model": fingerprint(network), "aim": aim})
         found = recover(network, ids, settings, validation=held, progress=Progress(), inplace=True, loss=loss, state=state)
         losses = {row["step"]: row["validation_loss"] for row in found.history}
         row = {"step": found.step, "steps": found.history[-1]["step"], "before": losses[0], "after": losses[found.step]}
@@ -67,6 +73,28 @@ def heal(
         about["distillation"] = asdict(distillation or Distillation()) if dense else None
         _save(found.model, tokenizer, out, locate(model), about)
         return row
+
+
+def _check_trainable(network: nn.Module, model: str, settings: LoRA) -> None:
+    """Raise ValueError for weights that cannot be trained, or that are not what they were when they have been."""
+    matrices = [p for p in network.parameters() if p.ndim == 2]
+    zeros = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
+    if zeros > SPARSE:
+        raise ValueError(
+            f"{zeros:.0%} of the weights of {model} are zeros, which training would fill: heal what a method has made smaller"
+        )
+    if settings.rank is None and network.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the weights of {model} are in {network.dtype}, too coarse to train them all: give --dtype float32")
+
+
+def _state_of(out: Path, training: dict) -> Path:
+    """The file beside `out` for the state of a training. Raises ValueError where there is that of another one."""
+    identity = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:12]
+    state = out.with_name(f".{out.name}.{identity}.training")
+    others = [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.") and p.name.endswith(".training")]
+    if others := [path for path in others if path != state]:
+        raise ValueError(f"{others[0]} is the state of another training into {out}: start that one again, or remove the file")
+    return state
 
 
 def _save(model: nn.Module, tokenizer, out: Path, source: str, healed: dict) -> None:

@@ -35,6 +35,12 @@ def test_quantities(text, number):
     assert quantity(text) == pytest.approx(number)
 
 
+def test_why_a_method_cannot_work_at_all_is_said():
+    model, budget, method = load("wiki-a-opt")[0], Budget("share", 0.9), METHODS["slicegpt-stock"]
+    with pytest.raises(ValueError, match="is not a stock model"):
+        fitting_ratio(method.name, model, budget, budget.size_of(model, "", ""), method.settings())
+
+
 @pytest.mark.parametrize("text", ["", "many", "-3M", "80 TB", "1e6", "0.3.1", "%"])
 def test_what_is_no_quantity(text):
     with pytest.raises(ValueError, match="write it like 80MB"):

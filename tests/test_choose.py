@@ -10,7 +10,7 @@ from lib.evaluation.text import load_corpus, spread, tokens_of, windows
 from lib.methods import METHODS, NOTHING, make
 from lib.models.load import ASSETS, load
 from lib.suite import choose as choosing
-from lib.suite.choose import LLAMA_CPP, SUITE, TRANSFORMERS, Clock, Judge, Trials, candidates, choose, outcome
+from lib.suite.choose import LLAMA_CPP, SUITE, TRANSFORMERS, Clock, Judge, Trials, candidates, check_runs, choose, outcome
 from lib.suite.standing import BEHIND
 
 BUDGET = Budget("share", 0.9)
@@ -32,7 +32,7 @@ def few(monkeypatch):
 
 
 def all_candidates(llama, where, budget=BUDGET):
-    return candidates(llama[0], budget, budget.size_of(llama[0], FOLDER, "model"), where, FOLDER)
+    return candidates(llama[0], budget, budget.size_of(llama[0], FOLDER, "model"), check_runs(where, FOLDER))
 
 
 def test_what_needs_least_is_tried_first_and_every_method_is_accounted_for(llama):
@@ -68,7 +68,7 @@ def run(llama, minutes, said=None, where=SUITE):
     field, untried = all_candidates(llama, where)
     measure = BUDGET.size_of(llama[0], FOLDER, "model")
     report = said.append if said is not None else lambda line: None
-    return *Trials(judge, measure, where, Clock(60 * minutes), report, untried).halve(field), untried
+    return *Trials(judge, measure, check_runs(where, FOLDER), Clock(60 * minutes), report, untried).halve(field), untried
 
 
 def test_the_better_half_goes_on_and_the_numbers_are_those_of_the_models(llama, few):
@@ -125,6 +125,36 @@ def test_the_winner_is_saved(tmp_path, few):
     assert sum(p.numel() for p in small.parameters()) <= 0.9 * sum(p.numel() for p in load("wiki-a-llama")[0].parameters())
     with pytest.raises(FileExistsError, match="exists"):
         choose("wiki-a-llama", BUDGET, tmp_path / "small")
+
+
+def test_bytes_are_those_of_the_saved_file(tmp_path, few):
+    """The embedded models are saved in bfloat16, and tried in float32."""
+    most = 0.8 * sum(path.stat().st_size for path in ASSETS.glob("wiki-a-llama/*.safetensors"))
+    found = choose("wiki-a-llama", Budget("bytes", most), tmp_path / "small", minutes=10, report=lambda line: None)
+    written = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
+    assert 0.9 * most < found["ranking"][0]["budget"] <= most
+    assert written == pytest.approx(found["ranking"][0]["budget"], rel=0.02)
+
+
+def test_what_turns_out_not_to_run_there_is_left_out(llama, few, monkeypatch):
+    """The shape that is counted has blocks of equal width, and what a method makes need not."""
+    judge, measure = Judge(*llama, "wiki-a", 64, 0), BUDGET.size_of(llama[0], FOLDER, "model")
+    field, untried = all_candidates(llama, LLAMA_CPP)
+
+    def refuse(model):
+        if len({block.mlp.up_proj.out_features for block in model.model.layers}) > 1:
+            raise ValueError("its blocks are of unequal widths")
+
+    ranking, dropped = Trials(judge, measure, refuse, Clock(600), lambda line: None, untried).halve(field)
+    assert untried["cfsp"] == "its blocks are of unequal widths"
+    assert "cfsp" not in {row["method"] for row in ranking + dropped}
+    assert ranking
+
+
+def test_a_text_too_short_to_judge_by(tmp_path, few):
+    (tmp_path / "short.txt").write_text("\n\n".join(f"A paragraph of a few words, number {i}." for i in range(70)))
+    with pytest.raises(ValueError, match="less than two windows of 64 tokens: give more text"):
+        choose("wiki-a-llama", BUDGET, tmp_path / "small", corpus=str(tmp_path / "short.txt"))
 
 
 def test_a_budget_that_nothing_keeps_to(tmp_path, few):

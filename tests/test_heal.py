@@ -1,6 +1,7 @@
 """`heal` trains a saved model, saves the better one with the history of both, and refuses what cannot work before it starts."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,7 +61,12 @@ def test_a_killed_run_goes_on(small, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "_in_words", dies)
     with pytest.raises(KeyboardInterrupt):
         heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK, MODEL)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.training", "whole"]
+    state, other = sorted(path.name for path in tmp_path.iterdir())
+    assert state.startswith(".out.")
+    assert state.endswith(".training")
+    assert other == "whole"
+    with pytest.raises(ValueError, match="is the state of another training into"):  # that learns from the text alone
+        heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK)
     monkeypatch.setattr(finetune, "_in_words", lambda row: seen.append(row["step"]) or words(row))
     assert heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK, MODEL) == whole
     assert seen == [3]
@@ -77,6 +83,11 @@ def test_what_cannot_work_is_refused_before_training(small, tmp_path, monkeypatc
     words.save_pretrained(small / "other words")
     with pytest.raises(ValueError, match="give the model that was compressed"):
         heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK, distillation=Distillation(0.5))
+    compress(MODEL, small / "sparse", "wanda", 0.5, Calibration("wiki-a", 1, 64), pattern="2:4")
+    with pytest.raises(ValueError, match="are zeros, which training would fill"):
+        heal(str(small / "sparse"), tmp_path / "out", TEXT, QUICK)
+    with pytest.raises(ValueError, match="too coarse to train them all: give --dtype float32"):
+        heal(str(small / "cfsp"), tmp_path / "out", TEXT, replace(QUICK, rank=None))
     with pytest.raises(ValueError, match="different vocabularies"):
         heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK, str(small / "other words"))
     with pytest.raises(FileExistsError):

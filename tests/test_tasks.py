@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from invoke import Collection, Exit, Program
+from invoke import Collection, Context, Exit, Program
 
 import tasks
 from lib.evaluation.zero_shot import tasks_named
@@ -174,13 +174,36 @@ def test_changed_local_files_are_seen(tmp_path):
     weights.parent.mkdir()
     text.write_text("one")
     weights.write_text("one")
-    states = [local_state(parameters)]
-    assert local_state(parameters) == states[0]
+    near = {"corpus": "t.txt", "models": ["model"], "prompt": "x" * 5000}  # from where the notebook runs
+    states = [(local_state(parameters, tasks.NOTEBOOKS), local_state(near, tmp_path))]
+    assert (local_state(parameters, tasks.NOTEBOOKS), local_state(near, tmp_path)) == states[0]
     for changed in (text, weights):
         changed.write_text("two!")
-        states.append(local_state(parameters))
-    assert len(set(states)) == 3
-    assert all(str(tmp_path) not in state for state in states)  # ledgers are committed
+        states.append((local_state(parameters, tasks.NOTEBOOKS), local_state(near, tmp_path)))
+    assert [len(set(kind)) for kind in zip(*states, strict=True)] == [3, 3]
+    assert all(str(tmp_path) not in state for pair in states for state in pair)  # ledgers are committed
+
+
+def test_clean_leaves_what_is_committed(tmp_path, monkeypatch):
+    results = tmp_path / "results" / "smollm2-135m"
+    results.mkdir(parents=True)
+    for name in ("kept", "gone"):
+        (results / f"{name}.ledger.jsonl").write_text("{}\n")
+    for words in (["init", "-q"], ["add", "results/smollm2-135m/kept.ledger.jsonl"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    monkeypatch.setattr(tasks, "ROOT", tmp_path)
+    monkeypatch.setattr(tasks, "RESULTS", tmp_path / "results")
+    tasks.clean.body(Context())
+    assert [path.name for path in results.iterdir()] == ["kept.ledger.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [({"share": "80M"}, "a part of the model, such as 80%"), ({"params": "30%"}, "is a number of params, such as 80M")],
+)
+def test_budgets_of_the_wrong_kind(asked, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.budget_of("", **asked)
 
 
 def test_a_failing_notebook_keeps_the_earlier_results(project):

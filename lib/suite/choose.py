@@ -21,7 +21,7 @@ from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks, spread, tokens_of, windows
 from lib.methods import GRADIENTS, METHODS, NOTHING, TEXT, check_changes, make
 from lib.models.gguf_export import FileSize
-from lib.models.load import load, locate
+from lib.models.load import known_config, load, locate
 from lib.models.output import check_output
 from lib.primitives.checks import choose_one
 from lib.primitives.cost import count
@@ -54,6 +54,8 @@ class Judge:
         self.network, self.tokenizer, self.length, self.seed = network, tokenizer, length, seed
         self.train = load_corpus(corpus, "train")
         self.held_out = windows(tokens_of(load_corpus(corpus, "validation"), tokenizer), length)
+        if len(self.held_out) < 2:
+            raise ValueError(f"the validation split of {corpus} has less than two windows of {length} tokens: give more text")
         self.corpus = corpus
 
     def calibration(self, samples: int) -> torch.Tensor:
@@ -89,13 +91,14 @@ def choose(
     choose_one("place to run", where, (TRANSFORMERS, LLAMA_CPP, SUITE))
     check_output(Path(out).expanduser(), 0)
     network, tokenizer = load(model)
-    measure = budget.size_of(network, locate(model), Path(out).name)
-    found, untried = candidates(network, budget, measure, where, locate(model))
+    own = known_config(model).dtype or network.dtype  # of the result, whatever the trials compute in
+    measure, check = budget.size_of(network, locate(model), Path(out).name, own), check_runs(where, locate(model))
+    found, untried = candidates(network, budget, measure, check)
     if not found:
         reasons = "\n".join(f"  {method}: {reason}" for method, reason in untried.items())
         raise ValueError(f"no method keeps to {budget.said(budget.most)} and runs in {where}:\n{reasons}")
     judge = Judge(network, tokenizer, corpus, min(LENGTH, usual_length(model)), seed)
-    ranking, dropped = Trials(judge, measure, where, Clock(60 * minutes), report, untried).halve(found)
+    ranking, dropped = Trials(judge, measure, check, Clock(60 * minutes), report, untried).halve(found)
     best = ranking[0]
     text = Calibration(corpus, best["samples"], judge.length, seed)
     report(f"compressing with {best['method']} into {out}")
@@ -103,24 +106,32 @@ def choose(
     return {"ranking": ranking, "dropped": dropped, "untried": untried, "winner": best["method"]}
 
 
+def check_runs(where: str, folder: str) -> Callable[[nn.Module], None]:
+    """What raises ValueError for a model that cannot run in a place. folder: of its tokenizer."""
+    exported = FileSize(folder, "model", "float16") if where == LLAMA_CPP else None
+
+    def check(model: nn.Module) -> None:
+        if exported and (edits := edits_by_number(model)):
+            raise ValueError(f"GGUF has no place for what it leaves ({', '.join(edits)})")
+        if exported:
+            exported(model)  # raises for what no file can hold
+        if where == TRANSFORMERS and hasattr(model, "edits"):
+            raise ValueError("plain transformers cannot load what it leaves")
+
+    return check
+
+
 def candidates(
-    network: nn.Module, budget: Budget, measure: Callable[[nn.Module], float], where: str, folder: str
+    network: nn.Module, budget: Budget, measure: Callable[[nn.Module], float], check: Callable[[nn.Module], None]
 ) -> tuple[list[Candidate], dict[str, str]]:
     """The methods that can be tried, those that need least first, and why each of the others cannot."""
     found, untried = [], {}
-    exported = FileSize(folder, "model", "float16") if where == LLAMA_CPP else None
     for method in sorted(METHODS.values(), key=lambda m: CHEAP_FIRST.index(m.needs)):
         settings = method.settings()
         try:
             check_changes(network, method, settings)
             ratio = fitting_ratio(method.name, network, budget, measure, settings)
-            shape = method.shape(network, ratio, settings)
-            if exported:
-                if edits := edits_by_number(shape):
-                    raise ValueError(f"GGUF has no place for what it leaves ({', '.join(edits)})")
-                exported(shape)  # raises for what no file can hold
-            if where == TRANSFORMERS and hasattr(shape, "edits"):
-                raise ValueError("plain transformers cannot load what it leaves")
+            check(method.shape(network, ratio, settings))
             found.append(Candidate(method.name, ratio))
         except ValueError as reason:
             untried[method.name] = str(reason)
@@ -144,11 +155,11 @@ class Clock:
 
 @dataclass
 class Trials:
-    """What every round needs: the text, what the budget counts, where results must run, the time, and where lines go."""
+    """What every round needs: the text, what the budget counts, what must run, the time, and where lines go."""
 
     judge: Judge
     measure: Callable[[nn.Module], float]
-    where: str
+    check: Callable[[nn.Module], None]
     clock: Clock
     report: Callable[[str], None]
     untried: dict[str, str]
@@ -164,7 +175,7 @@ class Trials:
             field = list(self.tried(field, number))
             if not field:
                 raise ValueError("no method could be tried in this time: give more --minutes")
-            ranking = ranked(dense, field, samples, judged_by)
+            ranking = ranked(dense, field, samples, min(judged_by, len(self.judge.held_out)))
             if all(row["standing"] == BEHIND for row in ranking[1:]):
                 break
             if number + 1 < len(ROUNDS):
@@ -185,14 +196,12 @@ class Trials:
             start = time.monotonic()
             try:
                 small = make(candidate.method, self.judge.network, ids, candidate.ratio)
-            except ValueError as reason:  # of its data, such as too few tokens
+                self.check(small)  # the shape may depend on data: blocks can end unequally wide
+                candidate.params, candidate.budget = count(small).params, self.measure(small)
+            except ValueError as reason:  # of its data too, such as too few tokens
                 self.untried[candidate.method] = str(reason)
                 continue
-            if self.where == TRANSFORMERS and hasattr(small, "edits"):
-                self.untried[candidate.method] = "its blocks end unequally wide, which plain transformers cannot load"
-                continue
             candidate.cell = self.judge.cell(small, judged_by)
-            candidate.params, candidate.budget = count(small).params, self.measure(small)
             candidate.seconds = time.monotonic() - start
             found, left = candidate.cell["perplexity"]["perplexity"], self.clock.left / 60
             text = f"{samples} x {self.judge.length} tokens"

@@ -23,6 +23,7 @@ from lib.suite.results import RAW, Ledger, ledger_lines, write_atomically
 
 PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # the folder of a warning's file on this machine
 
+LONGEST = 250  # characters of what can be a path, and not a prompt
 PROGRESS = re.compile(r" at \d+%: perplexity [\d.,]+$| s since the start")  # lines for whoever waits for a run
 
 LINK = re.compile(r"\]\(([^):#\s][^):\s]*)\)")  # in Markdown, to a file
@@ -137,7 +138,7 @@ def _reproduce(run: Run, force: bool, engine: Engine) -> None:
         write_atomically(run.ledger_file, ledger_lines(run.target / RAW))
     if force:
         run.ledger_file.unlink(missing_ok=True)
-    complete = {"run": run.paper, "parameters": run.parameters, "files": local_state(run.parameters)}
+    complete = {"run": run.paper, "parameters": run.parameters, "files": local_state(run.parameters, run.notebook.parent)}
     # The engine is part of the key: results from a cluster are computed again here, because timings depend on where they ran.
     complete |= {"text": [cell.source for cell in cells], "engine": getattr(engine, "func", engine).__name__}
     ledger = Ledger(run.ledger_file)
@@ -242,17 +243,18 @@ def tidy(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def local_state(parameters: dict) -> str:
+def local_state(parameters: dict, place: Path) -> str:
     """A hash of name, size and time of every local file that a run would read: models and texts by path, the data directory.
 
+    place: where the run works, which relative paths start from.
     A hash, because ledgers are committed, and where files lie is a fact about one machine.
     """
     named = [os.environ.get("PARED_DATA_DIR", "")]
     for value in parameters.values():
         named += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
     files = []
-    for path in (Path(name).expanduser() for name in named if os.sep in name or name.endswith(".txt")):
-        files += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for path in (place / Path(name).expanduser() for name in named if name and len(name) < LONGEST):
+        files += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
     found = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
