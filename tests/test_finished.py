@@ -135,7 +135,8 @@ def test_what_is_made_reads_back_as_it_was(tmp_path, method, family, shape):
     try:
         small = make(method, model, ids, 0.3)
     except ValueError as refusal:  # of this shape or family; any other error is a fault
-        assert re.search(REFUSED, str(refusal)), refusal
+        if not re.search(REFUSED, str(refusal)):
+            raise
         pytest.skip(str(refusal))
     stock = not hasattr(small, "edits")
     folder = (export if stock else save)(small, None, tmp_path / "out")
