@@ -222,6 +222,7 @@ def prepared(run: Executed) -> nbformat.NotebookNode:
 
 def describe(run: Executed, cell: nbformat.NotebookNode) -> None:
     """Write into the metadata of a cell of code what its page says of it."""
+    cell.source = cell.source.removeprefix("# NBVAL_IGNORE_OUTPUT\n")  # of runs from before nbval's marks were tags
     lines = cell.source.splitlines() or [""]
     count = "1 line" if len(lines) == 1 else f"{len(lines)} lines"
     made = re.findall(r'run\.(table|figure)\(\s*"(\w+)"', cell.source)
