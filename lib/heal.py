@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,8 +92,8 @@ def _state_of(out: Path, training: dict) -> Path:
     """The file beside `out` for the state of a training. Raises ValueError where there is that of another one."""
     identity = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:12]
     state = out.with_name(f".{out.name}.{identity}.training")
-    others = [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.") and p.name.endswith(".training")]
-    if others := [path for path in others if path != state]:
+    named = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{12}}\.training")
+    if others := [path for path in out.parent.iterdir() if named.fullmatch(path.name) and path != state]:
         raise ValueError(f"{others[0]} is the state of another training into {out}: start that one again, or remove the file")
     return state
 
