@@ -73,6 +73,7 @@ def heal(
         about = text.record() | row | {"settings": settings.record(), "dense": Path(dense).name if dense else None}
         about["distillation"] = asdict(distillation or Distillation()) if dense else None
         _save(found.model, tokenizer, out, locate(model), about)
+        state.unlink(missing_ok=True)
         return row
 
 

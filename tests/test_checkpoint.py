@@ -513,7 +513,7 @@ def test_merging_says_what_it_needs(tmp_path):
         ({"set": ["layot=tied"]}, "choose one of round_interval, layout"),
         ({"set": ["layout=tide"]}, "low-rank, dense, tied"),
         ({"set": ["layout"]}, "NAME=VALUE"),
-        ({"set": ["schedule=/no/such/folder"]}, "compression.json"),
+        ({"set": ["schedule=/no/such/folder"]}, "holds no sliced model"),
         ({"method": "slicegpt-global", "set": ["layout=tied"]}, "choose one of round_interval"),
         ({"method": "svd-llm", "set": ["variant=V"]}, "choose one of W, W"),
         ({"method": "svd-llm", "set": ["rank=3"]}, "choose one of variant, order, allocation"),

@@ -75,6 +75,19 @@ def test_a_killed_run_goes_on(small, tmp_path, monkeypatch):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_result_that_could_not_be_saved_is_not_trained_again(small, tmp_path, monkeypatch):
+    """The state of a finished training stays until its model is written."""
+    with monkeypatch.context() as full:
+        full.setattr("lib.heal._save", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space left"):
+            heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK, MODEL)
+    seen, words = [], finetune._in_words
+    monkeypatch.setattr(finetune, "_in_words", lambda row: seen.append(row["step"]) or words(row))
+    heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK, MODEL)
+    assert seen == [3]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_cannot_work_is_refused_before_training(small, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.heal.recover", lambda *_, **__: pytest.fail("trained"))
     shutil.copytree(small / "stock", small / "other words")

@@ -100,7 +100,8 @@ def recover(
     models are never written to. The result depends on the seed alone, and the caller's random state is not touched.
 
     loss: of the model on ids [b, length], a scalar; None: the mean next-token loss. state: a file in which the run notes where it
-    is at every evaluation; a run that finds one goes on from there, with the same result, and removes it at its end.
+    is at every evaluation; a run that finds one goes on from there, with the same result. It stays for whoever gave it to
+    remove, once the recovered model is safe.
 
     Raises ValueError before any work for ids, targets or settings that do not fit the model, and for a state of another run;
     later if the loss is not finite.
@@ -258,8 +259,6 @@ class Training:
         # 3. Back to the best adapters.
         if self.best:
             _set(adapters, self.best)
-        if self.state:
-            self.state.unlink(missing_ok=True)
         return self.history, self.steps if self.best_step is None else self.best_step
 
     def _look(self, adapted: nn.Module, adapters: list[nn.Parameter], validation: torch.Tensor | None, step: int) -> None:

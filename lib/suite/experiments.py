@@ -41,12 +41,6 @@ def principal_angles(
 # --- Structured AFR: do the scores of a neuron agree in sign, and what does its deletion really cost? -------------------------
 
 
-def consistency(x: torch.Tensor) -> torch.Tensor:
-    """How much the scores of a neuron agree in sign, |Σ S| / Σ |S| in [0, 1], for vectors x [units, m]; 0 where all are 0."""
-    total = x.abs().sum(1)
-    return x.sum(1).abs() / torch.where(total > 0, total, 1)
-
-
 @torch.no_grad()
 def deletion_losses(model: nn.Module, ids: torch.Tensor, neurons: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """True change of the mean next-token loss when one neuron alone is deleted, which a score approximates.
