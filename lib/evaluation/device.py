@@ -7,10 +7,8 @@ slows all of them alike. llama.cpp itself takes the times.
 from __future__ import annotations
 
 import importlib.util
-import json
 import multiprocessing
 import statistics
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,13 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from lib.evaluation import llama_server
 from lib.evaluation.perplexity import Perplexity, of_losses, rows_at_once
-from lib.evaluation.process import resident_memory
 from lib.evaluation.text import load_corpus, spread
 from lib.evaluation.text import windows as cut_into_windows
 
 KV_BYTES = 2  # of a number in the cache: float16, llama.cpp's default
-_server = None  # of this process
 
 
 def run_files(
@@ -41,12 +38,14 @@ def run_files(
     """
     facts = [_facts(Path(path), prompt + generated) for path in paths]
     with ExitStack() as stack:
-        workers = [stack.enter_context(ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))) for _ in facts]
+        workers = [stack.enter_context(_process()) for _ in facts]
         for fact, worker in zip(facts, workers, strict=True):
             fact["loaded"] = _started(worker, fact["path"], threads, prompt + generated)
-        turns = [[worker.submit(_turn, prompt, generated).result() for worker in workers] for _ in range(1 + repeats)][1:]
+        turns = [
+            [worker.submit(llama_server.turn, prompt, generated).result() for worker in workers] for _ in range(1 + repeats)
+        ]
     rows = []
-    for fact, own in zip(facts, zip(*turns, strict=True), strict=True):
+    for fact, own in zip(facts, zip(*turns[1:], strict=True), strict=True):
         medians = {name: statistics.median(turn[name] for turn in own) for name in own[0]}
         rows.append({"file": fact.pop("path").name} | fact | medians | {"threads": threads})
     return rows
@@ -61,11 +60,11 @@ def file_perplexity(path: str | Path, windows: torch.Tensor, threads: int = 1) -
     path, length = Path(path), windows.shape[1]
     _facts(path, length)
     head = _head(path)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
+    with _process() as worker:
         _started(worker, path, threads, length, True)
         losses = []
         for ids in windows:
-            hidden = torch.tensor(worker.submit(_hidden, ids.tolist()).result())
+            hidden = torch.tensor(worker.submit(llama_server.hidden, ids.tolist()).result())
             losses.append(_summed_loss(hidden[:-1], ids[1:], *head))
     return of_losses(torch.stack(losses), length)
 
@@ -76,10 +75,10 @@ def file_windows(path: str | Path, corpus: str, length: int, number: int | None 
     number: None for all. Raises as `run_files` does.
     """
     _facts(Path(path), length)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
+    with _process() as worker:
         _started(worker, Path(path), 1, length)
-        ids = worker.submit(_answered, "/tokenize", {"content": load_corpus(corpus, "test").text, "add_special": False}).result()
-    whole = cut_into_windows(torch.tensor(ids["tokens"]), length)
+        ids = worker.submit(llama_server.tokens, load_corpus(corpus, "test").text).result()
+    whole = cut_into_windows(torch.tensor(ids), length)
     return whole[spread(len(whole), number)]
 
 
@@ -88,6 +87,10 @@ def _summed_loss(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tens
     rows = rows_at_once(len(weight))
     pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
     return sum(F.cross_entropy(F.linear(x, weight, bias), own, reduction="sum").double() for x, own in pieces)
+
+
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def check_installed() -> None:
@@ -115,7 +118,7 @@ def _float32(tensor) -> torch.Tensor:
 def _started(worker: ProcessPoolExecutor, path: Path, *settings) -> int:
     """Load a file in a process of its own; the bytes that it then holds. Raises ValueError for what llama.cpp cannot load."""
     try:
-        return worker.submit(_load, str(path), *settings).result()
+        return worker.submit(llama_server.load, str(path), *settings).result()
     except (BrokenProcessPool, RuntimeError, ValueError) as error:
         raise ValueError(f"llama.cpp does not load {path} ({error}): was it written by `invoke export-gguf`?") from error
 
@@ -140,42 +143,3 @@ def _facts(path: Path, tokens: int) -> dict:
     if tokens > context:
         raise ValueError(f"{path.name} has {context} positions, and prompt and text need {tokens}: ask for fewer")
     return {"path": path, "bytes": path.stat().st_size, "kv_bytes_per_token": KV_BYTES * heads * size}
-
-
-def _load(path: str, threads: int, context: int, hidden_states: bool = False) -> int:
-    """Start llama.cpp with a file in this process, for text or for hidden states; the bytes that the process then holds."""
-    global _server
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, context, 1, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    if hidden_states:
-        params.embedding, params.pooling_type = True, xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
-        params.n_batch = params.n_ubatch = context  # a prompt is read in one piece
-    _server = xllamacpp.Server(params)
-    return resident_memory()
-
-
-def _hidden(ids: list[int]) -> list[list[float]]:
-    """The last hidden states of a prompt, behind the final norm: [tokens][d]."""
-    return _answered("/embeddings", {"content": ids, "embd_normalize": -1})[0]["embedding"]  # -1: as they are
-
-
-def _answered(route: str, question: dict) -> dict | list:
-    """What the server of this process answers."""
-    body, kind = json.dumps(question).encode(), {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(_server.listening_address + route, body, kind)) as answer:
-        return json.load(answer)
-
-
-def _turn(prompt: int, generated: int) -> dict:
-    """One prompt, read afresh, and the text after it. Which tokens they are does not matter."""
-    ids = [1 + i % 200 for i in range(prompt)]
-    asked = {"prompt": ids, "n_predict": generated, "cache_prompt": False, "ignore_eos": True, "temperature": 0.0}
-    timings = _server.handle_completions(asked)["timings"]
-    return {
-        "first_token_ms": timings["prompt_ms"],
-        "decode_tokens_per_s": timings["predicted_per_second"],
-        "used": resident_memory(),
-    }
