@@ -41,9 +41,7 @@ def run_files(
         workers = [stack.enter_context(_process()) for _ in facts]
         for fact, worker in zip(facts, workers, strict=True):
             fact["loaded"] = _started(worker, fact["path"], threads, prompt + generated)
-        turns = [
-            [worker.submit(llama_server.turn, prompt, generated).result() for worker in workers] for _ in range(1 + repeats)
-        ]
+        turns = [[worker.submit(llama_server.turn, prompt, generated).result() for worker in workers] for _ in range(1 + repeats)]
     rows = []
     for fact, own in zip(facts, zip(*turns[1:], strict=True), strict=True):
         medians = {name: statistics.median(turn[name] for turn in own) for name in own[0]}
