@@ -21,7 +21,7 @@ from lib.suite.claim import (
     ratio,
 )
 from lib.suite.results import RAW, raw_frame
-from lib.suite.standing import BEHIND, FIRST, LEVEL, leaders, paired, standings
+from lib.suite.standing import BEHIND, FIRST, LEVEL, SEEMS_BEHIND, leaders, paired, standings
 
 TOKENS, WINDOWS = 31, 60
 
@@ -73,11 +73,21 @@ def test_standings_tell_ahead_from_level():
     assert "another may differ" not in fewer
 
 
+@pytest.mark.parametrize("short", ["good", "worse"])
+def test_nothing_is_behind_on_fewer_than_three_draws(short):
+    """Whichever of both has them, unless it reads no text."""
+    cells = {"good": [cell(0.10, seed) for seed in (1, 2, 3)], "worse": [cell(0.15, seed) for seed in (7, 8, 9)]}
+    cells[short] = cells[short][:2]
+    assert standings(cell(0.0, noise=0), cells)[1]["standing"] == SEEMS_BEHIND
+    assert standings(cell(0.0, noise=0), cells, drawless=[short])[1]["standing"] == BEHIND
+    assert standings(cell(0.0, noise=0), cells, enough=2)[1]["standing"] == BEHIND
+
+
 def test_many_null_pairs_are_level_after_holm():
     """Twenty methods that are the same: without a correction one of them would be called behind every other time."""
     called = 0
     for trial in range(20):
-        rows = standings(cell(0.0, noise=0), {f"m{i}": [cell(0.1, 1000 * trial + i)] for i in range(20)})
+        rows = standings(cell(0.0, noise=0), {f"m{i}": [cell(0.1, 1000 * trial + i)] for i in range(20)}, enough=1)
         called += any(row["standing"] == BEHIND for row in rows[1:])
     assert called <= 7  # the first is chosen as the lowest of twenty, so a little above the nominal rate
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.evaluation import text
+from lib.evaluation import text, wiki_a
 from lib.evaluation.text import Corpus, load_corpus, sample_blocks, tokens_of, wiki_a_articles, windows
 from lib.models.load import load
 
@@ -73,13 +73,40 @@ def test_wiki_a_is_prose():
     assert "= References =" not in rows
 
 
-def test_another_dump_is_refused(monkeypatch):
-    monkeypatch.setattr(text, "WIKI_DUMP_SHA256", "0" * 64)
+@pytest.fixture
+def cacheless(tmp_path, monkeypatch):
+    """An empty cache, and nothing remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    wiki_a_articles.cache_clear()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    wiki_a_articles.cache_clear()
+
+
+def test_the_articles_are_parsed_once_and_kept(cacheless, monkeypatch):
+    """A damaged cache is parsed anew; one that is whole is read without gensim."""
+    fresh = wiki_a_articles()
+    [kept] = (cacheless / "pared-down").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1])
+    wiki_a_articles.cache_clear()
+    assert wiki_a_articles() == fresh
+    assert kept.read_bytes() == whole
+    monkeypatch.setattr(wiki_a, "_parsed", lambda: pytest.fail("parsed"))
+    wiki_a_articles.cache_clear()
+    assert wiki_a_articles() == fresh
+
+
+def test_no_cache_is_needed(cacheless):
+    cacheless.write_text("a file where the folder should be")
+    assert len(wiki_a_articles()) == 100
+
+
+def test_another_dump_is_refused(cacheless, monkeypatch):
+    monkeypatch.setattr(wiki_a, "WIKI_DUMP_SHA256", "0" * 64)
     wiki_a_articles.cache_clear()
     with pytest.raises(ValueError, match="reinstall gensim"):
         load_corpus("wiki-a")
-    monkeypatch.undo()
-    wiki_a_articles.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from operator import itemgetter
 
-from lib.evaluation.text import wiki_a_articles, wiki_a_split
+from lib.evaluation.wiki_a import wiki_a_articles, wiki_a_split
 
 TASK = "wiki_a_continuation"
 CHOICES, CONTEXT_WORDS, CONTINUATION_WORDS = 4, 40, 12

@@ -7,7 +7,6 @@ calibration set.
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import functools
 import gzip
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from lib.evaluation.wiki_a import WIKI_DUMP, wiki_a_articles, wiki_a_split
 from lib.primitives.checks import COUNTS, FROM_ZERO, check_settings, choose_one
 
 DATA_DIR_VARIABLE = "PARED_DATA_DIR"
@@ -121,70 +121,8 @@ def _remedy(path: Path, data: bytes, place: int) -> str:
     return f"convert it with `{command}`, where -f names its encoding, probably {encoding}"
 
 
-# --- wiki-a: real encyclopedic English that arrives with the gensim wheel ------------------------------------------
-
-WIKI_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-WIKI_DUMP_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-_LISTS_FROM_HERE = {
-    "references", "notes", "external links", "see also", "further reading", "bibliography", "footnotes", "sources",
-    "citations",
-}  # fmt: skip
-_SHORTEST_PARAGRAPH, _SHORTEST_ARTICLE = 60, 1000  # characters; shorter ones are table cells and disambiguation stubs
-
-
-@functools.cache
-def wiki_a_articles() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """(title, rows) of the 100 articles of gensim's sample Wikipedia dump, in dump order; the title is the first row.
-
-    Markup is stripped by gensim. Rows are headings (`= Title =`) and paragraphs of at least 60 characters; an article
-    ends at its first list section (References, See also, ...) and counts if 1,000 characters remain.
-    """
-    from gensim.corpora import wikicorpus
-    from gensim.test.utils import datapath
-
-    path = Path(datapath(WIKI_DUMP))
-    if not path.is_file():
-        raise FileNotFoundError(f"gensim is installed without its sample dump {WIKI_DUMP}: reinstall gensim from a wheel")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != WIKI_DUMP_SHA256:
-        raise ValueError(
-            f"{WIKI_DUMP} has SHA-256 {digest}, expected {WIKI_DUMP_SHA256}: the corpus of the committed results "
-            "differs from the installed one; reinstall gensim 4.4"
-        )
-    articles = []
-    with bz2.open(path, "rb") as dump:
-        for title, markup, _ in wikicorpus.extract_pages(dump, filter_namespaces=("0",)):
-            rows = _article_rows(wikicorpus.filter_wiki(markup, promote_remaining=True, simplify_links=True))
-            if sum(map(len, rows)) >= _SHORTEST_ARTICLE:
-                articles.append((title, (f"= {title} =", *rows)))
-    return tuple(articles)
-
-
-def wiki_a_split(position: int) -> str:
-    """Split of the article at `position` in dump order: of every twelve, the sixth validates and the twelfth tests."""
-    return {5: "validation", 11: "test"}.get(position % 12, "train")
-
-
 def _wiki_a_rows(split: str) -> list[str]:
     return [row for i, (_, rows) in enumerate(wiki_a_articles()) if wiki_a_split(i) == split for row in rows]
-
-
-def _article_rows(text: str) -> list[str]:
-    rows: list[str] = []
-    heading = None
-    for line in text.splitlines():
-        line = re.sub(r"'{2,}", "", line).strip().lstrip("*#:; ")
-        line = re.sub(r"\s+", " ", line).strip()
-        if match := re.fullmatch(r"(={2,6})\s*(.*?)\s*\1", line):
-            heading = match.group(2)
-            if heading.lower() in _LISTS_FROM_HERE:
-                break
-        elif len(line) >= _SHORTEST_PARAGRAPH:
-            if heading:  # headings without prose below them are dropped
-                rows.append(f"= {heading} =")
-                heading = None
-            rows.append(line)
-    return rows
 
 
 # --- the papers' corpora, from the hub or from a folder --------------------------------------------------------------

@@ -219,7 +219,7 @@ def ranked(dense: dict, field: list[Candidate], samples: int, judged_by: int) ->
     """A row for each candidate, the lowest perplexity first."""
     known = {candidate.method: candidate for candidate in field}
     rows = []
-    for row in standings(dense, {candidate.method: [candidate.cell] for candidate in field}):
+    for row in standings(dense, {candidate.method: [candidate.cell] for candidate in field}, enough=1):
         own = known[row["method"]]
         rows.append(row | {"ratio": own.ratio, "params": own.params, "budget": own.budget, "seconds": own.seconds})
         rows[-1] |= {"samples": samples, "windows": judged_by}

@@ -18,7 +18,7 @@ from lib.suite.claims import COUNTED
 from lib.suite.markup import page, scrolling, sortable_rows
 from lib.suite.pages import MODELS, PAPERS, relative
 from lib.suite.plots import COLOURS, TOP, message, style_of
-from lib.suite.standing import BEHIND, NEAR
+from lib.suite.standing import FIRST, LEVEL, NEAR
 
 TITLE = "Four papers on compressing language models"
 CLAIM_COLUMNS = ("paper", "claim", "verdict", "model", "here", "the paper", "where")
@@ -61,7 +61,7 @@ def board_cell(row: object) -> str:
         return '<td class="number">n/a</td>'
     shade = 1 - min(max(math.log(row.relative) / math.log(TOP), 0), 1) ** 0.5  # the root: most numbers are near 1
     other = abs(row.removed_decoder - row.size) >= NEAR
-    ahead = isinstance(row.standing, str) and row.standing != BEHIND
+    ahead = row.standing in (FIRST, LEVEL)
     words = relative(row.relative) + (f" <small>at {100 * row.removed_decoder:.0f} %</small>" if other else "")
     words = f"<strong>{words}</strong> <small>{row.standing}</small>" if ahead else words
     title = f"{row.relative:.4g}" + (f" [{row.low:.4g}, {row.high:.4g}]" if row.low == row.low else "")

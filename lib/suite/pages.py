@@ -19,7 +19,7 @@ from lib.papers.afr import PAPER
 from lib.suite import claims, destinations, on_device
 from lib.suite.plots import front_picture
 from lib.suite.results import RAW, markdown, write_atomically
-from lib.suite.standing import BEHIND, NEAR, leaders
+from lib.suite.standing import FIRST, LEVEL, NEAR, leaders
 
 SHOWN = {  # profiles whose results are committed, those that a reader should see first in front
     "smollm2-135m": "SmolLM2-135M",
@@ -203,7 +203,7 @@ def _compared(results: Path, name: str) -> list[pd.DataFrame]:
 def _cell(value: float, key: tuple[str, str, float], once: pd.DataFrame, over: pd.DataFrame) -> str:
     """One value of the table: in bold where it is not behind the lowest, with the size in brackets where that is another one."""
     if key in over.index:
-        return relative(value) if over.standing[key] == BEHIND else f"**{relative(value)}**"
+        return f"**{relative(value)}**" if over.standing[key] in (FIRST, LEVEL) else relative(value)
     removed = once.removed_decoder[key]
     return relative(value) + ("" if abs(removed - key[2]) < NEAR else f" ({100 * removed:.0f} %)")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lib.evaluation.paired import Interval, common_ratio, envelope, holm
 
-FIRST, LEVEL, BEHIND = "first", "level", "behind"
+FIRST, LEVEL, BEHIND, SEEMS_BEHIND = "first", "level", "behind", "behind on few draws"
 SIGNIFICANT = 0.05
 NEAR = 0.015  # a model counts at a size when what was really removed is within this of it
 ENOUGH = 3  # draws of the calibration text: with fewer, another one could change who leads
@@ -27,23 +27,28 @@ def paired(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
     return envelope([common_ratio(*pair) for pair in pairs])
 
 
-def standings(dense: dict, cells: Mapping[str, Sequence[dict]]) -> list[dict]:
+def standings(
+    dense: dict, cells: Mapping[str, Sequence[dict]], drawless: Collection[str] = (), enough: int = ENOUGH
+) -> list[dict]:
     """A row for each method, lowest mean first: how it stands to the dense model and to the first.
 
     cells: {method: its cells, one for each draw}. `relative` is the geometric mean over the draws of the perplexity over that of
     the dense model, `low` and `high` the interval over windows and draws; `over_first` the same against the first method. A
     method is `behind` where the interval of every draw lies above the first's, and its p-value, of all draws the largest,
-    is significant after Holm's correction for the number of methods; otherwise it is `level`.
+    is significant after Holm's correction for the number of methods; otherwise it is `level`. Where the method or the first has
+    fewer than `enough` draws, one more could change that, and it is only `behind on few draws`; the methods `drawless` read no
+    text, so that one measurement is all there is.
     """
     relative = {method: paired(found, [dense]) for method, found in cells.items()}
     order = sorted(cells, key=lambda method: relative[method].estimate)
     against = [paired(cells[method], cells[order[0]]) for method in order[1:]]
     corrected = holm([found.p for found in against])
     rows = [{"over_first": 1.0, "over_first_low": 1.0, "over_first_high": 1.0, "p": 1.0, "standing": FIRST}]
-    for found, p in zip(against, corrected, strict=True):
+    for method, found, p in zip(order[1:], against, corrected, strict=True):
         behind = found.verdict(1.0) == "above" and p < SIGNIFICANT
+        few = any(len(cells[m]) < enough for m in (method, order[0]) if m not in drawless)
         row = {"over_first": found.estimate, "over_first_low": found.low, "over_first_high": found.high, "p": p}
-        rows.append(row | {"standing": BEHIND if behind else LEVEL})
+        rows.append(row | {"standing": (SEEMS_BEHIND if few else BEHIND) if behind else LEVEL})
     about = [{"method": m, "draws": len(cells[m]), "relative": relative[m].estimate} for m in order]
     bounds = [{"low": relative[m].low, "high": relative[m].high} for m in order]
     return [a | b | c for a, b, c in zip(about, bounds, rows, strict=True)]
