@@ -143,7 +143,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "fpt", fpt.sweep, fpt.Settings, "FFN neurons and groups of heads", OF_BLOCKS, GRADIENTS, "FPT, arXiv 2204.09656",
-            EQUAL_WIDTHS,
+            EQUAL_WIDTHS, fpt.shape,
         ),
         Method(
             "comp", comp.sweep, comp.Settings, "blocks, then FFN neurons", OF_BLOCKS, TEXT, "COMP, arXiv 2501.15255",

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from lib.baselines import fpt
 from lib.baselines.fpt import Units, masked, rearrange, search, solve
+from lib.methods import METHODS
 from lib.papers import mask_tuning
 from lib.primitives.anatomy import Anatomy, attention_half, mlp_half
 from lib.primitives.calibration import ResidualStream
 from lib.primitives.cost import count
 from lib.primitives.structured import ffn_widths, group_params, kv_groups, neuron_params
+from lib.primitives.surgery import shape_shell
 from tests.conftest import LAYERS, relative, tiny, token_ids
 
 FAMILIES = ("llama", "qwen2", "qwen3", "opt")
@@ -105,6 +107,26 @@ def test_the_budget_is_met_to_within_one_neuron(family, ratio):
     assert removed - ratio * dense < neuron_params(model)
     assert min(ffn_widths(small)) >= 16
     assert min(kv_groups(small)) >= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.2, 0.4])
+def test_the_size_is_known_before_the_gradients(family, ratio):
+    model = tiny(family, torch.float32)
+    shape = METHODS["fpt"].shape(model, ratio, fpt.Settings())
+    assert shape.device.type == "meta"
+    assert abs(count(shape).decoder - count(fpt.prune(model, token_ids(), ratio)).decoder) < neuron_params(model)
+    assert count(fpt.shape(shape_shell(model), ratio)).decoder == count(shape).decoder
+
+
+def test_a_shape_is_refused_as_the_method_is():
+    model = tiny("llama", torch.float32)
+    for ratio in (0.9, 0.999):
+        with pytest.raises(ValueError, match="ratio"):
+            fpt.shape(model, ratio)
+    with pytest.raises(ValueError, match="tuning=False"):
+        fpt.shape(tiny("phi", torch.float32), 0.2)
+    assert fpt.shape(tiny("phi", torch.float32), 0.2, fpt.Settings(tuning=False))
 
 
 def test_ratio_zero_is_the_dense_model_and_impossible_ratios_are_refused():

@@ -75,6 +75,16 @@ def test_cells_that_nbval_skips_are_few(path):
 
 
 @pytest.mark.parametrize("path", STORED)
+def test_cells_are_short_and_plots_are_folded(path):
+    """Parameters and imports are lists, and need not be."""
+    for cell in code_cells(path):
+        listed = all(isinstance(part, ast.Import | ast.ImportFrom) for part in ast.parse(cell.source).body)
+        assert len(cell.source.splitlines()) <= 25 or listed or "parameters" in cell.metadata.get("tags", []), cell.source[:80]
+        if "run.figure(" in cell.source and "run.table(" not in cell.source:
+            assert cell.metadata.get("jupyter", {}).get("source_hidden"), cell.source[:80]
+
+
+@pytest.mark.parametrize("path", STORED)
 def test_open_tables_are_few(path):
     """What is not a section's main result is folded."""
     outputs = [output for cell in code_cells(path) for output in cell.outputs]

@@ -29,7 +29,7 @@ from lib.primitives.cost import count
 from lib.primitives.linalg import at_least_float32
 from lib.primitives.losses import sequence_losses
 from lib.primitives.structured import ffn_widths, group_params, kv_groups, neuron_params, remove_groups, remove_neurons
-from lib.primitives.surgery import shell
+from lib.primitives.surgery import shape_shell, shell
 
 LEAST_GROUPS, LEAST_NEURONS = 1, 16  # left in every block
 
@@ -448,6 +448,21 @@ def sweep(
             yield ratio, fold(model, student, kept)
 
     return run()
+
+
+def shape(model: nn.Module, ratio: float, settings: Settings = Settings()) -> nn.Module:
+    """The model after a ratio, on the meta device, as if the importance per parameter of both kinds of units was evenly spread.
+
+    Other gradients change which units go, not how many parameters, to within one neuron.
+    """
+    c, units = share_kept(model, ratio)
+    if settings.tuning:
+        check_tunable(model)
+    sizes, costs = (kv_groups(model), ffn_widths(model)), (group_params(model), neuron_params(model))
+    even = Units(*([torch.arange(1, n + 1) * cost / n for n in own] for own, cost in zip(sizes, costs, strict=True)))
+    kept = search(even, c * units, costs).map(lambda m: m.nonzero()[:, 0])
+    fewer = remove_groups(shape_shell(model), kept.groups, inplace=True)
+    return remove_neurons(fewer, kept.neurons, inplace=True)
 
 
 def fold(model: nn.Module, masks: Units, kept: Units) -> nn.Module:

@@ -47,6 +47,19 @@ REPLAY = {
     "structured": structured.replay,
     "narrow-heads": narrow_heads.replay,
 }
+# Why each of them keeps a model from being stock, and what to do instead.
+WAYS = {
+    "slicegpt": "slicegpt added shortcuts to it. Compress with method slicegpt-stock, which needs none",
+    "low-rank": "its matrices are low-rank, in two factors. Multiply them with invoke merge-to-dense",
+    "narrow-heads": (
+        "modegpt left its attention heads narrower than any class has them. Compress with `--method modegpt "
+        "--set attention=none`, which leaves the heads whole"
+    ),
+    "structured": (
+        "structured pruning left its blocks unequally wide, or with heads or biases that its class does not have. Compress with "
+        "a method that leaves all blocks equally wide, such as wanda-sp"
+    ),
+}
 
 
 class CheckpointError(ValueError):
@@ -82,14 +95,7 @@ def export(model: nn.Module, tokenizer, folder: str | Path) -> Path:
 def way_to_stock(edits: list[dict]) -> str:
     """Why edits keep a model from being stock, and what to do instead."""
     done = {edit.get("edit") for edit in edits}
-    if "slicegpt" in done:
-        return "slicegpt added shortcuts to it. Compress with method slicegpt-stock, which needs none"
-    if done == {"low-rank"}:
-        return "its matrices are low-rank, in two factors. Multiply them with invoke merge-to-dense"
-    return (
-        "structured pruning left its blocks unequally wide, or with heads or biases that its class does not have. Compress with "
-        "a method that leaves all blocks equally wide, such as wanda-sp"
-    )
+    return ". ".join(way for edit, way in WAYS.items() if edit in done)
 
 
 def _write(model: nn.Module, tokenizer, folder: str | Path, pattern: str, provenance: dict) -> Path:

@@ -63,6 +63,10 @@ DTYPES = {  # ours -> GGUF's names for a matrix and for a file of it
 PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 TABLES = ("token_embd.weight", "output.weight")  # 8 bits in a file of 4, as llama.cpp's own tool keeps them in more bits
 
+# What to do about rows of other lengths. An MLP of another width is filled up, so it has none.
+STREAM_OF_32 = "`invoke compress --method slicegpt-stock --set round_interval=32` leaves a stream that is a multiple of 32 wide"
+HEADS_OF_32 = "The outputs of attention have rows as long as all heads together: a method that keeps all heads keeps their length"
+
 # A byte-level tokenizer first splits text into words by a regular expression; GGUF stores only a name for it.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
@@ -122,6 +126,7 @@ class FileSize:
         self.rotation = rotation_of(empty_model(config))  # meta tensors have none
 
     def __call__(self, model: nn.Module) -> int:
+        _check_edits(getattr(model, "edits", []))
         check_config(model.config)
         network = _filled(network_of(model, self.rotation), self.dtype)
         tensors = _tensors(network, self.dtype)
@@ -173,14 +178,22 @@ def _described(folder: Path) -> tuple[nn.Module, dict[str, Place]]:
     """The folder's model without weights, and where they are. Raises ValueError for one that readers would run differently."""
     if is_checkpoint(folder):
         model, record = described(folder)
-        if {edit["edit"] for edit in record["edits"]} != {"structured"}:
-            raise ValueError(f"no GGUF architecture is the model in {folder}: {way_to_stock(record['edits'])}")
+        _check_edits(record["edits"])
         check_config(model.config)
         return model, places_in(model, folder, record)
     config = plain(config_of(folder))
     check_config(config)
     model = empty_model(config)
     return model, places_of(model, folder)
+
+
+def _check_edits(edits: list[dict]) -> None:
+    """Raise ValueError, with the way out, for edits that leave modules which no architecture of GGUF has.
+
+    Blocks of unequal widths are not among them: whether an architecture holds these depends on the family.
+    """
+    if hindering := [edit for edit in edits if edit["edit"] != "structured"]:
+        raise ValueError(f"no GGUF architecture is this compressed model: {way_to_stock(hindering)}")
 
 
 # --- the header ---------------------------------------------------------------------------------------------------------
@@ -388,15 +401,17 @@ def _tensors(network: Network, dtype: str) -> list[Tensor]:
 
 
 def _warn_of_rows(tensors: list[Tensor], dtype: str) -> None:
-    """Warn of matrices that stay in 16 bits although fewer were asked for, with what that costs."""
+    """Warn of matrices that stay in 16 bits although fewer were asked for, with what that costs and how to avoid it."""
     left = [t for t in tensors if t.kind.name == "F16" != _wished(t.name, t.shape, dtype)]
     if not left:
         return
     more = sum(t.size - _bytes(t.shape, gguf.GGMLQuantizationType[_wished(t.name, t.shape, dtype)]) for t in left)
     lengths = [t.shape[-1] for t in left]
+    heads = [".attn_output." in t.name for t in left]  # all other rows are as long as the stream is wide
+    ways = [STREAM_OF_32] * (not all(heads)) + [HEADS_OF_32] * any(heads)
     warnings.warn(
         f"{len(left)} matrices with rows of {min(lengths)} to {max(lengths)} numbers, no multiple of 32, stay in 16 bits: "
-        f"{more / 1e6:.1f} MB more than in {dtype}",
+        f"{more / 1e6:.1f} MB more than in {dtype}. {'. '.join(ways)}",
         stacklevel=3,
     )
 

@@ -122,6 +122,11 @@ def family_of(config) -> Family:
         raise ValueError("this Phi model normalises queries and keys, which its family record lacks: use Phi-1, 1.5 or 2")
     if kind == "gpt_neox" and not config.use_parallel_residual:
         raise ValueError("this GPT-NeoX model adds attention before its MLP, but its family record is that of parallel blocks")
+    if kind == "gemma3_text" and config.use_bidirectional_attention:
+        raise ValueError(
+            "this Gemma 3 is bidirectional: like EmbeddingGemma it attends to later tokens, too, so it predicts no next token, "
+            "by which models are calibrated and judged here: use a Gemma 3 that writes text"
+        )
     return FAMILIES[kind]
 
 

@@ -16,6 +16,7 @@ from lib.evaluation.divergence import Reference, compared
 from lib.evaluation.generated import greedy_text
 from lib.evaluation.paired import Interval, common_ratio
 from lib.evaluation.perplexity import Perplexity, perplexity
+from lib.evaluation.spoken import spoken
 from lib.evaluation.text import Calibration, Corpus, calibration_text, sample_blocks, spread, tokens_of, windows
 from lib.evaluation.zero_shot import zero_shot as accuracies
 from lib.models.checkpoint import digest, fingerprint
@@ -35,7 +36,7 @@ class Protocol:
     windows: how many, evenly spread over the text; None for all. fewer: how many of these suffice for curves and ablations, again
     evenly spread; None for as many. dtype: that of the evaluated copy; empty for the model's own; `auto` for bfloat16 where
     the device computes it fast. A model that is evaluated on all windows also reads as many of the text `second`, and continues
-    the `prompt`.
+    the `prompt`. spoken: tasks of `lib.evaluation.spoken` for whichever model faces the others.
     """
 
     text: Corpus
@@ -47,6 +48,7 @@ class Protocol:
     fewer: int | None = None
     second: Corpus | None = None
     prompt: str = ""
+    spoken: tuple[str, ...] = ()
 
     def record(self, tasks: bool = True) -> dict:
         """What identifies an evaluation, of a model that faces the tasks or of one that does not."""
@@ -55,6 +57,7 @@ class Protocol:
         found |= {"prompt": self.prompt} if self.prompt else {}
         if tasks:
             found |= {"tasks": list(self.tasks), "limit": self.limit, "task_files": files_record(self.tasks)}
+            found |= {"spoken": list(self.spoken)} if self.spoken else {}
         return self.text.record() | found
 
 
@@ -145,6 +148,8 @@ class Subject:
             "zeros": zero_share(model),
             "zero_shot": accuracies(scored, self.tokenizer, tasks, self.protocol.limit) if tasks else [],
         } | (self.apart(scored) if apart else {"perplexity": self.perplexity(scored, zero_shot if full is None else full)})
+        if tasks and self.protocol.spoken:
+            measured["spoken"] = spoken(scored, self.tokenizer, self.protocol.spoken, self.protocol.limit)
         if measured["perplexity"]["windows"] == len(self.windows):
             measured |= {"second": self.on_second(scored)} if self.protocol.second else {}
             measured |= {"says": greedy_text(scored, self.tokenizer, self.protocol.prompt)} if self.protocol.prompt else {}

@@ -66,7 +66,8 @@ def device_rows(model: str, runs: Sequence[Sequence[dict]]) -> list[dict]:
     """Rows of the table `device` from several runs of `measured` for one model, each of which begins with the dense file.
 
     `mb` of the file; `times_dense` with its interval: perplexity over that of the dense model in 16 bits, both in llama.cpp;
-    `expected`: how many times as fast as that file it writes if its bytes are all that counts. The dense file is kept once.
+    `expected`: how many times as fast as that file it writes if its bytes are all that counts. The dense file is kept once, and
+    `decode_tokens_per_s` and `first_token_ms` are its own times what each run says of both: a busy minute slows a whole run.
     """
     first, table = runs[0][0], []
     for row in [first, *(row for run in runs for row in run[1:])]:
@@ -74,7 +75,9 @@ def device_rows(model: str, runs: Sequence[Sequence[dict]]) -> list[dict]:
         table.append({"model": model} | {name: row[name] for name in ("method", "size", "kind")})
         table[-1] |= {"mb": row["bytes"] / 1e6, "perplexity": row["perplexity"]["perplexity"]}
         table[-1] |= {"times_dense": ratio.estimate, "low": ratio.low, "high": ratio.high}
-        table[-1] |= {name: row[name] for name in ("reads", "writes", "expected", "decode_tokens_per_s", "first_token_ms")}
+        table[-1] |= {name: row[name] for name in ("reads", "writes", "expected")}
+        table[-1] |= {"decode_tokens_per_s": first["decode_tokens_per_s"] * row["writes"]}
+        table[-1] |= {"first_token_ms": first["first_token_ms"] / row["reads"]}
         table[-1] |= {"kv_bytes_per_token": row["kv_bytes_per_token"], "used_mb": row["used"] / 1e6}
     return table
 
