@@ -631,3 +631,40 @@ def test_axe_finds_no_serious_fault_of_accessibility(site, tmp_path):
     names += [f"workshop/{paper}/{name}.html" for paper in ("slicegpt", "compare") for name in ("notebook", "index")]
     for name, width, faults in browse(out, tmp_path, names, FAULTS % AXE.as_uri()):
         assert [fault for fault in faults if fault[0] in ("serious", "critical")] == [], f"{name} at {width}"
+
+
+def rerun(folder, paper="afr", change=None):
+    """The present notebook as if a run had just made it, with parameters of its own; `change` works on its cells."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{paper}.ipynb", as_version=4)
+    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    given = nbformat.v4.new_code_cell("limit = 7", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(place + 1, given)
+    if change:
+        change(notebook.cells)
+    target = folder / "workshop" / paper
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(RESULTS / "workshop" / paper / "manifest.json", target)
+    nbformat.write(notebook, target / f"{paper}.ipynb")
+    return read_run(target)
+
+
+def test_a_run_that_is_older_than_its_notebook_says_so(tmp_path):
+    assert not rerun(tmp_path / "new").outdated
+    older = rerun(tmp_path / "old", change=lambda cells: cells[-1].update(source="Other words."))
+    assert older.outdated
+    said = notebook_page(older)
+    assert "This run is older than the notebook" in said
+    assert f"<code>{older.command}</code>" in said
+    assert "This run is older" not in notebook_page(rerun(tmp_path / "new"))
+
+
+def test_pages_leave_out_lines_of_progress(tmp_path):
+    def log(cells):
+        cell = next(cell for cell in cells if cell.cell_type == "code")
+        cell.outputs = [
+            nbformat.v4.new_output("stream", text="sliced layer 3 of 8 to width 120; 4 s since the start\nthe outcome is seven\n")
+        ]
+
+    page = notebook_page(rerun(tmp_path, change=log))
+    assert "the outcome is seven" in page
+    assert "since the start" not in page

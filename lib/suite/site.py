@@ -29,9 +29,11 @@ from lib.suite.markup import Words, boxed, page, readme_page, sortable
 from lib.suite.pages import PAPERS
 from lib.suite.public import address, colab
 from lib.suite.results import ROOT
+from lib.suite.runs import LINK, PROGRESS
 
 ASSETS = Path(__file__).parent.parent / "assets" / "site"
 LARGE = (250, 40)  # rows, columns: a larger table is data of a plot, which is downloaded and not read
+OUTDATED = "This run is older than the notebook, whose words, tables and figures have changed since. It is made anew by"
 LINKED = re.compile(r"\]\((?:\.\./)+(lib/[^)#\s]+)\)")  # how notebooks link to code
 
 
@@ -67,12 +69,23 @@ class Executed:
         return '<a href="../about.html">About these runs</a>' if (self.folder.parent / "README.md").is_file() else ""
 
     @property
+    def outdated(self) -> bool:
+        """Whether the notebook has got other words or other code since this run; not where it is no notebook of the suite."""
+        present = ROOT / "notebooks" / f"{self.folder.name}.ipynb"
+        return present.is_file() and sources(nbformat.read(present, as_version=4)) != sources(self.notebook)
+
+    @property
     def slides(self) -> str:
         return f"slides/{self.manifest['profile']}-{self.manifest['paper']}.html"
 
     @property
     def commit(self) -> str:
         return self.manifest["commit"] or "unknown (made outside a git checkout)"
+
+
+def sources(notebook: nbformat.NotebookNode) -> list[str]:
+    """What the cells of a notebook say and compute, without the parameters that a run was given and where links lead from it."""
+    return [LINK.sub("]", cell.source) for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
 
 
 def one_line(value: object) -> str:
@@ -213,11 +226,20 @@ def prepared(run: Executed) -> nbformat.NotebookNode:
     toy = False
     for cell in notebook.cells:
         if cell.cell_type == "code":
+            without_progress(cell)
             describe(run, cell)
             cell.metadata["open"] = " open" if toy else ""
         for heading in re.findall(r"(?m)^## (.+)", cell.source) if cell.cell_type == "markdown" else ():
             toy = "toy" in heading
     return notebook
+
+
+def without_progress(cell: nbformat.NotebookNode) -> None:
+    """Take out lines that a long run printed to say how far it is."""
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            output.text = "".join(line for line in output.text.splitlines(keepends=True) if not PROGRESS.search(line))
+    cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.text.strip()]
 
 
 def describe(run: Executed, cell: nbformat.NotebookNode) -> None:
@@ -274,9 +296,10 @@ def notebook_page(run: Executed, papers: Sequence[str] = ()) -> str:
     opens = colab(run.folder.name, address())
     around += f'<p><a href="{opens}">Open in Colab</a></p>' if opens else ""
     tools = f'<div class="tools">{around}<button id="code" aria-pressed="false">Show all code</button></div>'
+    older = f'<p class="note">{OUTDATED} <code>{escape(run.command)}</code></p>\n' if run.outdated else ""
     return page(
         run.title,
-        f"{contents}\n<main>{tools}\n{body}\n{around}{made}</main>",
+        f"{contents}\n<main>{tools}\n{older}{body}\n{around}{made}</main>",
         links=f'<a href="index.html">Figures and tables</a>{run.about}',
         kind="notebook",
     )
