@@ -70,7 +70,7 @@ class Case:
 
 
 BOUNDS = dict.fromkeys(("wanda-sp", "wanda-sp-heads", "cfsp", "flap", "magnitude-neurons", "random-neurons", "shortgpt"), 1.3)
-BOUNDS |= {"slicegpt": 2.5, "svd-llm": 1.6, "comp": 3, "llm-pruner": 4, "fpt": 7}
+BOUNDS |= {"slicegpt": 2.5, "svd-llm": 1.6, "modegpt": 1.6, "comp": 3, "llm-pruner": 4, "fpt": 7}
 CASES = {name: Case(name, BOUNDS.get(name)) for name in METHODS} | {
     "slicegpt, 4 levels": Case("slicegpt", 2.5 + 3 * 1.2, ratios=LEVELS),
     "svd-llm, W+U": Case("svd-llm", 3, {"variant": "W+U"}),

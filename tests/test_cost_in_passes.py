@@ -73,6 +73,15 @@ def test_methods_of_one_pass_run_no_layer_twice(method):
     assert 0.9 * whole < spent.macs <= whole  # the last block may end before its last layer
 
 
+@pytest.mark.parametrize("case", ["slicegpt", "slicegpt, 4 levels", "svd-llm, W+U", "llm-pruner", "fpt"])
+def test_methods_of_several_passes_keep_to_their_bounds(case):
+    """In multiply-adds, on the way to the bounds in time. The head of a tiny model would count for more than its share."""
+    model, ids, case = model_of(6, intermediate_size=96, vocab_size=16), token_ids(8, 32) % 16, CASES[case]
+    with watched(lambda: 0.0) as spent:
+        list(sweep(case.method, model, ids, case.ratios, **case.settings))
+    assert 0.5 < spent.macs / (matrices_of(model) * ids.numel()) <= case.bound
+
+
 @pytest.mark.parametrize(("reference", "passes"), [("same input", 1), ("residual", 2)])
 def test_comp_runs_attention_once_for_the_student(reference, passes):
     """One pass scores, another may be the teacher's; the student runs attention once and its FFN twice, the second time cut."""
