@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -195,9 +196,10 @@ def reproduce(c, paper="", profile="workshop", force=False, reuse=False, jobs=0,
     """Write every table and figure of the papers into results/; an interrupted run continues where it stopped."""
     from lib.suite.pages import SHOWN, write_pages
     from lib.suite.profiles import check_machine, read_profile
-    from lib.suite.runs import Run, reproduce_all
+    from lib.suite.runs import Run, reproduce_all, slowest
 
     one_of("profile", profile, profiles())
+    start = time.time()
     names = papers_of(profile, paper)
     if type(jobs) is not int or jobs < 0 or (jobs and cluster):
         raise Exit(f"--jobs takes a number of notebooks, not {jobs!r}; together with --cluster it has no meaning", code=2)
@@ -214,6 +216,8 @@ def reproduce(c, paper="", profile="workshop", force=False, reuse=False, jobs=0,
         checked(lambda: on_cluster(cluster, runs, force))
     else:
         checked(lambda: reproduce_all(runs, force, jobs or (os.cpu_count() if label == "workshop" else 1)))
+    if table := slowest(runs, start):
+        print(table, flush=True)
     if label in SHOWN:
         print(checked(lambda: write_pages(ROOT)), flush=True)
 
@@ -308,10 +312,10 @@ def test(c, fast=False):
     """Run the tests: pytest on the library, and nbval on every stored notebook."""
     # One process per core, each on one thread and with whole files, because small matrices gain little from a second thread.
     # The notebooks take longest of all files and come first, so that the last process does not run alone for long.
-    notebooks = "--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 1800 --durations 20 notebooks"
+    notebooks = "--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 1800 notebooks"
     c.run(
         f"{shlex.quote(sys.executable)} -m pytest -n {os.cpu_count()} --dist loadfile --no-loadscope-reorder "
-        f"-p no:cacheprovider {'' if fast else notebooks} tests",
+        f"-p no:cacheprovider --durations 10 {'' if fast else notebooks} tests",
         env={"OMP_NUM_THREADS": "1"}, pty=False,
     )  # fmt: skip
 
@@ -555,7 +559,9 @@ def evaluate(c, model, corpus="wiki-a", length=0, windows=0, tasks="", limit=0, 
             print(f"{row['task']}: accuracy {row['acc']:.3f} ± {row['stderr']:.3f}{normed}, {row['documents']} documents{first}")
         for row in spoken(network, tokenizer, speaking, limit or None) if speaking else ():
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
-            print(f"{row['task']}: {row['metric']} {row['value']:.3f}{error}, {row['documents']} documents")
+            usual = "" if row["shots"] == row["usual_shots"] else f" (lm-eval's own: {row['usual_shots']})"
+            asked = f"{row['shots']} shots{usual}, {row['documents']} documents"
+            print(f"{row['task']}: {row['metric']} {row['value']:.3f}{error}, {asked}")
 
     checked(work)
 

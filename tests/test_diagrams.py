@@ -1,5 +1,6 @@
 """The drawings of what methods remove: well-formed, readable on a phone, and marked where the method really cuts."""
 
+import ast
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -58,12 +59,20 @@ def test_all_kinds_but_chance_are_drawn_in_their_colours():
     assert {removes for removes, *_ in diagrams.KINDS} == set(kinds)
 
 
-def test_methods_are_drawn_with_the_kind_that_figures_give_them():
+def compared():
+    """The methods of the comparison, from the cell of its notebook that lists them."""
+    cells = nbformat.read(NOTEBOOKS / "compare.ipynb", as_version=4).cells
+    (source,) = [cell.source for cell in cells if cell.source.startswith("field = {")]
+    return list(ast.literal_eval(ast.parse(source).body[0].value))
+
+
+def test_every_method_of_the_comparison_is_drawn_with_the_kind_that_figures_give_it():
     by_name = {}
     for removes, _, _, lines in diagrams.KINDS:
-        by_name |= dict.fromkeys(re.findall(r"[\w-]+", " ".join(lines)), removes)
-    for method in ("SliceGPT", "SVD", "FWSVD", "ASVD", "CFSP", "LoRAP", "Wanda-sp", "LLM-Pruner", "FLAP", "FPT", "ShortGPT"):
-        assert by_name[method] == plots.STYLE[method].removes, method
+        by_name |= dict.fromkeys(" ".join(lines).split(", "), removes)
+    wanted = {re.sub(r" \(.*\)", "", name).replace(", with", " with"): plots.STYLE[name].removes for name in compared()}
+    assert len(wanted) > 15
+    assert {name: removes for name, removes in wanted.items() if removes != "chance"}.items() <= by_name.items()
 
 
 def test_marks_lie_where_the_method_cuts():
@@ -82,6 +91,14 @@ def test_marks_lie_where_the_method_cuts():
         assert (left2, top2 + height2 - diagrams.LOST, width2, diagrams.LOST) in lost
     assert len(lost) == 5
     assert coloured(diagrams.whole(colour), colour) == {matrix for half in diagrams.HALVES for matrix in half.matrices}
+    attention, mlp = set(diagrams.ATTENTION.matrices), coloured(diagrams.neurons(colour), colour)
+    assert coloured(diagrams.factored_attention(colour), colour) == attention | mlp
+    (reader, writer), narrow = diagrams.ATTENTION.matrices, coloured(diagrams.channels(colour), colour)
+    inside = {(x - reader[0], y - reader[1]) for x, y, width, _ in narrow - mlp if width == reader[2]}
+    assert {y // diagrams.NEURON for _, y in inside} == set(range(int(reader[3] / diagrams.NEURON)))  # of every head
+    assert {(x - writer[0], y - writer[1]) for x, y, _, height in narrow - mlp if height == writer[3]} == {
+        (y, x) for x, y in inside
+    }
 
 
 PAPERS = {"slicegpt": "SliceGPT", "svd_llm": "SVD-LLM", "afr": "Structured AFR", "comp": "COMP"}

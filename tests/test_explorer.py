@@ -132,6 +132,7 @@ def test_a_link_keeps_the_choice_and_a_wrong_one_leads_somewhere():
         {"model": "workshop/wiki-a-opt", "size": "0.5", "axis": "decode"},
         {"model": "no/such", "size": "half", "axis": "beauty"},
         {},
+        {"model": "workshop/wiki-a-llama", "size": "1", "axis": "filePerplexity"},
     ]
     kept = "({ id, size, axis }) => ({ model: id, size: String(size), axis })"
     again = f"{json.dumps(wishes)}.map((wish) => ({kept})(choice(SUITE, readLink(writeLink(choice(SUITE, wish))))))"
@@ -140,6 +141,72 @@ def test_a_link_keeps_the_choice_and_a_wrong_one_leads_somewhere():
     assert found[2] == wishes[2] | {"size": "0.2"}, "speed was measured at 20 % alone"
     first = "/".join(MODELS[0])
     assert found[3] == found[4] == {"model": first, "size": "0.2", "axis": "perplexity"}
+    files = TABLES["workshop"]["device"].query("model == 'wiki-a-llama'")
+    least = files.groupby(["kind", "size"]).mb.max().min()
+    assert found[5]["size"] == str(rounded_up(1e6 * least)), "the smallest that all methods reach with one kind and share"
+
+
+def rounded_up(size):
+    """A number of bytes to three digits, so that what fits still does."""
+    unit = 10 ** (len(str(int(size))) - 3)
+    return math.ceil(size / unit) * unit
+
+
+@node
+@pytest.mark.parametrize(("profile", "model"), MODELS)
+def test_files_of_llama_cpp_are_shown_where_they_were_measured(everything, profile, model):
+    found = everything[f"{profile}/{model}"]
+    files = TABLES[profile].get("device", pd.DataFrame(columns=["model"])).query("model == @model")
+    for axis, name in (("filePerplexity", "times_dense"), ("fileBytes", "mb"), ("fileDecode", "decode_tokens_per_s")):
+        expected = {}
+        for size in sorted(set(files.get("size", ())) - {0}):
+            part = files[files["size"].isin([0, size])]
+            expected |= {(f"{row.method}, {row.kind}", size): getattr(row, name) for row in part.itertuples()}
+        assert values(found.get(axis, {})) == expected
+    for part in found.get("filePerplexity", {}).values():
+        assert all(point["low"] <= point["value"] <= point["high"] for point in part["points"])
+        assert {point["bytes"] for point in part["points"]} <= {1e6 * mb for mb in files.mb}
+
+
+def test_there_are_files_to_show():
+    assert "device" in TABLES["workshop"]
+
+
+def models_in_bytes(profile, model, axis):
+    """The models that a size in bytes chooses among: name, share, bytes, value."""
+    if axis == "perplexity":
+        rows = TABLES[profile]["pareto"].query("model == @model and method != 'dense'").dropna(subset="relative")
+        return pd.DataFrame({"name": rows.method, "size": rows["size"], "bytes": rows.bytes, "removed": rows.removed_decoder})
+    rows = TABLES[profile]["device"].query("model == @model")
+    return pd.DataFrame({"name": rows.method + ", " + rows.kind, "size": rows["size"], "bytes": 1e6 * rows.mb, "removed": None})
+
+
+@node
+@pytest.mark.parametrize(
+    ("profile", "model", "axis"),
+    [(*found, "perplexity") for found in MODELS] + [("workshop", "wiki-a-llama", "filePerplexity")],
+)
+def test_a_size_in_bytes_takes_the_largest_model_of_each_method_that_fits(profile, model, axis):
+    wish = json.dumps({"model": f"{profile}/{model}", "axis": axis})
+    ask = f"choice(SUITE, {wish}).budgets.map((size) => [size, pointsOf(SUITE, choice(SUITE, {{ ...{wish}, size }}))])"
+    found, rows = run(explorer.script(COMPARISONS), ask), models_in_bytes(profile, model, axis)
+    budgets = [size for size, _ in found]
+    assert budgets == sorted(set(budgets), reverse=True)
+    if axis == "perplexity":
+        near = rows[(rows.removed - rows["size"]).abs() < plots.NEAR]
+        assert set(budgets) == {rounded_up(part.bytes.max()) for _, part in near.groupby("size")}
+    for budget, part in found:
+        fitting = rows[rows.bytes <= budget].sort_values(["bytes", "size"], ascending=[False, True]).drop_duplicates("name")
+        assert {point["method"]: point["bytes"] for point in part["points"]} == pytest.approx(
+            dict(fitting[["name", "bytes"]].values)
+        )
+        assert set(part["missing"]) == set(rows.name) - set(fitting.name)
+        assert {point["standing"] for point in part["points"]} <= {None}, "who leads is about models of one size"
+    picture = run(explorer.script(COMPARISONS), draw(f"choice(SUITE, {{ ...{wish}, size: {budgets[-1]} }})"))
+    words = ElementTree.fromstring(picture).get("aria-label")
+    assert words.startswith(f"{model}, {'weights' if axis == 'perplexity' else 'file'} of at most ")
+    best = min(found[-1][1]["points"], key=lambda point: point["value"])
+    assert f"lowest perplexity{'' if axis == 'perplexity' else ' in llama.cpp'} with {best['method']}, " in words
 
 
 def comparison(folder, **tables):

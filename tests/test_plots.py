@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 
-from lib.suite import plots, published
+from lib.suite import on_device, plots, published
 from lib.suite.pages import SHOWN, sizes_of
 from lib.suite.plots import CHANCE, COLOURS, STYLE, UNKNOWN, WIDTH, apart, line_end, look, style_of
 from lib.suite.results import RESULTS
@@ -319,6 +319,7 @@ PRINTED = {
     method: {R: value / published.SVD_LLM_TABLE_1_DENSE for R, value in row.items()}
     for method, row in published.SVD_LLM_TABLE_1.items()
 }
+DEVICE = committed("compare", "device").query("model == 'wiki-a-llama'")
 MADE = {
     "axes": (plots.axes_figure, PLANE, np.eye(2)),
     "energy": (plots.energy_figure, SHARES, [0.25, 0.5], 0.5),
@@ -345,6 +346,7 @@ MADE = {
     "speed": (plots.speed_figure, committed("compare", "latency")),
     "cost": (plots.cost_figure, COST, TIMES, "a"),
     "healing": (plots.healing_figure, pd.DataFrame(HEALED), 0.5),
+    "device": (plots.device_figure, DEVICE, on_device.headline(DEVICE.to_dict("records"))),
 }
 
 
@@ -403,7 +405,7 @@ def test_names_in_a_panel_do_not_overlap(name):
         assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
-LOGARITHMIC = {"layouts", "calibration", "ratio", "aggregation", "importance", "diagnostics", "size", "cost", "healing"}
+LOGARITHMIC = {"layouts", "calibration", "ratio", "aggregation", "importance", "diagnostics", "size", "cost", "healing", "device"}
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -497,6 +499,15 @@ def test_intervals_are_drawn():
     )
     bars = made("cost").axes[0].collections[-1].get_segments()
     assert np.allclose(sorted(tuple(bar[:, 0]) for bar in bars), sorted((t["low"], t["high"]) for t in TIMES.values()))
+
+
+def test_files_are_named_where_their_lines_end():
+    names = {"dense, 16 to 4 bits": plots.INK}
+    names |= {f"{row.method}, {row.kind}": style_of(row.method).color for row in DEVICE.itertuples() if row.method != "dense"}
+    for panel in made("device").axes:
+        assert {text.get_text(): text.get_color() for text in panel.texts} == names
+    left, right = made("device").axes[0].get_xlim()
+    assert left > right, "small files are on the right, where much is removed"
 
 
 def test_a_removed_block_leaves_a_gap():

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 from invoke import Collection, Context, Exit, Program
 
@@ -16,7 +19,8 @@ import tasks
 from lib.evaluation.zero_shot import tasks_named
 from lib.methods import METHODS
 from lib.suite.profiles import read_profile
-from lib.suite.runs import local_state, relink, tidy
+from lib.suite.results import RAW
+from lib.suite.runs import Run, cell_name, local_state, relink, slowest, tidy
 
 TOY = [
     ("parameters", 'steps = 3\nfolder = ""\nprofile = "workshop"'),
@@ -82,9 +86,14 @@ def test_reproduce_then_nothing_to_do_then_force(project, capfd):
     assert str(project) not in executed
     assert not target.with_name("toy.partial").exists()
     before = (target / "manifest.json").stat().st_mtime_ns
-    capfd.readouterr()
+    heading, *lines = re.search(r"seconds  slowest.*(?:\n +\d.*)+", capfd.readouterr().out)[0].splitlines()
+    assert "of 4 cells" in heading
+    assert {line.split(maxsplit=1)[1] for line in lines} == {f"toy: i {i}" for i in range(4)}
+    assert all(0.3 <= float(line.split()[0]) < 5 for line in lines)
     tasks.reproduce.body(None)
-    assert "up to date" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "up to date" in said
+    assert "slowest" not in said
     assert (target / "manifest.json").stat().st_mtime_ns == before
     tasks.reproduce.body(None, force=True)
     assert json.loads((target / "manifest.json").read_text())["cells_computed"] == 4
@@ -110,6 +119,25 @@ def test_side_by_side_on_one_thread_each_and_a_failure_stops_only_itself(project
     out = capfd.readouterr().out
     assert "toy: worked 3" in out
     assert "second: worked 3" in out
+
+
+def test_the_slowest_cells_come_first_and_are_called_by_what_they_measure():
+    runs = [Run(tasks.NOTEBOOKS / f"{paper}.ipynb", {}, tasks.RESULTS, "workshop") for paper in ("afr", "slicegpt", "no_results")]
+    raw = pd.concat([pd.read_parquet(run.target / RAW).assign(paper=run.paper) for run in runs[:2]])
+    heading, *lines = slowest(runs, 0.0, 5).splitlines()
+    assert f"of {len(raw)} cells" in heading
+    assert [float(line.split()[0]) for line in lines] == [round(s, 1) for s in raw.seconds.nlargest(5)]
+    assert [line.split()[1] for line in lines] == [f"{paper}:" for paper in raw.nlargest(5, "seconds").paper]
+    assert slowest(runs, time.time()) == ""
+    assert cell_name({"weights": "0f", "method": "SVD", "model": "m", "level": 0.25, "draw": {}}) == "m, SVD, 25%"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_tests_list_the_slowest(fast):
+    said = []
+    tasks.test.body(SimpleNamespace(run=lambda command, **_: said.append(command)), fast=fast)
+    assert "--durations 10 " in said[0]
+    assert ("--nbval" in said[0]) == (not fast)
 
 
 @pytest.mark.parametrize("arguments", [dict(jobs=-1), dict(jobs=True), dict(jobs=2, cluster="local")])

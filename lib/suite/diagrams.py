@@ -22,6 +22,7 @@ KEPT, INK = "#E4E4E4", "#333333"
 D = 48  # width of the stream
 STREAM = 16  # its left side
 NEURON = 12  # height of a row, or width of a column, that stands for one neuron or one head
+CHANNELS = 4  # height or width of the channels that a head loses
 LOST = 12  # of the stream's D directions, those that SliceGPT deletes
 RANK = 10  # of a factor
 
@@ -82,17 +83,20 @@ def directions(colour: str) -> str:
     return "".join(shapes)
 
 
-def ranks(colour: str) -> str:
-    """All of every matrix but two thin factors."""
+def factors(half: Half, colour: str) -> str:
+    """All of the matrices of a half but two thin factors."""
     shapes = []
-    for half in HALVES:
-        for left, top, width, height in half.matrices:
-            shapes += [
-                rect(left, top, width, height, colour),
-                rect(left, top, RANK, height, KEPT),
-                rect(left + RANK, top, width - RANK, RANK, KEPT),
-            ]
+    for left, top, width, height in half.matrices:
+        shapes += [
+            rect(left, top, width, height, colour),
+            rect(left, top, RANK, height, KEPT),
+            rect(left + RANK, top, width - RANK, RANK, KEPT),
+        ]
     return "".join(shapes)
+
+
+def ranks(colour: str) -> str:
+    return "".join(factors(half, colour) for half in HALVES)
 
 
 def units(half: Half, gone: Sequence[int], colour: str) -> str:
@@ -108,6 +112,19 @@ def neurons(colour: str) -> str:
 
 def heads(colour: str) -> str:
     return units(ATTENTION, (3,), colour) + neurons(colour)
+
+
+def channels(colour: str) -> str:
+    """Some channels of every head, and neurons."""
+    (left, top, width, height), (left2, top2, _, height2) = ATTENTION.matrices
+    ends = [NEURON * (head + 1) - CHANNELS for head in range(int(height / NEURON))]
+    rows = [rect(left, top + end, width, CHANNELS, colour) for end in ends]
+    return "".join(rows + [rect(left2 + end, top2, CHANNELS, height2, colour) for end in ends]) + neurons(colour)
+
+
+def factored_attention(colour: str) -> str:
+    """All of the attention's matrices but two thin factors, and neurons."""
+    return factors(ATTENTION, colour) + neurons(colour)
 
 
 def whole(colour: str) -> str:
@@ -237,12 +254,14 @@ def block(paper: str) -> SVG:
     return drawing(height, label, words(STREAM + D / 2, 17, "stream", "middle") + shifted)
 
 
-# Kind of removal, what it marks, what the comparison calls it, and who does it.
+# Kind of removal, what it marks, what the comparison calls it, and who does it: all methods of the comparison but chance.
 KINDS = (
     ("narrows the stream", directions, "narrows the stream", ("SliceGPT",)),
     ("factors matrices", ranks, "factors matrices", ("SVD, FWSVD, ASVD,", "SVD-LLM")),
-    ("deletes neurons", neurons, "deletes neurons", ("Structured AFR, COMP,", "CFSP, LoRAP, Wanda-sp")),
-    ("deletes neurons", heads, "neurons and heads", ("LLM-Pruner, FLAP, FPT",)),
+    ("deletes neurons", neurons, "deletes neurons", ("Structured AFR, COMP,", "CFSP, Wanda-sp,", "magnitude")),
+    ("deletes neurons", heads, "neurons and heads", ("LLM-Pruner, FLAP, FPT,", "Wanda-sp with heads")),
+    ("deletes neurons", channels, "neurons and channels", ("MoDeGPT",)),
+    ("deletes neurons", factored_attention, "neurons and ranks", ("LoRAP",)),
     ("deletes blocks", whole, "deletes blocks", ("ShortGPT, COMP in part",)),
     ("zeroes single weights", weights, "zeroes single weights", ("SparseGPT, Wanda",)),
 )
@@ -250,7 +269,8 @@ KINDS = (
 
 def removals() -> SVG:
     """All kinds of removal, one small block for each."""
-    scale, column, row = 0.46, WIDTH / 2, 206
+    scale, column = 0.46, WIDTH / 2
+    row = 170 + LINE * max(len(methods) for *_, methods in KINDS)
     panels = []
     for place, (removes, mark, title, methods) in enumerate(KINDS):
         left, top = column * (place % 2), row * (place // 2)
@@ -258,5 +278,6 @@ def removals() -> SVG:
         lines = [words(STREAM * scale, 28 + BLOCK_HEIGHT * scale + LINE * i, line) for i, line in enumerate(methods, 1)]
         head = words(STREAM * scale, 18, title, weight="bold")
         panels.append(f'<g transform="translate({left:g} {top})">{head}{small}{"".join(lines)}</g>')
-    label = "Six decoder blocks, each with another part in colour, which is gone: " + ", ".join(title for _, _, title, _ in KINDS)
+    titles = ", ".join(title for _, _, title, _ in KINDS)
+    label = f"{len(KINDS)} decoder blocks, each with another part in colour, which is gone: {titles}"
     return drawing(row * (len(KINDS) / 2), label, "".join(panels))

@@ -17,8 +17,8 @@ from lib.suite.plots import COLOURS, TOP, style_of
 from lib.suite.standing import NEAR
 
 # Those that the script reads, if present.
-TABLES = ("pareto", "standing", "seeds", "healing", "other_measures", "cost", "latency", "says")
-NUMBERS = ("value", "low", "high", "removed, %")  # columns of the page's table, between `method` and the others
+TABLES = ("pareto", "standing", "seeds", "healing", "other_measures", "cost", "latency", "device", "says")
+NUMBERS = ("value", "low", "high", "removed, %", "bytes")  # columns of the page's table, between `method` and the others
 WORDS = ("standing", "interval", "what it does", "how it continues the prompt")
 
 
@@ -59,13 +59,14 @@ def suite(comparisons: Mapping[str, Path]) -> dict:
     for profile, folder in comparisons.items():
         parameters = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["parameters"]
         profiles[profile] = {"size": parameters.get("size"), "tables": tables_of(folder)}
-    methods = {
-        row["method"]: style_of(row["method"]).removes
-        for found in profiles.values()
-        for table in found["tables"].values()
-        for row in table["rows"]
-    }
-    return {"near": NEAR, "top": TOP, "colours": COLOURS, "removes": methods, "profiles": profiles}
+    removes = {}
+    for found in profiles.values():
+        for table, content in found["tables"].items():
+            for row in content["rows"]:
+                # A file for llama.cpp goes by its method and its kind, as in the script.
+                name = f"{row['method']}, {row['kind']}" if table == "device" else row["method"]
+                removes[name] = style_of(row["method"]).removes
+    return {"near": NEAR, "top": TOP, "colours": COLOURS, "removes": removes, "profiles": profiles}
 
 
 def script(comparisons: Mapping[str, Path]) -> str:
@@ -77,7 +78,7 @@ def explorer_page() -> str:
     """The page without numbers, which its script adds."""
     choices = "".join(
         f'<label>{words} <select id="{name}"></select></label>'
-        for name, words in (("model", "model"), ("size", "decoder removed"), ("axis", "measure"))
+        for name, words in (("model", "model"), ("size", "size"), ("axis", "measure"))
     )
     head = "".join(
         f"<th{' class=number' if name in NUMBERS else ''}><button>{name}</button></th>" for name in ("method", *NUMBERS, *WORDS)

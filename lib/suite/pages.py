@@ -189,9 +189,12 @@ def healed(results: Path, model: str) -> list[str]:
 
 
 def on_devices(results: Path) -> list[str]:
-    """Whether files of pruned models are the better deal, a line for each model of which files were run."""
-    tables = _compared(results, "device")
-    return [on_device.headline(part.to_dict("records")) for table in tables for _, part in table.groupby("model", sort=False)]
+    """Whether files of pruned models are the better deal, and of which, a line for each model of which files were run."""
+    said = []
+    for _, part in [each for table in _compared(results, "device") for each in table.groupby("model", sort=False)]:
+        tried = part.method[part.method != on_device.DENSE].unique()
+        said.append(f"{on_device.headline(part.to_dict('records'))} (pruned by {' and '.join(tried)}, no other was run)")
+    return said
 
 
 def _compared(results: Path, name: str) -> list[pd.DataFrame]:

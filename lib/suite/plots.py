@@ -940,26 +940,30 @@ def device_figure(table: pd.DataFrame, title: str) -> Figure:
     """Perplexity of files against their bytes, and against how fast they write: the dense model in several kinds, and methods.
 
     table: rows of `lib.suite.on_device.device_rows` of one model. A line joins the files of one method and kind, from small to
-    large shares removed; hollow marks have 16 bits.
+    large shares removed; hollow marks have 16 bits. Small files are on the right, where lines end that remove much.
     """
-    figure, panels = row(2, height=4.2)
-    for panel, column in zip(panels, ("mb", "writes"), strict=True):
-        for (method, kind), part in device_lines(table).items():
+    figure, panels = column(2, 2.9)
+    lines, colours = device_lines(table), {}
+    for panel, measure in zip(panels, ("mb", "writes"), strict=True):
+        for name, part in lines.items():
+            method, fill = part.method.iloc[0], {"mfc": "white"} if set(part.kind) == {"F16"} else {}
             looks = {"color": INK, "marker": "s"} if method == "dense" else look(method)
-            fill = {"mfc": "white"} if kind == "F16" else {}
-            panel.plot(part[column], part.times_dense, lw=1.6, ms=6, **looks | fill | {"label": f"{method}, {kind}"})
-            below, above = part.times_dense - part.low, part.high - part.times_dense
-            panel.errorbar(part[column], part.times_dense, [below, above], fmt="none", ecolor=looks["color"], capsize=3)
-    panels[0].set(xscale="log", xlabel="MB of the file")
-    plain_numbers(panels[0].xaxis, (1, 2, 3, 5))
-    panels[1].set(xlabel="writes, times dense in F16")
+            colours[name] = looks["color"]
+            panel.plot(part[measure], part.times_dense, lw=1.6, ms=6, **looks | fill | {"label": name})
+            ranges(panel, part[measure], part.times_dense, part.low, part.high, fmt="none", ecolor=looks["color"])
+    panels[0].set(xscale="log", xlabel="MB of the file, from large to small")
+    panels[0].invert_xaxis()
+    plain_numbers(panels[0].xaxis, (1, 1.5, 2, 3, 5, 7))
+    panels[1].set_xlabel("writes, times as fast as dense in F16")
     perplexity_axis(panels)
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=2, loc="outside lower center", frameon=False)
+    removed_below(figure, set(table.method) - {"dense"})
     headline(figure, title)
+    for panel, measure in zip(panels, ("mb", "writes"), strict=True):
+        label_ends(panel, {name: (part[measure], part.times_dense) for name, part in lines.items()}, colours)
     return figure
 
 
-def device_lines(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    """The rows of each line of `device_figure`, {(method, kind): rows}: all kinds of the dense model are one line."""
-    kinds = table.kind.where(table.method != "dense", "16 to 4 bits")
-    return dict(iter(table.groupby([table.method, kinds], sort=False)))
+def device_lines(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each line of `device_figure` by its name, method and kind: all kinds of the dense model are one line."""
+    names = (table.method + ", " + table.kind).where(table.method != "dense", "dense, 16 to 4 bits")
+    return dict(iter(table.groupby(names, sort=False)))

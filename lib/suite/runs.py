@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import multiprocessing
 import os
 import posixpath
@@ -25,6 +26,8 @@ PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  
 
 LONGEST = 250  # characters of what can be a path, and not a prompt
 PROGRESS = re.compile(r" at \d+%: perplexity [\d.,]+$| s since the start")  # lines for whoever waits for a run
+
+NAMING = ("model", "what", "on", "method", "level", "ratio", "size")  # settings that tell a reader which cell it is
 
 LINK = re.compile(r"\]\(([^):#\s][^):\s]*)\)")  # in Markdown, to a file
 
@@ -257,6 +260,34 @@ def local_state(parameters: dict, place: Path) -> str:
         files += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
     found = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def slowest(runs: Iterable[Run], since: float, count: int = 10) -> str:
+    """A table of the cells that took longest, of the runs whose results were written since then; empty where none was.
+
+    A cell that an earlier start has measured counts with the seconds that it took then.
+    """
+    import pandas as pd  # late: it takes a second, and a command that only catches RunError does without
+
+    cells = []
+    for run in runs:
+        raw = run.target / RAW
+        if raw.is_file() and raw.stat().st_mtime >= since:
+            found = pd.read_parquet(raw, columns=["settings", "seconds"]).itertuples(index=False)
+            cells += [(seconds, f"{run.paper}: {cell_name(json.loads(settings))}") for settings, seconds in found]
+    if not cells:
+        return ""
+    lines = [f"{seconds:9.1f}  {name}" for seconds, name in sorted(cells, reverse=True)[:count]]
+    return "\n".join([f"  seconds  slowest of {len(cells)} cells, as they were measured", *lines])
+
+
+def cell_name(settings: dict) -> str:
+    """What a reader calls a cell: its model, method and share, or whatever plain settings it has."""
+    plain = {name: value for name, value in settings.items() if isinstance(value, str | int | float) and name != "made_by"}
+    told = [name for name in NAMING if name in plain]
+    if not told:
+        return ", ".join(f"{name} {value}" for name, value in plain.items())
+    return ", ".join(f"{plain[name]:.0%}" if isinstance(plain[name], float) else str(plain[name]) for name in told)
 
 
 def replace_folder(new: Path, old: Path) -> None:

@@ -1,7 +1,8 @@
 "use strict";
 
 // SUITE, in tables.js, holds the committed tables. What is above the line takes numbers from them and makes text of numbers; what
-// is below it changes the page. A point is {method, removes, value, low, high, interval, removed, standing, says}.
+// is below it changes the page. A point is {method, removes, value, low, high, interval, removed, bytes, standing, says}. A size
+// below 1 is a share of the decoder that was removed, and any other is the most bytes that a model may have.
 
 const rowsOf = (profile, table) => profile.tables[table]?.rows ?? [];
 const is = (value) => value !== null && value !== undefined;
@@ -88,6 +89,16 @@ function kept(profile, model, size) {
   return Object.fromEntries(about(profile, "pareto", model, size).filter((row) => dense && is(row.params)).map((row) => [row.method, { value: row.params / dense.params }]));
 }
 
+// Files that llama.cpp ran: each kind is a line of its own, and the dense model in few bits stands beside every pruned one.
+const fileOf = (row) => `${row.method}, ${row.kind}`;
+
+function filesAt(profile, model, size) {
+  const rows = rowsOf(profile, "device").filter((row) => row.model === model), own = rows.filter((row) => same(row.size, size));
+  return own.length ? [...own.filter((row) => row.size > 0), ...rows.filter((row) => row.size === 0)] : [];
+}
+
+const filed = (read) => (profile, model, size) => Object.fromEntries(filesAt(profile, model, size).map((row) => [fileOf(row), read(row)]));
+
 function denseAccuracy(profile, model) {
   const dense = rowsOf(profile, "pareto").find((row) => row.model === model && row.method === "dense");
   if (is(dense?.accuracy)) return dense.accuracy;
@@ -98,7 +109,7 @@ function denseAccuracy(profile, model) {
 }
 
 // tables: whose notes say how it was measured. best: which end is better. unit: how numbers are written and called. log: the scale.
-// cut: values above SUITE.top are drawn at the edge. dense: where the dense model is.
+// cut: values above SUITE.top are drawn at the edge. dense: where the dense model is. file: of files, whose bytes are those on disk.
 const MEASURES = {
   perplexity: { name: "perplexity", unit: "times dense", tables: ["pareto", "standing", "seeds"], read: perplexity, best: "low", log: true, cut: true, dense: () => 1 },
   healed: { name: "perplexity after a little training on text", unit: "times dense", tables: ["healing"], read: trained("next token"), best: "low", log: true, cut: true, dense: () => 1 },
@@ -110,6 +121,9 @@ const MEASURES = {
   memory: { name: "peak memory beyond the weights", unit: "MB", tables: ["cost"], read: once("cost", () => "peak_mb"), best: "low" },
   decode: { name: "decoding speed", unit: "times dense", tables: ["latency"], read: once("latency", () => "decode_speedup"), best: "high", dense: () => 1 },
   prefill: { name: "prefill speed", unit: "times dense", tables: ["latency"], read: once("latency", () => "prefill_speedup"), best: "high", dense: () => 1 },
+  filePerplexity: { name: "perplexity in llama.cpp", unit: "times dense", tables: ["device"], file: true, read: filed((row) => ({ value: row.times_dense, low: row.low, high: row.high, interval: "95 %, windows" })), best: "low", log: true, cut: true, dense: () => 1 },
+  fileBytes: { name: "file for llama.cpp", unit: "MB", tables: ["device"], file: true, read: filed((row) => ({ value: row.mb })), best: "low" },
+  fileDecode: { name: "decoding speed in llama.cpp", unit: "tokens a second", tables: ["device"], file: true, read: filed((row) => ({ value: row.decode_tokens_per_s })), best: "high" },
   kept: { name: "parameters left of the whole model", unit: "%", tables: ["pareto"], read: kept, best: "low", dense: () => 1 },
 };
 
@@ -136,6 +150,47 @@ const sizesOf = (profile, model) =>
 // The sizes at which a model has values of a measure.
 const measuredSizes = (profile, model, measure) => sizesOf(profile, model).filter((size) => Object.keys(measure.read(profile, model, size)).length);
 
+// What is known of the size of each model that a measure is about: {method: {removed, bytes, kind}}.
+function knownAt(profile, model, measure, size) {
+  const swept = about(profile, "pareto", model, size).map((row) => [row.method, { removed: row.removed_decoder, bytes: row.bytes }]);
+  if (!measure.file) return Object.fromEntries(swept);
+  const removed = (row) => (row.size > 0 ? Object.fromEntries(swept)[row.method]?.removed : 0) ?? row.size;
+  return Object.fromEntries(filesAt(profile, model, size).map((row) => [fileOf(row), { removed: removed(row), bytes: 1e6 * row.mb, kind: row.kind }]));
+}
+
+// Every model that has a value of a measure and a known number of bytes: [{method, size, removed, bytes, kind}].
+function weighed(profile, model, measure) {
+  const all = [0, ...measuredSizes(profile, model, measure)].flatMap((size) => {
+    const values = measure.read(profile, model, size);
+    return Object.entries(knownAt(profile, model, measure, size)).filter(([method]) => method in values).map(([method, known]) => ({ method, size, ...known }));
+  });
+  return all.filter(({ size, removed, bytes }) => is(bytes) && (size > 0 ? removed > 0 : removed === 0));
+}
+
+// The numbers of bytes that can be asked for, the largest first: each takes what really reached one of the shares, in one kind of file.
+function budgetsOf(suite, profile, model, measure) {
+  const most = {};
+  for (const found of weighed(profile, model, measure)) {
+    const group = `${found.kind} ${found.size}`;
+    if (!elsewhere(suite, found, found.size)) most[group] = Math.max(most[group] ?? 0, found.bytes);
+  }
+  return [...new Set(Object.values(most).map(roundedUp))].sort((a, b) => b - a);
+}
+
+// To three digits, so that what fits still does.
+function roundedUp(bytes) {
+  const unit = 10 ** (Math.floor(Math.log10(bytes)) - 2);
+  return Math.ceil(bytes / unit) * unit;
+}
+
+// The share at which each method has its largest model of at most so many bytes: {method: size}.
+function fitting(profile, model, measure, most) {
+  const best = {};
+  for (const found of weighed(profile, model, measure))
+    if (found.bytes <= most && !(best[found.method]?.bytes >= found.bytes)) best[found.method] = found;
+  return Object.fromEntries(Object.entries(best).map(([method, { size }]) => [method, size]));
+}
+
 const nearest = (values, wanted) => values.reduce((best, value) => (Math.abs(value - wanted) < Math.abs(best - wanted) ? value : best));
 
 // What is shown for what was wished: the first model, perplexity and 20 % where that is not to be had.
@@ -147,8 +202,10 @@ function choice(suite, wish) {
   const axes = Object.keys(measures).filter((axis) => measuredSizes(found, model, measures[axis]).length);
   const axis = axes.includes(wish.axis) ? wish.axis : axes[0];
   const sizes = axis ? measuredSizes(found, model, measures[axis]) : [];
-  const size = sizes.length ? nearest(sizes, Number(wish.size) || 0.2) : null;
-  return { id, profile, model, axes, axis, sizes, size };
+  const budgets = axis ? budgetsOf(suite, found, model, measures[axis]) : [];
+  const wanted = Number(wish.size) || 0.2, offered = wanted < 1 || !budgets.length ? sizes : budgets;
+  const size = offered.length ? nearest(offered, wanted < 1 || offered === budgets ? wanted : 0.2) : null;
+  return { id, profile, model, axes, axis, sizes, budgets, size };
 }
 
 const readLink = (hash) => Object.fromEntries(new URLSearchParams(hash.replace(/^#/, "")));
@@ -158,21 +215,31 @@ const writeLink = ({ id, size, axis }) => "#" + new URLSearchParams({ model: id,
 
 // Points of a choice, the best first, and the methods of the model that have none.
 function pointsOf(suite, { profile, model, size, axis }) {
-  const found = suite.profiles[profile], measure = measuresOf(found)[axis], values = measure.read(found, model, size);
-  const swept = Object.fromEntries(about(found, "pareto", model, size).map((row) => [row.method, row]));
+  const found = suite.profiles[profile], measure = measuresOf(found)[axis], shares = measuredSizes(found, model, measure);
+  const fits = size < 1 ? null : fitting(found, model, measure, size);
+  const at = (share) => pointsAt(suite, found, { model, axis, measure, size: share });
+  const points = fits ? [0, ...shares].flatMap((share) => at(share).filter(({ method }) => fits[method] === share)) : at(size);
+  if (fits) for (const point of points) point.standing = null; // that is about models of one size
+  const sign = measure.best === "low" ? 1 : -1;
+  points.sort((a, b) => sign * (a.value - b.value) || a.method.localeCompare(b.method));
+  const known = new Set((fits ? shares : [size]).flatMap((share) => Object.keys(knownAt(found, model, measure, share))));
+  const shown = new Set(points.map(({ method }) => method));
+  return { points, missing: [...known].filter((method) => !shown.has(method)) };
+}
+
+function pointsAt(suite, found, { model, axis, measure, size }) {
+  const values = measure.read(found, model, size), known = knownAt(found, model, measure, size);
   const standing = axis === "perplexity" ? about(found, "standing", model, size) : [];
   const said = rowsOf(found, "says").filter((row) => row.model === model && same(row.ratio, size));
-  const points = Object.entries(values).map(([method, value]) => ({
+  return Object.entries(values).map(([method, value]) => ({
     method,
     removes: suite.removes[method],
     ...value,
-    removed: swept[method]?.removed_decoder ?? null,
+    removed: known[method]?.removed ?? null,
+    bytes: known[method]?.bytes ?? null,
     standing: standing.find((row) => row.method === method)?.standing ?? null,
     says: said.find((row) => row.method === method)?.says ?? null,
   }));
-  const sign = measure.best === "low" ? 1 : -1;
-  points.sort((a, b) => sign * (a.value - b.value) || a.method.localeCompare(b.method));
-  return { points, missing: Object.keys(swept).filter((method) => !(method in values)) };
 }
 
 function written(value, { unit }) {
@@ -184,8 +251,10 @@ function written(value, { unit }) {
   return value.toFixed(Math.abs(value) < 1 ? 3 : 2);
 }
 
+const megabytes = (bytes) => `${Number((bytes / 1e6).toPrecision(3)).toLocaleString("en")} MB`;
+
 // Whether a method removed another share than was asked for; then it is drawn hollow, and is no winner.
-const elsewhere = (suite, point, size) => is(point.removed) && Math.abs(point.removed - size) >= suite.near;
+const elsewhere = (suite, point, size) => size < 1 && is(point.removed) && Math.abs(point.removed - size) >= suite.near;
 
 // What the picture says, in a sentence.
 function headline(suite, points, measure, { model, size }) {
@@ -193,7 +262,8 @@ function headline(suite, points, measure, { model, size }) {
   const level = points.filter((point) => point.standing === "level").map((point) => point.method);
   const value = `${written(first.value, measure)}${measure.unit === "%" ? "" : ` ${measure.unit}`}`;
   const also = level.length ? `; level with it: ${level.join(", ")}` : "";
-  return `${model}, ${Math.round(100 * size)} % of the decoder removed: ${measure.best}est ${measure.name} with ${first.method}, ${value}${also}`;
+  const asked = size < 1 ? `${Math.round(100 * size)} % of the decoder removed` : `${measure.file ? "file" : "weights"} of at most ${megabytes(size)}`;
+  return `${model}, ${asked}: ${measure.best}est ${measure.name} with ${first.method}, ${value}${also}`;
 }
 
 // --- the picture ----------------------------------------------------------------------------------------------------------
@@ -242,7 +312,8 @@ function chart(suite, points, measure, { size, title, dense, width }) {
     const dot = gone
       ? `<path fill="${colour}" d="M${x - 6} ${y - 6}L${x + 6} ${y}L${x - 6} ${y + 6}Z"/>`
       : `<circle cx="${x}" cy="${y}" r="${radius}" stroke="${colour}" stroke-width="2" style="fill: ${fill}"/>`;
-    const note = other ? ` at ${Math.round(100 * point.removed)} %` : { first: " first", level: " level" }[point.standing] ?? "";
+    const weight = size < 1 || !is(point.bytes) ? null : `, ${megabytes(point.bytes)}`;
+    const note = weight ?? (other ? ` at ${Math.round(100 * point.removed)} %` : { first: " first", level: " level" }[point.standing] ?? "");
     const range = is(point.low) ? ` [${written(point.low, measure)}, ${written(point.high, measure)}], ${point.interval}` : "";
     const words = `<title>${escaped(`${point.method}, ${point.removes}: ${written(point.value, measure)}${range}`)}</title>`;
     return `<g>${words}<rect x="0" y="${y - step / 2}" width="${width}" height="${step}" fill="transparent"/><text x="${left - 12}" y="${y + 4}" text-anchor="end">${escaped(point.method)}</text>${bar}${dot}<text x="${width - right + 12}" y="${y + 4}">${written(point.value, measure)}${note}</text></g>`;
@@ -255,7 +326,7 @@ function tableRow(point, measure) {
   const removed = is(point.removed) ? (100 * point.removed).toFixed(1) : "";
   const numbers = [point.value, point.low, point.high].map((value) => number(value, written(value, measure)));
   const words = [point.standing, point.interval].map((text) => `<td>${escaped(text)}</td>`).join("");
-  return `<tr><td>${escaped(point.method)}</td>${numbers.join("")}${number(point.removed, removed)}${words}<td>${escaped(point.removes)}</td><td class="says">${escaped(point.says)}</td></tr>`;
+  return `<tr><td>${escaped(point.method)}</td>${numbers.join("")}${number(point.removed, removed)}${number(point.bytes, is(point.bytes) ? megabytes(point.bytes) : "")}${words}<td>${escaped(point.removes)}</td><td class="says">${escaped(point.says)}</td></tr>`;
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------
@@ -272,14 +343,15 @@ function show(wish) {
   const { points, missing } = pointsOf(SUITE, chosen), title = headline(SUITE, points, measure, chosen);
   options(at("model"), modelsOf(SUITE).map(({ id, model, profile }) => [id, model === profile ? model : `${model} (${profile})`]), chosen.id);
   options(at("axis"), chosen.axes.map((axis) => [axis, `${measures[axis].name}, ${measures[axis].unit}`]), chosen.axis);
-  options(at("size"), chosen.sizes.map((size) => [size, `${Math.round(100 * size)} %`]), chosen.size);
+  const shares = chosen.sizes.map((size) => [size, `${Math.round(100 * size)} % of the decoder removed`]);
+  options(at("size"), [...shares, ...chosen.budgets.map((most) => [most, `at most ${megabytes(most)}`])], chosen.size);
   at("says").textContent = title;
   const look = { size: chosen.size, title, dense: measure.dense?.(profile, chosen.model), width: Math.max(320, at("chart").clientWidth) };
   at("chart").innerHTML = chart(SUITE, points, measure, look);
   const shown = Object.entries(SUITE.colours).filter(([kind]) => points.some((point) => point.removes === kind));
   at("legend").innerHTML = shown.map(([kind, colour]) => `<li><span style="background: ${colour}"></span>${kind}</li>`).join("");
   at("note").textContent = measure.tables.map((table) => profile.tables[table]?.note ?? "").join(" ");
-  at("missing").textContent = missing.length ? `Not measured here: ${missing.join(", ")}.` : "";
+  at("missing").textContent = missing.length ? `${chosen.size < 1 ? "Not measured here" : "No model that is small enough was measured"}: ${missing.join(", ")}.` : "";
   at("rows").tBodies[0].innerHTML = points.map((point) => tableRow(point, measure)).join("");
   for (const heading of at("rows").tHead.rows[0].cells) heading.removeAttribute("aria-sort");
   at("rows").classList.toggle("silent", !points.some((point) => is(point.says)));
