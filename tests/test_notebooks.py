@@ -15,6 +15,7 @@ import pytest
 from benchmarks.sections import by_section
 from lib.suite.results import RAW
 from lib.suite.runs import LINK, PROGRESS
+from lib.suite.site import read_run
 from tasks import NOTEBOOKS, RESULTS, papers
 
 STORED = [pytest.param(NOTEBOOKS / f"{paper}.ipynb", id=paper) for paper in papers()]
@@ -166,6 +167,21 @@ def test_links_to_files_lead_somewhere(path):
     assert links
     for link in links:
         assert (path.parent / link.split("#")[0]).exists(), link
+
+
+# Means over draws with their extremes; accuracies and texts beside which a perplexity stands.
+WITHOUT_INTERVALS = {"calibration_size", "accuracy", "says"}
+
+
+@pytest.mark.parametrize("path", MANIFESTS)
+def test_tables_that_compare_carry_intervals(path):
+    """Wherever a perplexity stands, the interval of its ratio to the dense model stands beside it."""
+    run = read_run(path.parent)
+    if run.outdated:
+        pytest.skip("the run is older than its notebook, as its page says")
+    tables = {file.stem: set(pd.read_csv(file).columns) for file in (path.parent / "tables").glob("*.csv")}
+    wanted = {"perplexity", "relative", "times_dense"}
+    assert {name for name, columns in tables.items() if columns & wanted and "low" not in columns} <= WITHOUT_INTERVALS
 
 
 def test_results_are_there():
