@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lib.budgets import Budget, fitting_ratio
+from lib.budgets import Budget, fitting_ratio, made_within
 from lib.evaluation.console import Progress
 from lib.evaluation.process import package_versions
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks
@@ -24,8 +24,44 @@ from lib.papers import slicegpt
 from lib.primitives.anatomy import Anatomy, family_of
 from lib.primitives.calibration import check_length
 from lib.primitives.checks import check_share
-from lib.primitives.cost import count
+from lib.primitives.cost import Count, count
 from lib.primitives.surgery import shape_shell
+
+
+@dataclass
+class _Work:
+    """One compression: what is asked for, and what is said of the result. about: where that comes from, for its record."""
+
+    method: str
+    values: dict
+    ratio: float
+    budget: Budget | None
+    measured: Callable[[nn.Module], float] | None  # what a model has of the budget
+    dense: Count
+    about: dict
+
+    def made(self, shapes: nn.Module, networks: Iterator[nn.Module], ids: torch.Tensor, progress: Callable) -> nn.Module:
+        """What the method makes of the dense model, of which each attempt uses up one; at a higher ratio if the budget asks it.
+
+        shapes: the dense model on the meta device.
+        """
+
+        def make_at(ratio: float) -> nn.Module:
+            return make(self.method, next(networks), ids, ratio, progress, inplace=True, **self.values)
+
+        if not self.budget:
+            return make_at(self.ratio)
+        settings = settings_of(self.method, self.values)
+        self.ratio, small = made_within(self.method, shapes, self.budget, self.measured, settings, self.ratio, make_at)
+        return small
+
+    def sizes(self, small: nn.Module) -> dict:
+        size = count(small)
+        row = {"method": self.method, "ratio": self.ratio, "bytes": size.bytes, "dense_bytes": self.dense.bytes}
+        return row | size.against(self.dense) | ({"budget": self.measured(small)} if self.measured else {})
+
+    def facts(self, small: nn.Module) -> dict:
+        return self.about | self.sizes(small)
 
 
 def compress(
@@ -37,17 +73,20 @@ def compress(
     device: str = "cpu",
     dtype: str | None = None,
     streamed: bool = False,
+    within: Budget | None = None,
     **values,
 ) -> dict:
     """Compress `model` (a name that `load` takes) into the new folder `out`; returns the row of counted sizes.
 
-    ratio: in [0, 1), in the method's own sense (see `lib.methods`), or a budget, for the lowest ratio whose shapes keep to it;
-    the row then says under `budget` what the result has of it. calibration: 128 sequences of wiki-a, as long as the model's
-    positions permit but at most 2,048, unless given. dtype: of the work and of the result; the model's own unless given.
-    streamed: work from the model's folder block by block, without loading it whole (`lib.models.disk`); an interrupted run
-    continues when it is started again. values: fields of the method's settings; a slicegpt `schedule` may also be the folder of
-    a sliced model, whose widths are taken over. Raises ValueError, FileExistsError, PermissionError or OSError, before any long
-    work, for impossible arguments, for a result that could not be saved, and while another process writes to `out`.
+    ratio: in [0, 1), in the method's own sense (see `lib.methods`), or a budget, for the lowest ratio whose shapes keep to it.
+    within: the budget, where `ratio` was found for one. What is made larger than its budget, because data decide on its shape,
+    is made again at a higher ratio, unless `streamed`; the row says under `budget` what the result has of it. calibration: 128
+    sequences of wiki-a, as long as the model's positions permit but at most 2,048, unless given. dtype: of the work and of the
+    result; the model's own unless given. streamed: work from the model's folder block by block, without loading it whole
+    (`lib.models.disk`); an interrupted run continues when it is started again. values: fields of the method's settings; a
+    slicegpt `schedule` may also be the folder of a sliced model, whose widths are taken over. Raises ValueError,
+    FileExistsError, PermissionError or OSError, before any long work, for impossible arguments, for a result that could not be
+    saved, and while another process writes to `out`.
     """
     values = with_saved_widths(method, values)
     record, settings = (on_disk_method if streamed else method_named)(method), settings_of(method, values)
@@ -60,43 +99,36 @@ def compress(
         text = load_corpus(draw.corpus, "train")
         network, tokenizer = _open(model, device, dtype, streamed)
         check_changes(network, record, settings)
-        ratio, measured = _resolved(ratio, method, network, settings, model, out.name)
+        budget = ratio if isinstance(ratio, Budget) else within
+        measured = budget and budget.size_of(network, locate(model), out.name)
+        ratio = fitting_ratio(method, network, ratio, measured, settings) if isinstance(ratio, Budget) else ratio
         check_finished(record, settings, network, ratio, out)
         check_length(Anatomy(network), draw.length)  # raises now, before many long sequences are drawn
-        generator = torch.Generator().manual_seed(draw.seed)
-        ids = sample_blocks(text, tokenizer, draw.samples, draw.length, generator, draw.rule)
-        dense, progress = count(network), Progress()
+        ids = sample_blocks(text, tokenizer, draw.samples, draw.length, torch.Generator().manual_seed(draw.seed), draw.rule)
         weights = disk.fingerprint_on_disk(network) if streamed else fingerprint(network)
-
-        def sizes(small: nn.Module) -> dict:
-            size = count(small)
-            row = {"method": method, "ratio": ratio, "bytes": size.bytes, "dense_bytes": dense.bytes} | size.against(dense)
-            return row | ({"budget": measured(small)} if measured else {})
-
-        def facts(small: nn.Module) -> dict:
-            return _provenance(model, weights, draw, ids, values) | sizes(small)
-
+        about = _provenance(model, weights, draw, ids, values)
+        work, progress = _Work(method, values, ratio, budget, measured, count(network), about), Progress()
         if streamed:
             run = {"method": method, "ratio": ratio, "settings": asdict(settings)}
             small = disk.compress_on_disk(
                 locate(model), out, ids, lambda network, ids, note: record.on_disk(network, ids, ratio, settings, note),
-                tokenizer=tokenizer, dtype=network.dtype, resume=run, facts=facts, progress=progress,
+                tokenizer=tokenizer, dtype=network.dtype, resume=run, facts=work.facts, progress=progress,
             )  # fmt: skip
-            return sizes(small)
-        small = make(method, network, ids, ratio, progress, inplace=True, **values)
+            return work.sizes(small)
+        shapes, networks = shape_shell(network), _anew(network, model, device, dtype)
+        del network  # or it would stay in memory when it is read again
+        small = work.made(shapes, networks, ids, progress)
         plain = not hasattr(small, "edits")  # an ordinary architecture, which plain transformers loads
-        export(small, tokenizer, out) if plain else save(small, tokenizer, out, **facts(small))
-        return sizes(small)
+        export(small, tokenizer, out) if plain else save(small, tokenizer, out, **work.facts(small))
+        return work.sizes(small)
 
 
-def _resolved(
-    ratio: float | Budget, method: str, network: nn.Module, settings: object, model: str, name: str
-) -> tuple[float, Callable[[nn.Module], float] | None]:
-    """The ratio, and for a budget the measure of what a model has of it. name: of the output folder."""
-    if not isinstance(ratio, Budget):
-        return ratio, None
-    measure = ratio.size_of(network, locate(model), name)
-    return fitting_ratio(method, network, ratio, measure, settings), measure
+def _anew(network: nn.Module, model: str, device: str, dtype: str | None) -> Iterator[nn.Module]:
+    """A model that the work on it uses up, and then the same one, read again, as often as it is asked for."""
+    yield network
+    del network
+    while True:
+        yield _open(model, device, dtype, False)[0]
 
 
 def _provenance(model: str, weights: str, draw: Calibration, ids: torch.Tensor, values: dict) -> dict:

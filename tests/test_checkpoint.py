@@ -1,6 +1,7 @@
 """A compressed model is a model: saved, reloaded in a fresh process, generated with, evaluated; damage is refused."""
 
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -18,12 +19,14 @@ from lib.compress import compress
 from lib.evaluation.process import peak_memory
 from lib.evaluation.text import Calibration
 from lib.evaluation.zero_shot import zero_shot
+from lib.methods import make
 from lib.models import checkpoint
 from lib.models.checkpoint import CheckpointError, export, is_checkpoint, load_checkpoint, save
 from lib.models.load import load
 from lib.papers.slicegpt import global_axes, slice_globally, slice_model, slice_without_shortcuts, stock_model
 from lib.papers.svd_llm import compress_model
 from lib.primitives.anatomy import Anatomy
+from lib.primitives.structured import remove_neurons
 from tests.conftest import CONFIGS, SLICEABLE, relative, tiny, token_ids
 
 
@@ -403,8 +406,16 @@ def test_networks_without_a_stock_form_are_refused():
 
 
 def test_export_names_what_is_not_stock(tmp_path):
+    """All of it, where a model has more than one such part."""
     with pytest.raises(ValueError, match="slicegpt added shortcuts to it.*slicegpt-stock"):
         export(WAYS["slicegpt, low-rank"](tiny("llama")), None, tmp_path / "m")
+    narrow = make("modegpt", tiny("llama"), token_ids(), 0.3, attention="all", temperature=math.inf)
+    assert {edit["edit"] for edit in narrow.edits} == {"narrow-heads"}
+    with pytest.raises(ValueError, match="modegpt left its attention heads narrower.*--set attention=none") as stopped:
+        export(narrow, None, tmp_path / "m")
+    assert "unequally wide" not in str(stopped.value)
+    with pytest.raises(ValueError, match="heads narrower.*--set attention=none.*unequally wide.*wanda-sp"):
+        export(remove_neurons(narrow, [torch.arange(9), None, None]), None, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 

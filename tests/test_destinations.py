@@ -146,6 +146,15 @@ def test_every_answer_is_of_one_of_three_kinds():
         assert TESTED not in found[VLLM]
 
 
+def test_vllm_is_not_said_to_lack_widths_of_each_block():
+    """Its DeciLMForCausalLM has them."""
+    assert "vLLM" not in destinations.ONE_WIDTH
+    for method in METHODS.values():
+        said = cells(method)[VLLM]
+        assert "one width" not in said
+        assert ("DeciLMForCausalLM" in said) == (destinations.leaves(method) == destinations.UNEQUAL)
+
+
 def test_the_tables_name_every_method_and_family_once():
     rows = destinations.table().splitlines()[2:]
     named = [name for row in rows for name in re.findall(r"`([\w-]+)`", row.split(" | ")[0])]

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import shutil
 import urllib.request
 import warnings
@@ -521,11 +522,27 @@ def test_neurons_of_zeros_fill_up_the_blocks_of_a_type(tmp_path, tokenizer):
 
 def test_other_rows_that_do_not_divide_keep_16_bits(tmp_path, tokenizer):
     model = tiny("llama", torch.float32, vocab_size=ROWS, head_dim=6)  # 4 heads of 6 are 24 numbers in a row
-    with pytest.warns(UserWarning, match=r"^3 matrices with rows of 24 to 24 numbers, no multiple of 32, stay in 16 bits: 0"):
+    with pytest.warns(UserWarning, match=r"^3 matrices with rows of 24 to 24 numbers, no multiple of 32, stay in 16 bits") as w:
         path = written(model, tokenizer, tmp_path, "Q8_0")
+    assert str(w[0].message).endswith("a method that keeps all heads keeps their length")
     found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
     assert {found[f"blk.{i}.attn_output.weight"] for i in range(3)} == {"F16"}
     assert found["blk.0.attn_q.weight"] == "Q8_0"
+
+
+def test_the_warning_of_rows_names_the_setting_that_avoids_it(tmp_path, tokenizer):
+    """A stream of 40 directions, behind heads that are 32 wide, and what the setting makes of the same model."""
+    model = tiny("llama", torch.float32, vocab_size=ROWS, hidden_size=40, head_dim=8)
+    with pytest.warns(UserWarning, match="no multiple of 32, stay in 16 bits") as warned:
+        written(model, tokenizer, tmp_path / "dense", "Q4_0")
+    (said,) = {str(warning.message) for warning in warned}
+    assert "all heads together" not in said
+    method, name, value = re.search(r"--method ([\w-]+) --set (\w+)=(\d+)`", said).groups()
+    small = make(method, model, token_ids(), 0.1, **{name: int(value)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = written(small, tokenizer, tmp_path / "small", "Q4_0")
+    assert set(kinds(path).type) == {"F32", "Q8_0", "Q4_0"}
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------

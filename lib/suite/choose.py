@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib.budgets import Budget, fitting_ratio
+from lib.budgets import Budget, fitting_ratio, made_within
 from lib.compress import compress, usual_length
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks, spread, tokens_of, windows
@@ -25,7 +25,6 @@ from lib.models.load import known_config, load, locate
 from lib.models.output import check_output
 from lib.primitives.checks import choose_one
 from lib.primitives.cost import count
-from lib.primitives.structured import edits_by_number
 from lib.suite.standing import BEHIND, FIRST, standings
 
 TRANSFORMERS, LLAMA_CPP, SUITE = "transformers", "llama.cpp", "this suite"
@@ -95,15 +94,21 @@ def choose(
     measure, check = budget.size_of(network, locate(model), Path(out).name, own), check_runs(where, locate(model))
     found, untried = candidates(network, budget, measure, check)
     if not found:
-        reasons = "\n".join(f"  {method}: {reason}" for method, reason in untried.items())
-        raise ValueError(f"no method keeps to {budget.said(budget.most)} and runs in {where}:\n{reasons}")
+        raise ValueError(f"no method keeps to {budget.said(budget.most)} and runs in {where}:\n{listed(untried)}")
     judge = Judge(network, tokenizer, corpus, min(LENGTH, usual_length(model)), seed)
-    ranking, dropped = Trials(judge, measure, check, Clock(60 * minutes), report, untried).halve(found)
+    ranking, dropped = Trials(judge, budget, measure, check, Clock(60 * minutes), report, untried).halve(found)
     best = ranking[0]
     text = Calibration(corpus, best["samples"], judge.length, seed)
     report(f"compressing with {best['method']} into {out}")
-    compress(model, out, best["method"], best["ratio"], text)
+    saved = compress(model, out, best["method"], best["ratio"], text, within=budget)["budget"]
+    if saved > budget.most:  # it computes in the model's own precision, in which data can decide otherwise
+        report(f"{out} is {saved / budget.most - 1:.2%} over {budget.said(budget.most)}: ask for a little less")
     return {"ranking": ranking, "dropped": dropped, "untried": untried, "winner": best["method"]}
+
+
+def listed(untried: dict[str, str]) -> str:
+    """A line for each method that was not tried."""
+    return "\n".join(f"  {method}: {reason}" for method, reason in untried.items())
 
 
 def check_runs(where: str, folder: str) -> Callable[[nn.Module], None]:
@@ -111,8 +116,6 @@ def check_runs(where: str, folder: str) -> Callable[[nn.Module], None]:
     exported = FileSize(folder, "model", "float16") if where == LLAMA_CPP else None
 
     def check(model: nn.Module) -> None:
-        if exported and (edits := edits_by_number(model)):
-            raise ValueError(f"GGUF has no place for what it leaves ({', '.join(edits)})")
         if exported:
             exported(model)  # raises for what no file can hold
         if where == TRANSFORMERS and hasattr(model, "edits"):
@@ -158,6 +161,7 @@ class Trials:
     """What every round needs: the text, what the budget counts, what must run, the time, and where lines go."""
 
     judge: Judge
+    budget: Budget
     measure: Callable[[nn.Module], float]
     check: Callable[[nn.Module], None]
     clock: Clock
@@ -174,7 +178,7 @@ class Trials:
             dense = self.judge.cell(self.judge.network, judged_by)
             field = list(self.tried(field, number))
             if not field:
-                raise ValueError("no method could be tried in this time: give more --minutes")
+                raise ValueError(f"no method could be tried:\n{listed(self.untried)}")
             ranking = ranked(dense, field, samples, min(judged_by, len(self.judge.held_out)))
             if all(row["standing"] == BEHIND for row in ranking[1:]):
                 break
@@ -195,9 +199,7 @@ class Trials:
                 continue
             start = time.monotonic()
             try:
-                small = make(candidate.method, self.judge.network, ids, candidate.ratio)
-                self.check(small)  # the shape may depend on data: blocks can end unequally wide
-                candidate.params, candidate.budget = count(small).params, self.measure(small)
+                small = self.made(candidate, ids)
             except ValueError as reason:  # of its data too, such as too few tokens
                 self.untried[candidate.method] = str(reason)
                 continue
@@ -207,6 +209,26 @@ class Trials:
             text = f"{samples} x {self.judge.length} tokens"
             self.report(f"{candidate.method} on {text}: perplexity {found:.2f}; {left:.1f} minutes left")
             yield candidate
+
+    def made(self, candidate: Candidate, ids: torch.Tensor) -> nn.Module:
+        """What a candidate makes within the budget, at a higher ratio where it needs one.
+
+        Raises ValueError where none of a few is high enough, and for what does not run where it should.
+        """
+        settings, network = METHODS[candidate.method].settings(), self.judge.network
+
+        def make_at(ratio: float) -> nn.Module:
+            small = make(candidate.method, network, ids, ratio)
+            self.check(small)  # the shape may depend on data: blocks can end unequally wide
+            return small
+
+        ratio, small = made_within(candidate.method, network, self.budget, self.measure, settings, candidate.ratio, make_at)
+        found, most = self.measure(small), self.budget.most
+        if found > most:
+            budget = self.budget.said(most)
+            raise ValueError(f"its blocks differ, and even at a ratio of {ratio:.2f} it is {found / most - 1:.2%} over {budget}")
+        candidate.ratio, candidate.params, candidate.budget = ratio, count(small).params, found
+        return small
 
 
 def _expected(field: list[Candidate], number: int) -> float:

@@ -27,12 +27,13 @@ STOCK, UNEQUAL, FACTORS, SHORTCUTS = "a stock model", "blocks of unequal widths"
 EQUAL_BY_DEFAULT = ("afr", "wanda-sp", "wanda-sp-heads", "magnitude-neurons", "random-neurons")
 
 ONE_WIDTH = "no, because its classes have one width for all blocks"
+OTHER_FORM = "no, because it takes a width for each block only from a folder of a `DeciLMForCausalLM`, which is not written here"
 NO_FACTORS = "no, because it has no layers in two factors; after `invoke merge-to-dense`, which makes these dense again, {}"
 NO_SHORTCUTS = "no, because it has no shortcuts between blocks; `slicegpt-stock` needs none"
 AS_DECI = f"{TESTED}, as `deci`"
 RUNS = {
     STOCK: {TRANSFORMERS: TESTED, LLAMA_CPP: TESTED, QUANTISED: TESTED, VLLM: SOURCE},
-    UNEQUAL: {TRANSFORMERS: ONE_WIDTH, LLAMA_CPP: AS_DECI, QUANTISED: AS_DECI, VLLM: ONE_WIDTH},
+    UNEQUAL: {TRANSFORMERS: ONE_WIDTH, LLAMA_CPP: AS_DECI, QUANTISED: AS_DECI, VLLM: OTHER_FORM},
     FACTORS: dict.fromkeys((TRANSFORMERS, LLAMA_CPP, QUANTISED), NO_FACTORS.format(TESTED)) | {VLLM: NO_FACTORS.format(SOURCE)},
     SHORTCUTS: dict.fromkeys((TRANSFORMERS, LLAMA_CPP, QUANTISED, VLLM), NO_SHORTCUTS),
 }

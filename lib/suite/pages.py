@@ -19,7 +19,7 @@ from lib.papers.afr import PAPER
 from lib.suite import claims, destinations, on_device
 from lib.suite.plots import front_picture
 from lib.suite.results import RAW, markdown, write_atomically
-from lib.suite.standing import FIRST, LEVEL, NEAR, SEEMS_BEHIND, leaders
+from lib.suite.standing import FIRST, LEVEL, NEAR, leaders
 
 SHOWN = {  # profiles whose results are committed, those that a reader should see first in front
     "smollm2-135m": "SmolLM2-135M",
@@ -167,18 +167,12 @@ def equal_sizes(results: Path) -> str:
     source = ", ".join(f"`results/{profile}/compare/tables/pareto.csv`" for profile in SHOWN)
     made = ", ".join(f"`{command(profile, 'compare')}`" for profile in SHOWN)
     said = [
-        f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}{_uncertain(part)}."
+        f"- {MODELS[model]}, {100 * size:.0f} % removed: {leaders(part.to_dict('records'))}."
         for (model, size), part in standing[standing.model == columns[0][0]].groupby(["model", "size"], sort=False)
     ]  # of the model that stands first; of the others, the bold numbers say it
     said += healed(results, columns[0][0])
     said += [f"- In llama.cpp, {line}." for line in on_devices(results)]
     return f"{markdown(shown)}\n" + "\n".join(said) + f"\n\nFrom {source},\nmade by {made}.\n"
-
-
-def _uncertain(standing: pd.DataFrame) -> str:
-    """How many methods were drawn too seldom to be called behind, as the end of a sentence."""
-    few = (standing.standing == SEEMS_BEHIND).sum()
-    return f"; {few} others are {SEEMS_BEHIND}" if few > 1 else f"; one other is {SEEMS_BEHIND}" if few else ""
 
 
 def healed(results: Path, model: str) -> list[str]:
