@@ -103,6 +103,11 @@ def test_other_measures_are_the_tables_columns(everything, profile, model):
         if column.startswith("accuracy_"):
             right |= {(method, float(column[9:])): value for (method, _), value in asked[column].items()}
     assert values(found["accuracy"]) == right
+    for column in [name for name in asked.columns if name.startswith("low_accuracy_")]:
+        size = float(column.removeprefix("low_accuracy_"))
+        dense = asked[f"accuracy_{size}"] - asked[f"change_accuracy_{size}"]
+        ends = {(method, size): value for (method, _), value in (dense + asked[column]).items()}
+        assert {key: values(found["accuracy"], "low")[key] for key in ends} == pytest.approx(ends)
     if "stderr" in once:
         half = {key: (found - values(everything[f"{profile}/{model}"]["accuracy"], "low")[key]) for key, found in right.items()}
         assert half == pytest.approx((1.96 * once.stderr).dropna().to_dict())

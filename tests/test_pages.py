@@ -72,7 +72,7 @@ def equal_sizes_at_a_glance() -> list[str]:
     def shown(method: str, model: str, size: float) -> tuple[float, str]:
         mean = means[(means.method == method) & (means.model == model) & (means["size"] == size)]
         if len(mean):
-            value, mark = mean.relative.iloc[0], "" if mean.standing.iloc[0] == "behind" else "**"
+            value, mark = mean.relative.iloc[0], "**" if mean.standing.iloc[0] in ("first", "level") else ""
             return value, f"{mark}{digits(value)}{mark}"
         row = frame[(frame.method == method) & (frame.model == model) & (frame["size"] == size)]
         if not len(row):

@@ -52,8 +52,13 @@ function accuracy(profile, model, size) {
       found[row.method] = { value: row.accuracy };
       if (is(row.stderr)) Object.assign(found[row.method], { low: row.accuracy - half, high: row.accuracy + half, interval: "95 %, questions" });
     }
-  for (const row of rowsOf(profile, "other_measures"))
-    if (row.model === model && is(row[`accuracy_${size}`])) found[row.method] = { value: row[`accuracy_${size}`] };
+  for (const row of rowsOf(profile, "other_measures")) {
+    const [value, change, low, high] = ["", "change_", "low_", "high_"].map((part) => row[`${part}accuracy_${size}`]);
+    if (row.model !== model || !is(value)) continue;
+    found[row.method] = { value };
+    const dense = value - change; // the interval is that of the difference from it
+    if (is(low)) Object.assign(found[row.method], { low: dense + low, high: dense + high, interval: "95 % beside dense, questions" });
+  }
   return found;
 }
 
@@ -103,8 +108,10 @@ function denseAccuracy(profile, model) {
   const dense = rowsOf(profile, "pareto").find((row) => row.model === model && row.method === "dense");
   if (is(dense?.accuracy)) return dense.accuracy;
   for (const row of rowsOf(profile, "other_measures"))
-    for (const name of Object.keys(row))
-      if (row.model === model && name.startsWith("change_") && is(row[name])) return row[name.replace("change", "accuracy")] - row[name];
+    for (const name of Object.keys(row)) {
+      const size = name.match(/^change_(?:accuracy_)?([\d.]+)$/)?.[1];
+      if (row.model === model && size && is(row[name])) return row[`accuracy_${size}`] - row[name];
+    }
   return null;
 }
 
