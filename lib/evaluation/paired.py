@@ -43,7 +43,7 @@ def perplexity_ratio(ours: Sequence[float], other: Sequence[float], tokens: int,
 
     ours, other: summed losses in nats of the same windows, in the same order; tokens: scored in each window. The interval is that
     of the mean difference of log-perplexity over the windows, by Student's t: with ten windows it holds the truth in 95 of 100
-    cases, where resampling the windows does so in 91. Neighbouring windows of one article are not independent, so it is a little
+    cases, where resampling the windows does so in 90. Neighbouring windows of one article are not independent, so it is a little
     too narrow. Raises ValueError for sequences of different length and for fewer than two windows.
     """
     difference = _differences(ours, other) / tokens

@@ -119,7 +119,7 @@ def leaderboards(comparisons: Mapping[str, Path]) -> str:
         "Perplexity over that of the dense model when this share of the decoder's parameters is gone, without fine-tuning; where "
         "a method could only remove another share, that stands beside the number. The darker, the nearer to the dense model. "
         "<strong>first</strong> has the lowest perplexity; <strong>level</strong> cannot be told apart from it by windows and "
-        "calibration texts. Where there is no such mark, the model was compared with too few draws to say."
+        "calibration texts. Where there is no such mark, the method is behind, or was drawn too seldom to say."
     )
     boards = "\n".join(board(profile, model, part) for (profile, model), part in parts.items())
     return (
