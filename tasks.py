@@ -408,7 +408,8 @@ def compress(
     ratio = row["ratio"]
     print(
         f"{model}, {method} at {ratio:.0%}: {row['params']:,} parameters, {row['removed_model']:.1%} of the model really removed "
-        f"({row['dense_bytes'] / 1e6:.1f} to {row['bytes'] / 1e6:.1f} MB), saved in {out}"
+        f"({row['dense_bytes'] / 1e6:.1f} to {row['bytes'] / 1e6:.1f} MB, and {row['cache_bytes']:,} bytes of keys and values "
+        f"for each token), saved in {out}"
     )
     if budget:
         over = "" if row["budget"] <= budget.most else ": more, because the blocks became unequally wide; ask for a little less"

@@ -19,6 +19,7 @@ from torch import nn
 from lib.equal_size import ratios_of
 from lib.methods import OF_WEIGHTS, method_named
 from lib.models.gguf_export import FileSize
+from lib.primitives.anatomy import Anatomy
 from lib.primitives.cost import count
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -59,6 +60,16 @@ class Budget:
         if self.of == "bytes":
             return f"{size / 1e6:,.1f} MB" + (f" in {self.file}" if self.file else "")
         return f"{size:,.0f} parameters" if self.of == "params" else f"{size:.1%} of the parameters"
+
+
+def cache_bytes(model: nn.Module) -> int:
+    """Bytes of keys and values that a model keeps for each token of its context, in its own type; meta tensors suffice."""
+    anatomy = Anatomy(model)
+    readers = anatomy.family.attention.readers
+    kept = [[block.get_submodule(name).out_features for name in readers] for block in anatomy.blocks]
+    # Where queries, keys and values are one matrix, a third of its outputs each.
+    numbers = sum(sum(sizes[1:]) if len(sizes) == 3 else sizes[0] * 2 // 3 for sizes in kept)
+    return numbers * model.dtype.itemsize
 
 
 def quantity(text: str) -> float:

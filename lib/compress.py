@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib.budgets import Budget, fitting_ratio, made_within
+from lib.budgets import Budget, cache_bytes, fitting_ratio, made_within
 from lib.evaluation.console import Progress
 from lib.evaluation.process import package_versions
 from lib.evaluation.text import Calibration, load_corpus, sample_blocks
@@ -58,6 +58,7 @@ class _Work:
     def sizes(self, small: nn.Module) -> dict:
         size = count(small)
         row = {"method": self.method, "ratio": self.ratio, "bytes": size.bytes, "dense_bytes": self.dense.bytes}
+        row |= {"cache_bytes": cache_bytes(small)}
         return row | size.against(self.dense) | ({"budget": self.measured(small)} if self.measured else {})
 
     def facts(self, small: nn.Module) -> dict:

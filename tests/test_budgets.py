@@ -9,7 +9,7 @@ import torch
 from invoke import Exit
 
 import tasks
-from lib.budgets import ATTEMPTS, Budget, fitting_ratio, made_within, quantity
+from lib.budgets import ATTEMPTS, Budget, cache_bytes, fitting_ratio, made_within, quantity
 from lib.compress import compress
 from lib.equal_size import STEPS
 from lib.evaluation.text import Calibration
@@ -18,7 +18,8 @@ from lib.models.checkpoint import export, read_record, save
 from lib.models.gguf_export import DTYPES, FileSize, to_gguf
 from lib.models.load import ASSETS, load
 from lib.primitives.cost import count
-from tests.conftest import tiny, token_ids
+from lib.primitives.structured import remove_blocks, remove_groups
+from tests.conftest import CONFIGS, tiny, token_ids
 from tests.test_gguf import LLAMA3, ROWS
 
 
@@ -37,6 +38,20 @@ from tests.test_gguf import LLAMA3, ROWS
 )
 def test_quantities(text, number):
     assert quantity(text) == pytest.approx(number)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_cache_has_the_bytes_that_were_counted(family):
+    model, ids = tiny(family, torch.float32), token_ids(2, 7)
+    cache = model(ids, use_cache=True).past_key_values
+    held = sum(kept.nbytes for layer in cache.layers for kept in (layer.keys, layer.values))
+    assert held == 2 * 7 * cache_bytes(model)
+
+
+def test_fewer_heads_and_blocks_keep_less():
+    model = tiny("llama", torch.float32, num_hidden_layers=4, num_key_value_heads=2)
+    fewer = remove_blocks(remove_groups(model, [torch.tensor([0])] * 4), [1])
+    assert cache_bytes(fewer) == cache_bytes(model) * 3 // 8
 
 
 def test_why_a_method_cannot_work_at_all_is_said():

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.budgets import cache_bytes
 from lib.evaluation.text import HUB_CORPORA
 from lib.methods import METHODS
 from lib.models.packaged import cached
@@ -197,10 +198,14 @@ def _dense(architecture: str) -> tuple[Count, object]:
     return count(model), model.config
 
 
-def params_after(paper: str, parameters: dict, architecture: str) -> dict[float, int]:
-    """{level or ratio: parameters that are left} for every level of a notebook's sweep, counted on the compressed shapes."""
+def sizes_after(paper: str, parameters: dict, architecture: str) -> dict[float, tuple[int, int]]:
+    """{level or ratio: parameters that are left, bytes of keys and values a token} for every level of a notebook's sweep.
+
+    Counted on the compressed shapes, which begin with level 0, the dense model.
+    """
     notebook, model = NOTEBOOKS[paper], meta_model(architecture)
-    return {level: count(notebook.shape(model, level, parameters)).params for level in notebook.levels(parameters)}
+    shapes = {0.0: model} | {level: notebook.shape(model, level, parameters) for level in notebook.levels(parameters)}
+    return {level: (count(small).params, cache_bytes(small)) for level, small in shapes.items()}
 
 
 def plan(paper: str, parameters: dict, architecture: str, device: str = "A100", throughput: float = 0.0) -> dict:
@@ -314,9 +319,9 @@ def report(profile: Profile, parameters: dict[str, dict], device: str, throughpu
         work = plan(paper, chosen, architecture, device, throughput)
         before = work["params"]
         yield f"{paper}: about {work['cells']} models to evaluate"
-        yield f"  parameters before: {before:,}"
-        for level, after in params_after(paper, chosen, architecture).items():
-            yield f"  at {level:.0%}: {after:,} ({1 - after / before:.1%} of the model removed)"
+        for level, (after, cache) in sizes_after(paper, chosen, architecture).items():
+            removed = f" ({1 - after / before:.1%} of the model removed)" if level else ""
+            yield f"  at {level:.0%}: {after:,} parameters{removed}, {cache:,} bytes of keys and values a token"
         yield "  10^15 operations: " + ", ".join(f"{name} {n / 1e15:,.1f}" for name, n in work["operations"].items())
         memory = f"{work['peak_bytes'] / 1e9:,.0f} GB ({device}: {DEVICES[device].memory / 1e9:,.0f})"
         yield f"  peak memory {memory}, disk {work['disk_bytes'] / 1e9:,.1f} GB"
