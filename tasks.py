@@ -625,15 +625,16 @@ def merge_to_dense(c, model, out, device="cpu", dtype=""):
         "folder": "a Llama, Mistral, Qwen 2 or 3, Gemma 3, Phi-2 or GPT-NeoX in the Hugging Face format, or pruned by `compress`",
         "out": "new .gguf file",
         "dtype": "of the matrices: float16, bfloat16, float32, Q8_0 (8.5 bits), Q4_1 (5) or Q4_0 (4.5)",
+        "fill": "neurons of zeros, which change nothing, up to a multiple of this: 256 before K-quants of llama.cpp's own tool",
     }
 )
-def export_gguf(c, folder, out, dtype="float16"):
+def export_gguf(c, folder, out, dtype="float16", fill=1):
     """Convert a stock or pruned model to one GGUF file, which runs in llama.cpp."""
     from lib.models.gguf_export import kinds, to_gguf
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        path = checked(lambda: to_gguf(folder, out, dtype))
+        path = checked(lambda: to_gguf(folder, out, dtype, fill))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     for row in kinds(path).itertuples():
         print(f"  {row.tensors} tensors in {row.type}, {row.bytes / 1e6:.1f} MB")
@@ -643,7 +644,9 @@ def export_gguf(c, folder, out, dtype="float16"):
 
 @task(
     help={
-        "model": "a .gguf file; may be repeated, and the others are compared with the first",
+        "model": "a .gguf file, or a folder or name of which files are written for a while; may be repeated, and the others are "
+        "compared with the first",
+        "dtype": "of the files that are written, as for export-gguf; may be repeated (default: float16)",
         "threads": "of llama.cpp (default: one per core)",
         "prompt": "tokens to read before the first new one",
         "tokens": "tokens to write",
@@ -651,26 +654,32 @@ def export_gguf(c, folder, out, dtype="float16"):
         "windows": "of 256 tokens of it",
         "data-dir": "folder with corpora, used instead of the hub",
     },
-    iterable=["model"],
+    iterable=["model", "dtype"],
 )
-def device(c, model, threads=0, prompt=512, tokens=128, corpus="", windows=16, data_dir=""):
-    """Run exported files in llama.cpp on this machine, in turns: perplexity, bytes, memory, time to the first token, speed."""
+def device(c, model, dtype, threads=0, prompt=512, tokens=128, corpus="", windows=16, data_dir=""):
+    """Run models as files in llama.cpp on this machine, in turns: perplexity, bytes, memory, time to the first token, speed."""
+    import tempfile
+
     import pandas as pd
 
-    from lib.evaluation.device import file_perplexity, file_windows, run_files
+    from lib.evaluation.device import check_installed, file_perplexity, file_windows, run_files
+    from lib.suite.on_device import files_of
 
     checked(lambda: use_data_dir(data_dir))
     at_least(1, prompt=prompt, tokens=tokens, windows=windows)
     at_least(0, threads=threads)
     if not model:
-        raise Exit("give --model FILE.gguf, once for each file", code=2)
+        raise Exit("give --model, a .gguf file or a folder, once for each model", code=2)
 
     def work() -> list[dict]:
+        check_installed()
         cores = threads or os.cpu_count() or 1
-        text = file_windows(model[0], corpus, 256, windows) if corpus else None
-        rows = run_files(model, cores, prompt, tokens)
-        for path, row in zip(model, rows, strict=True):
-            row |= {"perplexity": file_perplexity(path, text, cores).perplexity} if corpus else {}
+        with tempfile.TemporaryDirectory() as folder:
+            files = [path for name in model for path in files_of(name, dtype or ["float16"], Path(folder))]
+            text = file_windows(files[0], corpus, 256, windows) if corpus else None
+            rows = run_files(files, cores, prompt, tokens)
+            for path, row in zip(files, rows, strict=True):
+                row |= {"perplexity": file_perplexity(path, text, cores).perplexity} if corpus else {}
         return rows
 
     rows = checked(work)

@@ -45,10 +45,20 @@ def test_rows_are_in_order_and_counted(files):
 
 def test_the_task_prints_ratios_to_the_first_file(files, capsys):
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
-    tasks.device.body(None, [str(path) for path in files], threads=1, prompt=20, tokens=8)
+    tasks.device.body(None, [str(path) for path in files], [], threads=1, prompt=20, tokens=8)
     said = capsys.readouterr().out
     assert "dense.gguf" in said
     assert "small.gguf: 0." in said
+
+
+def test_the_task_writes_files_of_folders(files, capsys):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    models = [str(files[0]), str(files[1].with_suffix(""))]
+    tasks.device.body(None, models, ["float32", "Q8_0"], threads=1, prompt=20, tokens=8)
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[2:5]] == ["dense.gguf", "small.float32.gguf", "small.Q8_0.gguf"]
+    assert table[5].startswith("small.float32.gguf: 1.")  # 32 bits beside the 16 of the first file
+    assert not list(files[0].parent.glob("small.*.gguf"))
 
 
 def test_what_cannot_run_is_refused(files, tmp_path, monkeypatch):
@@ -61,7 +71,9 @@ def test_what_cannot_run_is_refused(files, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has 64 positions, and prompt and text need 640"):
         run_files(files)
     with pytest.raises(Exit, match="give --model"):
-        tasks.device.body(None, [])
+        tasks.device.body(None, [], [])
+    with pytest.raises(Exit, match="unknown dtype of a GGUF file 'Q3'"):
+        tasks.device.body(None, ["wiki-a-llama"], ["Q3"])
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'pared-down\[device\]'"):
         run_files(files)

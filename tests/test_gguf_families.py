@@ -304,6 +304,19 @@ def test_a_file_has_the_bytes_that_were_counted(tmp_path, case):
         assert FileSize(tmp_path / dtype / "m", "m", dtype)(model) == path.stat().st_size
 
 
+def test_a_file_can_be_filled_up_for_another_tool(tmp_path):
+    """Neurons of zeros, up to the 256 numbers that K-quants store together: the model is the same."""
+    model, tokenizer = make("cfsp", made("qwen3", tie_word_embeddings=True), token_ids(), 0.3), load("wiki-a-llama")[1]
+    folder = save(model, tokenizer, tmp_path / "m")
+    path = to_gguf(folder, tmp_path / "m.gguf", "float32", fill=256)
+    shapes = {name: value.shape for name, value in matrices(path).items()}
+    assert {shape[1] for name, shape in shapes.items() if "ffn_down" in name} == {256}
+    assert {shape[0] for name, shape in shapes.items() if "ffn_gate" in name or "ffn_up" in name} == {256}
+    assert_same(model, path)
+    with pytest.raises(ValueError, match="fill is 0: give a whole number"):
+        to_gguf(folder, tmp_path / "none.gguf", fill=0)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "phi", "gpt_neox", "gemma3_text"])
 def test_quantised_files_run(tmp_path, family):
     settings = dict(intermediate_size=64, tie_word_embeddings=True) | (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import re
 import struct
 import tempfile
@@ -73,25 +74,26 @@ SPLITS = {_WORDS % "": "qwen2", _WORDS % "{1,3}": "llama-bpe"}
 BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}  # SentencePiece's tokens for the bytes of unknown characters
 
 
-def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16") -> Path:
+def to_gguf(folder: str | Path, out: str | Path, dtype: str = "float16", fill: int = 1) -> Path:
     """Convert a stock model folder, or a structurally pruned model of this suite, to the new GGUF file `out`. Returns `out`.
 
     dtype: float16, bfloat16, float32, Q8_0, Q4_1 or Q4_0, of the matrices; norms and biases are always float32, and with 4 bits
     the table and the head have Q8_0. These types hold rows of whole blocks of 32 numbers: an MLP of another width gets neurons of
-    zeros, which change nothing, and any other matrix keeps 16 bits, with a warning; `kinds` counts them. A sliding window that is
-    shorter than the model's positions becomes the context length, because readers ignore windows, other than those of a Gemma 3:
-    up to that length they agree. Readers compute GELU by the formula with tanh in 16 bits, so models with it (Gemma 3, Phi-2,
-    GPT-NeoX) differ slightly.
+    zeros, which change nothing, and any other matrix keeps 16 bits, with a warning; `kinds` counts them. fill: MLPs get such
+    neurons up to a multiple of it, as 256 for a file that another tool will quantise. A sliding window that is shorter than the
+    model's positions becomes the context length, because readers ignore windows, other than those of a Gemma 3: up to that length
+    they agree. Readers compute GELU by the formula with tanh in 16 bits, so models with it (Gemma 3, Phi-2, GPT-NeoX) differ
+    slightly.
 
     Raises FileNotFoundError for an incomplete folder, FileExistsError for an existing file, and ValueError, with the reason, for
     a model or tokenizer that readers of GGUF would run differently: all before anything is written. A weight too large for
     `dtype` raises ValueError when it is written; the file is complete or absent. Format: docs/gguf.md in the repository of ggml.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    _check_arguments(folder, out, dtype)
+    _check_arguments(folder, out, dtype, fill)
     model, places = _described(folder)
     take_generation_config(model, folder)  # raises for a damaged file
-    network = _filled(network_of(model), dtype)
+    network = _filled(network_of(model), dtype, fill)
     writer = _writer(network, folder.resolve().name, dtype)
     _add_tokenizer(writer, folder, model.config)
     tensors = _tensors(network, dtype)
@@ -163,8 +165,10 @@ def kinds(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(tensors).groupby("type").bytes.agg(tensors="count", bytes="sum").reset_index()
 
 
-def _check_arguments(folder: Path, out: Path, dtype: str) -> None:
+def _check_arguments(folder: Path, out: Path, dtype: str, fill: int) -> None:
     choose_one("dtype of a GGUF file", dtype, DTYPES)
+    if type(fill) is not int or fill < 1:
+        raise ValueError(f"fill is {fill!r}: give a whole number of neurons, such as 256, or 1 for none")
     check_output(out)
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
@@ -374,9 +378,9 @@ class Tensor(NamedTuple):
     size: int
 
 
-def _filled(network: Network, dtype: str) -> Network:
-    """The network with MLPs as wide as whole blocks of the numbers that a type holds together."""
-    step, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[DTYPES[dtype][0]]]
+def _filled(network: Network, dtype: str, fill: int = 1) -> Network:
+    """The network with MLPs as wide as whole blocks of the numbers that a type holds together, and a multiple of `fill`."""
+    step = math.lcm(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[DTYPES[dtype][0]]][0], fill)
     widths = [-(-width // step) * step for width in network.blocks.neurons]
     return replace(network, blocks=network.blocks._replace(neurons=widths))
 

@@ -16,6 +16,7 @@ from lib.evaluation.paired import common_ratio
 from lib.models.checkpoint import export, save
 from lib.models.gguf_architecture import check_config
 from lib.models.gguf_export import to_gguf
+from lib.models.load import locate
 
 DTYPES = {"F16": "float16", "Q8_0": "Q8_0", "Q4_0": "Q4_0"}  # kinds of files in tables -> as `to_gguf` calls them
 FULL, FOUR = "F16", "Q4_0"
@@ -60,6 +61,17 @@ def written(file: File, tokenizer, folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of rows that stay in 16 bits; the bytes of the file count them
         return to_gguf(folder, folder / "model.gguf", DTYPES[file.kind])
+
+
+def files_of(model: str, dtypes: Sequence[str], folder: Path) -> list[Path]:
+    """The file itself if `model` is one, else files of a model's folder, one for each dtype of `to_gguf`, written into `folder`.
+
+    Raises what `to_gguf` does.
+    """
+    if model.endswith(".gguf"):
+        return [Path(model)]
+    source = Path(locate(model))
+    return [to_gguf(source, folder / f"{Path(model).name}.{dtype}.gguf", dtype) for dtype in dtypes]
 
 
 def device_rows(model: str, runs: Sequence[Sequence[dict]]) -> list[dict]:
