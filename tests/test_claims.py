@@ -19,6 +19,7 @@ from lib.suite.claim import (
     exactly,
     judge,
     ratio,
+    shown,
 )
 from lib.suite.results import RAW, raw_frame
 from lib.suite.standing import BEHIND, FIRST, LEVEL, SEEMS_BEHIND, leaders, paired, standings
@@ -139,10 +140,22 @@ def test_evidence_finds_the_cells_of_a_method():
     assert len(evidence.cells("toy", "A", 0.2, draw={"seed": 1})) == 1
     assert Evidence(records()[::-1]).cells("toy", "A", 0.2) == evidence.cells("toy", "A", 0.2)  # by seed, however measured
     assert evidence.cells("toy", "A", 0.3) == [] == evidence.cells("other", "A", 0.2)
+    assert evidence.draws == {1, 2}
     assert ratio("A", "B", 0.2)(evidence, "toy").verdict(1.0) == "below"
     assert ratio("A", "dense", 0.2)(evidence, "toy").estimate == pytest.approx(math.exp(0.1), rel=0.01)
     assert ratio("A", "C", 0.2)(evidence, "toy") is None
     assert accuracy("A", "B", 0.2)(evidence, "toy").estimate == pytest.approx(30)
+    assert evidence.draws == {1}  # questions are asked of one draw
+
+
+@pytest.mark.parametrize(
+    ("draws", "said"),
+    [((), "[0.900, 1.100]"), ({1}, "1.100]; 1 draw"), ({3}, "1.100]; 3 draws"), ({3, 1}, "1.100]; 1 and 3 draws")],
+)
+def test_a_number_says_its_draws(draws, said):
+    claim = Claim("slicegpt", "A is below B.", "Table 1", "1", "A over B")
+    assert shown(claim, Interval(1.0, 0.9, 1.1, 0.5), draws).endswith(said)
+    assert shown(claim, Interval(2, 2, 2, 0.0), draws) == "A over B: 2"
 
 
 def test_a_page_judges_the_committed_runs(tmp_path, monkeypatch):

@@ -41,7 +41,9 @@ def records():
 def test_cells_are_those_of_the_size_and_of_the_text_that_all_read():
     evidence, known = Evidence(records()), records()
     assert at(evidence, "toy", "COMP", 0.2) == [record["result"] for record in known[:3]]
+    assert evidence.draws == {3}
     assert at(evidence, "toy", "COMP", 0.5) == [known[-1]["result"]]
+    assert evidence.draws == {1, 3}
     assert at(evidence, "toy", "ShortGPT", 0.2) == [] == at(evidence, "other", "COMP", 0.2)
     assert at(Evidence(known[-1:]), "toy", "COMP", 0.5) == []  # without a cell that says which text is the run's own
 

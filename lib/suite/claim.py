@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,14 @@ class Claim:
 
 
 class Evidence:
-    """The measurements of one notebook run, found by what identifies them: the records of its ledger or of its `raw.parquet`."""
+    """The measurements of one notebook run, found by what identifies them: the records of its ledger or of its `raw.parquet`.
+
+    draws: of how many draws of a calibration text the cells are that were asked for; it is emptied before a claim is judged.
+    """
 
     def __init__(self, records: Iterable[dict]):
         self.records = [record for record in records if "model" in record["settings"]]
+        self.draws: set[int] = set()
 
     @classmethod
     def of(cls, run: Results) -> Evidence:
@@ -78,6 +82,8 @@ class Evidence:
             draw = (drawn.get("seed", 0), json.dumps(drawn, sort_keys=True))
             if draw not in found or result["perplexity"]["windows"] > found[draw]["perplexity"]["windows"]:
                 found[draw] = result
+        if any(own for _, own in found if own != "{}"):
+            self.draws.add(len(found))
         return [found[draw] for draw in sorted(found)]
 
     def result(self, model: str, **settings) -> object | None:
@@ -113,11 +119,12 @@ def ratio(ours: str, other: str, level: float, **settings) -> Callable:
 def accuracy(ours: str, other: str, level: float, **settings) -> Callable:
     """The measurement "accuracy of `ours` minus that of `other`" over all questions, in points of 100, of the first draw."""
 
-    return lambda evidence, model: difference_of_answers(*sides(evidence, model, ours, other, level, **settings))
+    return lambda evidence, model: difference_of_answers(evidence, *sides(evidence, model, ours, other, level, **settings))
 
 
-def difference_of_answers(ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
+def difference_of_answers(evidence: Evidence, ours: Sequence[dict], other: Sequence[dict]) -> Interval | None:
     """Accuracy over all questions of the first cell of either side that was asked any, the difference in points of 100."""
+    evidence.draws = {1}
     asked = [[cell for cell in cells if cell["zero_shot"]] for cells in (ours, other)]
     if not all(asked):
         return None
@@ -139,8 +146,9 @@ def judge(found: Interval, wanted: tuple[float, float]) -> str:
     return CONTRADICTED if found.high < low or high < found.low else UNDECIDED
 
 
-def shown(claim: Claim, found: Interval) -> str:
-    """A number with its interval, in words."""
+def shown(claim: Claim, found: Interval, draws: Collection[int] = ()) -> str:
+    """A number with its interval, in words. draws: of the calibration texts, on either side."""
     if found.low == found.high:
         return f"{claim.number}: {found.estimate:,.4g}"
-    return f"{claim.number}: {found.estimate:,.3f} [{found.low:,.3f}, {found.high:,.3f}]"
+    many = f"; {' and '.join(map(str, sorted(draws)))} {'draw' if set(draws) == {1} else 'draws'}" if draws else ""
+    return f"{claim.number}: {found.estimate:,.3f} [{found.low:,.3f}, {found.high:,.3f}]{many}"

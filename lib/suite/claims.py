@@ -35,16 +35,18 @@ def table(paper: str, evidence: Evidence) -> pd.DataFrame:
         if claim.measure is None:
             rows.append(about | {"model": "any", "here": claim.reason, "verdict": UNTESTABLE})
         for model in evidence.models() if claim.measure else ():
+            evidence.draws.clear()
             found = claim.measure(evidence, model)
             if found is not None:
-                rows.append(about | {"model": model, "here": shown(claim, found), "verdict": judge(found, claim.range)})
+                here = shown(claim, found, evidence.draws)
+                rows.append(about | {"model": model, "here": here, "verdict": judge(found, claim.range)})
     return pd.DataFrame(rows, columns=["claim", "where", "the paper", "model", "here", "verdict"])
 
 
 def show(run: Results) -> None:
     """Write the table `claims` of a notebook run, and show each claim whole, with the number that decides it."""
     rows = table(run.paper, Evidence.of(run)).to_dict("records")
-    note = "Intervals: 95 %, paired over windows or questions; with several draws, over all of them."
+    note = "Intervals: 95 %, paired over windows or questions; with several draws of the calibration text, over all of them."
     found = run.table("claims", rows, note=note)[["claim", "model", "here", "verdict"]]
     with pd.option_context("display.max_colwidth", None):
         display(found.set_index(["claim", "model"]))
@@ -84,7 +86,8 @@ TOP = """# Are the papers' claims true here?
 This page is written by `invoke reproduce` from the raw measurements of the committed runs (`lib/suite/claims.py`); changes
 made by hand are lost. A claim says in which range a number must lie. It is *reproduced* where the whole 95 % interval lies in
 that range, *contradicted* where it lies outside, and *undecided* where it reaches over an end of it. Perplexities are compared
-over the same windows, accuracies over the same questions; where several calibration sets were drawn, the interval covers all of
-them. Where a method has one, another may differ: the tables `seeds` of the comparisons say how many each has.
+over the same windows, accuracies over the same questions. Behind a number stands how many draws of the calibration text it is
+from, "1 and 3" where methods differ in that, as they do where one reads no text. The interval covers all draws that there are;
+where a method that reads text has one, another draw may give another verdict.
 
 """

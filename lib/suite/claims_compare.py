@@ -24,8 +24,11 @@ def at(evidence: Evidence, model: str, method: str, size: float) -> list[dict]:
     if not texts:
         return []
     text = {name: value for name, value in texts[0].items() if name != "seed"}
+    others = set(evidence.draws)
     cells = evidence.cells(model, method, what="alone", draw=text) + evidence.cells(model, method, size, what=None, draw=text)
-    return [cell for cell in cells if abs(cell["size"]["removed_decoder"] - size) < NEAR]
+    found = [cell for cell in cells if abs(cell["size"]["removed_decoder"] - size) < NEAR]
+    evidence.draws = others | ({len(found)} if found else set())  # both kinds of cells together
+    return found
 
 
 def over(ours: str, others: Sequence[str], size: float) -> Callable:
@@ -41,7 +44,9 @@ def over(ours: str, others: Sequence[str], size: float) -> Callable:
 
 def answers(ours: str, other: str, size: float) -> Callable:
     """Accuracy of a method minus that of another at a size, in points, of the first draw."""
-    return lambda evidence, model: difference_of_answers(*(at(evidence, model, method, size) for method in (ours, other)))
+    return lambda evidence, model: difference_of_answers(
+        evidence, *(at(evidence, model, method, size) for method in (ours, other))
+    )
 
 
 def lower(statement: str, where: str, printed: str, ours: str, others: Sequence[str], size: float) -> Claim:

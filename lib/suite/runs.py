@@ -222,6 +222,18 @@ def relink(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
+def with_parameters(notebook: Path, parameters: dict, folder: Path) -> Path:
+    """A copy of a stored notebook in `folder`, with parameters in a cell below its own, and with its outputs, for nbval."""
+    import nbformat
+
+    copy = nbformat.read(notebook, as_version=4)
+    place = next(i for i, cell in enumerate(copy.cells) if "parameters" in cell.metadata.get("tags", []))
+    chosen = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    copy.cells.insert(place + 1, nbformat.v4.new_code_cell(chosen))
+    nbformat.write(copy, folder / notebook.name)
+    return folder / notebook.name
+
+
 def tidy(path: Path) -> None:
     """Remove from an executed notebook where and when it ran, and its lines of progress."""
     import nbformat  # late: it takes a second, and a command that only catches RunError does without
