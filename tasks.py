@@ -309,15 +309,22 @@ def notebooks(c, paper=""):
 
 @task(help={"fast": "run only pytest, without executing the notebooks"})
 def test(c, fast=False):
-    """Run the tests: pytest on the library, and nbval on every stored notebook."""
-    # One process per core, each on one thread and with whole files, because small matrices gain little from a second thread.
-    # The notebooks take longest of all files and come first, so that the last process does not run alone for long.
-    notebooks = "--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 1800 notebooks"
-    c.run(
-        f"{shlex.quote(sys.executable)} -m pytest -n {os.cpu_count()} --dist loadfile --no-loadscope-reorder "
-        f"-p no:cacheprovider --durations 10 {'' if fast else notebooks} tests",
-        env={"OMP_NUM_THREADS": "1"}, pty=False,
-    )  # fmt: skip
+    """Run the tests: pytest on the library, and nbval on every stored notebook, with the parameters of the profile quick."""
+    import tempfile
+
+    from lib.suite.runs import with_parameters
+
+    nbval = "" if fast else "--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 1800"
+    with tempfile.TemporaryDirectory(prefix="quick.", suffix=".partial", dir=NOTEBOOKS) as folder:
+        for name in () if fast else papers():
+            with_parameters(NOTEBOOKS / f"{name}.ipynb", parameters_of(name, "quick", []), Path(folder))
+        # One process per core, each on one thread and with whole files, because small matrices gain little from a second thread.
+        # The notebooks take longest of all files and come first, so that the last process does not run alone for long.
+        c.run(
+            f"{shlex.quote(sys.executable)} -m pytest -n {os.cpu_count()} --dist loadfile --no-loadscope-reorder "
+            f"-p no:cacheprovider --durations 10 {nbval} {'' if fast else shlex.quote(folder)} tests",
+            env={"OMP_NUM_THREADS": "1"}, pty=False,
+        )  # fmt: skip
 
 
 @task(help={"bound": "only this end of the bounds, oldest or newest (default: both, one after the other)"})

@@ -21,9 +21,9 @@ from lib.suite.profiles import (
     documents_scored,
     missing_here,
     models_made,
-    params_after,
     plan,
     read_profile,
+    sizes_after,
 )
 from lib.suite.results import RAW
 from tests.conftest import tiny, token_ids
@@ -44,7 +44,7 @@ def profile(name):
 
 
 def test_the_profiles_are_those_of_the_papers_and_some_small_ones():
-    assert set(tasks.profiles()) == {"workshop", *PUBLISHED}
+    assert set(tasks.profiles()) == {"workshop", "quick", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -148,7 +148,7 @@ def test_small_models_of_today_are_planned_on_a_cpu():
     for name, left in (("smollm2-360m", 298_722_240), ("qwen3-0.6b", 507_740_160), ("llama-3.2-1b", 1_040_762_880)):
         architecture = profile(name).about["architecture"]
         parameters = tasks.full_parameters("svd_llm", name)
-        assert params_after("svd_llm", parameters | {"ratios": [0.2]}, architecture) == {0.2: left}
+        assert sizes_after("svd_llm", parameters | {"ratios": [0.2]}, architecture)[0.2][0] == left
         assert plan("svd_llm", parameters, architecture, "CPU")["peak_bytes"] < counting.DEVICES["CPU"].memory
 
 
@@ -172,26 +172,31 @@ def test_parameters_before_and_after_are_those_of_real_modules():
     d, inner, layers, vocabulary = 4096, 11008, 32, 32000
     k = [int(m * n * 0.8 / (m + n)) for m, n in ((d, d), (inner, d))]
     block = 4 * k[0] * 2 * d + 3 * k[1] * (d + inner) + 2 * d
-    assert params_after("svd_llm", parameters, "Llama-2-7B")[0.2] == layers * block + 2 * vocabulary * d + d
+    after, cache = sizes_after("svd_llm", parameters, "Llama-2-7B")[0.2]
+    assert after == layers * block + 2 * vocabulary * d + d
+    assert cache == layers * 2 * d * meta_model("Llama-2-7B").dtype.itemsize  # factors give keys and values of full width
     assert (
         plan("svd_llm", parameters, "Llama-2-7B")["params"]
         == layers * (4 * d * d + 3 * d * inner + 2 * d) + 2 * vocabulary * d + d
     )
-    sliced = params_after("slicegpt", tasks.full_parameters("slicegpt", "llama-2-7b"), "Llama-2-7B")
-    assert list(sliced) == [0.1, 0.2, 0.25, 0.3]
+    sliced = sizes_after("slicegpt", tasks.full_parameters("slicegpt", "llama-2-7b"), "Llama-2-7B")
+    assert list(sliced) == [0, 0.1, 0.2, 0.25, 0.3]
     assert sorted(sliced.values(), reverse=True) == list(sliced.values())
 
 
 def test_parameters_after_pruning_by_hand():
     whole, neuron = PUBLISHED["smollm2-135m"], 3 * 576
-    found = params_after("afr", tasks.full_parameters("afr", "smollm2-135m") | {"ratios": [0.2, 0.5]}, "SmolLM2-135M")
-    assert found == {0.2: whole - 30 * 308 * neuron, 0.5: whole - 30 * 768 * neuron}  # 1,228 of 1,536 stay at 20 %
+    found = sizes_after("afr", tasks.full_parameters("afr", "smollm2-135m") | {"ratios": [0.2, 0.5]}, "SmolLM2-135M")
+    assert {ratio: after for ratio, (after, _) in found.items()} == {
+        0: whole, 0.2: whole - 30 * 308 * neuron, 0.5: whole - 30 * 768 * neuron,  # 1,228 of 1,536 stay at 20 %
+    }  # fmt: skip
     parameters = tasks.full_parameters("comp", "llama-2-7b")
-    found, d, inner = params_after("comp", parameters, "Llama-2-7B"), 4096, 11008
-    blocks = 32 * (4 * d * d + 3 * d * inner + 2 * d)
-    assert list(found) == [0.1, 0.2, 0.25, 0.3, 0.4, 0.5]
-    for ratio, after in found.items():
+    found, d, inner = sizes_after("comp", parameters, "Llama-2-7B"), 4096, 11008
+    blocks, cache = 32 * (4 * d * d + 3 * d * inner + 2 * d), found[0][1]
+    assert list(found) == [0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5]
+    for ratio, (after, kept) in found.items():
         assert after == pytest.approx(PUBLISHED["llama-2-7b"] - ratio * blocks, abs=3 * d)
+        assert kept <= cache  # blocks that are gone keep nothing
 
 
 @pytest.mark.parametrize("paper", counting.NOTEBOOKS)

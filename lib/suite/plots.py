@@ -119,8 +119,8 @@ TOP = 40  # times dense: what is worse than this has collapsed, and how badly do
 
 
 def style_of(method: str) -> Style:
-    """The style of a method; `UNKNOWN`, dark grey, for one without a line in `STYLE`."""
-    return STYLE.get(method, UNKNOWN)
+    """The style of a method, whose name may go on behind a comma; `UNKNOWN`, dark grey, for one without a line in `STYLE`."""
+    return STYLE.get(method, STYLE.get(method.split(", ")[0], UNKNOWN))
 
 
 def look(method: str) -> dict:
