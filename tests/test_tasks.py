@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from lib.evaluation.zero_shot import tasks_named
 from lib.methods import METHODS
 from lib.suite.profiles import read_profile
 from lib.suite.results import RAW
-from lib.suite.runs import Run, cell_name, local_state, relink, slowest, tidy
+from lib.suite.runs import Run, cell_name, local_state, relink, reproduce, slowest, tidy
 
 TOY = [
     ("parameters", 'steps = 3\nfolder = ""\nprofile = "workshop"'),
@@ -34,21 +35,41 @@ TOY = [
 ]
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A suite with one toy notebook, in a folder of its own."""
-    (tmp_path / "notebooks" / "params").mkdir(parents=True)
-    (tmp_path / "notebooks" / "params" / "workshop.yaml").write_text("toy:\n  steps: 4\n")
+def write_project(folder):
+    """A suite with one toy notebook."""
+    (folder / "notebooks" / "params").mkdir(parents=True)
+    (folder / "notebooks" / "params" / "workshop.yaml").write_text("toy:\n  steps: 4\n")
     notebook = nbformat.v4.new_notebook()
     for tag, source in TOY:
         notebook.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": [tag]} if tag else {}))
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    nbformat.write(notebook, tmp_path / "notebooks" / "toy.ipynb")
+    nbformat.write(notebook, folder / "notebooks" / "toy.ipynb")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A suite with one toy notebook, in a folder of its own."""
     monkeypatch.setattr(tasks, "ROOT", tmp_path)
     monkeypatch.setattr(tasks, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(tasks, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(tasks, "PROFILES", tmp_path / "notebooks" / "params")
-    return tmp_path
+    return write_project(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def results_once(tmp_path_factory):
+    """The results of the toy notebook, with its ledger."""
+    folder = write_project(tmp_path_factory.mktemp("once"))
+    reproduce(Run(folder / "notebooks" / "toy.ipynb", {"steps": 4}, folder / "results", "workshop"))
+    return folder / "results"
+
+
+@pytest.fixture
+def done(project, results_once):
+    """The suite after `invoke reproduce`."""
+    shutil.copytree(results_once, project / "results")
+    return project
 
 
 @pytest.mark.parametrize(
@@ -151,14 +172,16 @@ def test_jobs_that_make_no_sense(arguments):
     [("steps = 3", "steps = 3  # changed", 0), ("return i", "return i + 0", 4)],
     ids=["a comment", "what computes"],
 )
-def test_a_change_of_the_notebook_is_not_up_to_date(project, old, new, computed):
+def test_a_change_of_the_notebook_is_not_up_to_date(done, old, new, computed, capfd):
     """It runs again, and measures again only what other code would measure."""
     tasks.reproduce.body(None)
-    path = project / "notebooks" / "toy.ipynb"
+    assert "up to date" in capfd.readouterr().out
+    path = done / "notebooks" / "toy.ipynb"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     tasks.reproduce.body(None)
-    manifest = json.loads((project / "results/workshop/toy/manifest.json").read_text())
+    assert "up to date" not in capfd.readouterr().out
+    manifest = json.loads((done / "results/workshop/toy/manifest.json").read_text())
     assert manifest["cells_computed"] == computed
 
 
@@ -234,36 +257,42 @@ def test_budgets_of_the_wrong_kind(asked, message):
         tasks.budget_of("", **asked)
 
 
-def test_a_failing_notebook_keeps_the_earlier_results(project):
-    tasks.reproduce.body(None)
-    path = project / "notebooks" / "toy.ipynb"
+def test_a_failing_notebook_keeps_the_earlier_results(done):
+    path = done / "notebooks" / "toy.ipynb"
     path.write_text(path.read_text().replace("run.table(", "1 / 0; run.table("))
     with pytest.raises(Exit, match="ZeroDivisionError"):
         tasks.reproduce.body(None)
-    assert (project / "results/workshop/toy/tables/t.csv").read_text() == "i\n0\n1\n2\n3\n"
+    assert (done / "results/workshop/toy/tables/t.csv").read_text() == "i\n0\n1\n2\n3\n"
 
 
 RUNNER = """
-import sys, tasks
+import sys
 from pathlib import Path
-root = Path(sys.argv[1])
-tasks.ROOT, tasks.NOTEBOOKS, tasks.RESULTS, tasks.PROFILES = root, root / "notebooks", root / "results", root / "notebooks/params"
-tasks.reproduce.body(None)
+from lib.suite.runs import Run, reproduce_all
+root, steps = Path(sys.argv[1]), dict(zip(sys.argv[2::2], map(int, sys.argv[3::2])))
+runs = [Run(root / "notebooks" / f"{name}.ipynb", {"steps": n}, root / "results", "workshop") for name, n in steps.items()]
+reproduce_all(runs, jobs=2)
 """
+
+
+def started(project, *steps, **settings):
+    """A process that runs notebooks of a project, each with its steps, as `invoke reproduce` does."""
+    command = [sys.executable, "-c", RUNNER, str(project), *steps]
+    settings |= dict(cwd=Path(tasks.__file__).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, **settings)
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
 @pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["alone", "side by side, the first process only"])
-def test_a_killed_run_continues(project, kill):
+def test_a_killed_run_continues(project, kill, capfd):
     # Slow enough that the orphaned kernel, which notices within a second that its parent died, cannot finish the work.
     path = project / "notebooks" / "toy.ipynb"
     path.write_text(path.read_text().replace("time.sleep(0.3)", "time.sleep(2)"))
     if kill is os.kill:
         (project / "notebooks" / "other.ipynb").write_text(path.read_text().replace("'toy'", "'other'"))
         (project / "notebooks" / "params" / "workshop.yaml").write_text("toy:\n  steps: 4\nother:\n  steps: 2\n")
-    command = [sys.executable, "-c", RUNNER, str(project)]
-    settings = dict(cwd=Path(tasks.__file__).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    first = subprocess.Popen(command, start_new_session=True, **settings)
+    others = ["other", "2"] if kill is os.kill else []
+    first = started(project, "toy", "4", *others, start_new_session=True)
     for line in first.stdout:
         if "toy: worked 1" in line:
             break
@@ -271,9 +300,10 @@ def test_a_killed_run_continues(project, kill):
     first.wait()
     first.stdout.close()
     assert not (project / "results/workshop/toy").exists()  # nothing half-written where results belong
-    second = subprocess.run(command, check=True, timeout=120, **settings)
-    assert "toy: worked 0" not in second.stdout
-    assert "toy: worked 3" in second.stdout
+    tasks.reproduce.body(None)
+    said = capfd.readouterr().out
+    assert "toy: worked 0" not in said
+    assert "toy: worked 3" in said
     manifest = json.loads((project / "results/workshop/toy/manifest.json").read_text())
     assert manifest["cells_from_ledger"] >= 1
     assert (project / "results/workshop/toy/tables/t.csv").read_text() == "i\n0\n1\n2\n3\n"
@@ -282,9 +312,7 @@ def test_a_killed_run_continues(project, kill):
 def test_a_second_run_on_the_same_results_refuses(project):
     path = project / "notebooks" / "toy.ipynb"
     path.write_text(path.read_text().replace("time.sleep(0.3)", "time.sleep(2)"))
-    command = [sys.executable, "-c", RUNNER, str(project)]
-    settings = dict(cwd=Path(tasks.__file__).parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    first = subprocess.Popen(command, **settings)
+    first = started(project, "toy", "4")
     for line in first.stdout:
         if "worked 0" in line:
             break
@@ -297,9 +325,9 @@ def test_a_second_run_on_the_same_results_refuses(project):
     assert json.loads((project / "results/workshop/toy/manifest.json").read_text())["cells_computed"] == 4
 
 
-def test_a_full_disk_leaves_earlier_results(project, small_disk, monkeypatch):
+def test_a_full_disk_leaves_earlier_results(project, results_once, small_disk, monkeypatch):
     monkeypatch.setattr(tasks, "RESULTS", small_disk)
-    tasks.reproduce.body(None)
+    shutil.copytree(results_once, small_disk, dirs_exist_ok=True)
     target = small_disk / "workshop" / "toy"
     before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
     path = project / "notebooks" / "toy.ipynb"
@@ -476,9 +504,9 @@ def test_every_method_is_listed_with_its_settings(capsys):
     assert "--set takes nothing" in said  # plain SVD
 
 
-def test_a_run_starts_from_the_measurements_of_earlier_results(project, capfd):
+def test_a_run_starts_from_the_measurements_of_earlier_results(done, capfd):
     """Without a ledger, as in a fresh clone: nothing is measured again with --reuse, everything without it or with other code."""
-    tasks.reproduce.body(None, paper="toy")
+    project = done
     (project / "results" / "workshop" / "toy.ledger.jsonl").unlink()
     first = json.loads((project / "results/workshop/toy/manifest.json").read_text())
     capfd.readouterr()
@@ -499,9 +527,8 @@ def test_a_run_starts_from_the_measurements_of_earlier_results(project, capfd):
     assert capfd.readouterr().out.count("worked") == 4
 
 
-def test_measurements_that_cannot_be_read_are_named(project, capfd):
-    tasks.reproduce.body(None, paper="toy")
-    (project / "results" / "workshop" / "toy.ledger.jsonl").unlink()
-    (project / "results/workshop/toy/raw.parquet").write_bytes(b"no parquet")
+def test_measurements_that_cannot_be_read_are_named(done):
+    (done / "results" / "workshop" / "toy.ledger.jsonl").unlink()
+    (done / "results/workshop/toy/raw.parquet").write_bytes(b"no parquet")
     with pytest.raises(Exit, match="raw.parquet holds no measurements"):
         tasks.reproduce.body(None, paper="toy", reuse=True)

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -178,8 +179,7 @@ class Results:
         That is: parameters, code, packages, machine, and the SHA-256 of every file. values: the variables of the
         notebook, of which its parameters are recorded; all of them for a run without a notebook in `notebooks`.
         """
-        import torch
-
+        torch = sys.modules.get("torch")  # a run that has not imported it computed nothing with it, and it takes seconds
         names = parameter_names(self.notebook) if self.notebook.is_file() else list(values)
         parameters = {name: values[name] for name in names}
 
@@ -196,8 +196,8 @@ class Results:
                 "python": platform.python_version(),
                 "system": f"{platform.system()} {platform.machine()}",
                 "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                "threads": torch.get_num_threads() if torch else None,
+                "accelerator": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
             },
             "seconds": round(time.time() - self.started, 1),
             "cells_computed": len(self.asked) - sum(self.asked.values()),
