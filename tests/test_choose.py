@@ -11,9 +11,10 @@ from lib.budgets import Budget, fitting_ratio
 from lib.evaluation.perplexity import perplexity
 from lib.evaluation.text import load_corpus, spread, tokens_of, windows
 from lib.methods import METHODS, NOTHING, make
-from lib.models.gguf_export import to_gguf
+from lib.models.gguf_export import FileSize, to_gguf
 from lib.models.load import ASSETS, load
 from lib.primitives.cost import count
+from lib.primitives.structured import remove_blocks
 from lib.suite import choose as choosing
 from lib.suite.choose import LLAMA_CPP, SUITE, TRANSFORMERS, Clock, Judge, Trials, candidates, check_runs, choose, outcome
 from lib.suite.standing import BEHIND
@@ -26,6 +27,12 @@ FOLDER = str(ASSETS / "wiki-a-llama")
 @pytest.fixture(scope="module")
 def llama():
     return load("wiki-a-llama")
+
+
+@pytest.fixture(scope="module")
+def shallow(llama):
+    """Three of its blocks: the ratios of all methods are found in less time."""
+    return remove_blocks(llama[0], range(3, 8)), llama[1]
 
 
 @pytest.fixture
@@ -54,8 +61,8 @@ def all_candidates(llama, where, budget=BUDGET):
         return candidates(llama[0], budget, measure_of(llama[0], budget), check_runs(where, FOLDER))
 
 
-def test_what_needs_least_is_tried_first_and_every_method_is_accounted_for(llama):
-    found, untried = all_candidates(llama, SUITE)
+def test_what_needs_least_is_tried_first_and_every_method_is_accounted_for(shallow):
+    found, untried = all_candidates(shallow, SUITE)
     needs = [METHODS[candidate.method].needs for candidate in found]
     assert needs == sorted(needs, key=choosing.CHEAP_FIRST.index)
     assert needs[0] == NOTHING
@@ -65,22 +72,23 @@ def test_what_needs_least_is_tried_first_and_every_method_is_accounted_for(llama
         assert "zeros are stored like other numbers" in untried[name]
 
 
-def test_where_it_must_run_leaves_methods_out(llama):
+def test_where_it_must_run_leaves_methods_out(shallow):
     suite, stock, gguf = (
-        {candidate.method for candidate in all_candidates(llama, where)[0]} for where in (SUITE, TRANSFORMERS, LLAMA_CPP)
+        {candidate.method for candidate in all_candidates(shallow, where)[0]} for where in (SUITE, TRANSFORMERS, LLAMA_CPP)
     )
     assert suite >= {"svd-llm", "slicegpt", "comp"}
     assert gguf >= {"comp", "cfsp", "shortgpt"}
     assert stock >= {"afr", "shortgpt"}
     assert not {"svd-llm", "slicegpt"} & (gguf | stock)
-    untried = all_candidates(llama, LLAMA_CPP)[1]
+    untried = all_candidates(shallow, LLAMA_CPP)[1]
     assert "merge-to-dense" in untried["svd-llm"]
     assert "slicegpt-stock" in untried["slicegpt"]
 
 
-def test_the_bytes_of_a_file_leave_out_what_no_file_holds(llama):
+def test_the_bytes_of_a_file_leave_out_what_no_file_holds(shallow):
     """With the reason that the export gives."""
-    found, untried = all_candidates(llama, LLAMA_CPP, Budget("bytes", 1.3e6, "Q4_0"))
+    most = 0.9 * FileSize(FOLDER, "model", "Q4_0")(shallow[0])
+    found, untried = all_candidates(shallow, LLAMA_CPP, Budget("bytes", most, "Q4_0"))
     assert {candidate.method for candidate in found} | set(untried) == set(METHODS)
     assert {"cfsp", "comp", "modegpt", "fpt", "slicegpt-stock"} <= {candidate.method for candidate in found}
     assert "merge-to-dense" in untried["svd"]
