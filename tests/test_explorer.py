@@ -1,5 +1,6 @@
 """The explorer says what the committed tables say: its script is run by Node, without a page, and compared with pandas."""
 
+import functools
 import json
 import math
 import re
@@ -25,6 +26,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 node = pytest.mark.skipif(not shutil.which("node"), reason="needs Node")
 
 
+@functools.cache
+def committed():
+    """The script's tables of all committed comparisons."""
+    return explorer.script(COMPARISONS)
+
+
 def run(tables, expression):
     """What an expression of JavaScript is worth where the script and its tables are loaded."""
     source = f"{tables}\n{CODE}\nconsole.log(JSON.stringify({expression}));"
@@ -39,7 +46,7 @@ def everything():
     every = """Object.fromEntries(modelsOf(SUITE).map(({ id, profile, model }) => [id, Object.fromEntries(
       choice(SUITE, { model: id }).axes.map((axis) => [axis, Object.fromEntries(
         choice(SUITE, { model: id, axis }).sizes.map((size) => [size, pointsOf(SUITE, { profile, model, axis, size })]))]))]))"""
-    return run(explorer.script(COMPARISONS), every)
+    return run(committed(), every)
 
 
 def table(profile, model, name):
@@ -141,7 +148,7 @@ def test_a_link_keeps_the_choice_and_a_wrong_one_leads_somewhere():
     ]
     kept = "({ id, size, axis }) => ({ model: id, size: String(size), axis })"
     again = f"{json.dumps(wishes)}.map((wish) => ({kept})(choice(SUITE, readLink(writeLink(choice(SUITE, wish))))))"
-    found = run(explorer.script(COMPARISONS), again)
+    found = run(committed(), again)
     assert found[:2] == wishes[:2]
     assert found[2] == wishes[2] | {"size": "0.2"}, "speed was measured at 20 % alone"
     first = "/".join(MODELS[0])
@@ -194,7 +201,7 @@ def models_in_bytes(profile, model, axis):
 def test_a_size_in_bytes_takes_the_largest_model_of_each_method_that_fits(profile, model, axis):
     wish = json.dumps({"model": f"{profile}/{model}", "axis": axis})
     ask = f"choice(SUITE, {wish}).budgets.map((size) => [size, pointsOf(SUITE, choice(SUITE, {{ ...{wish}, size }}))])"
-    found, rows = run(explorer.script(COMPARISONS), ask), models_in_bytes(profile, model, axis)
+    found, rows = run(committed(), ask), models_in_bytes(profile, model, axis)
     budgets = [size for size, _ in found]
     assert budgets == sorted(set(budgets), reverse=True)
     if axis == "perplexity":
@@ -207,7 +214,7 @@ def test_a_size_in_bytes_takes_the_largest_model_of_each_method_that_fits(profil
         )
         assert set(part["missing"]) == set(rows.name) - set(fitting.name)
         assert {point["standing"] for point in part["points"]} <= {None}, "who leads is about models of one size"
-    picture = run(explorer.script(COMPARISONS), draw(f"choice(SUITE, {{ ...{wish}, size: {budgets[-1]} }})"))
+    picture = run(committed(), draw(f"choice(SUITE, {{ ...{wish}, size: {budgets[-1]} }})"))
     words = ElementTree.fromstring(picture).get("aria-label")
     assert words.startswith(f"{model}, {'weights' if axis == 'perplexity' else 'file'} of at most ")
     best = min(found[-1][1]["points"], key=lambda point: point["value"])
@@ -249,19 +256,23 @@ def test_whatever_tables_and_columns_there_are_are_shown(tmp_path):
     ]
     full = comparison(tmp_path / "full", pareto=rows, says=says, healing=healing)
     tables = explorer.script({"bare": bare, "full": full, "none": comparison(tmp_path / "none")})
-    found = run(tables, "modelsOf(SUITE).map(({ id }) => [id, choice(SUITE, { model: id }).axes])")
+    found, (c4_sizes, c4) = run(
+        tables,
+        """[modelsOf(SUITE).map(({ id }) => [id, choice(SUITE, { model: id }).axes]),
+        [choice(SUITE, { model: 'full/m', axis: 'c4', size: 0.5 }).sizes,
+         pointsOf(SUITE, choice(SUITE, { model: 'full/m', axis: 'c4' }))]]""",
+    )
     assert found == [["bare/m", ["perplexity", "kept"]], ["full/m", ["perplexity", "healed", "distilled", "kept", "c4"]]]
-    ask = "pointsOf(SUITE, choice(SUITE, { model: 'full/m', axis: 'c4' }))"
-    assert run(tables, ask)["missing"] == ["B"]
-    [point] = run(tables, ask)["points"]
+    assert (c4_sizes, c4["missing"]) == ([0.2], ["B"])
+    [point] = c4["points"]
     assert (point["method"], point["value"], point["low"], point["high"]) == ("A", 1.25, 1.2, 1.3)
     assert point["says"] == "and the <b>sea</b>"
-    assert "&lt;b&gt;sea" in run(tables, f"tableRow({ask}.points[0], MEASURES.perplexity)")
-    assert run(tables, "choice(SUITE, { model: 'full/m', axis: 'c4', size: 0.5 }).sizes") == [0.2]
+    assert "&lt;b&gt;sea" in run(tables, f"tableRow({json.dumps(point)}, MEASURES.perplexity)")
     for axis, value in (("healed", 2.0), ("distilled", 1.8)):
         chosen = f"choice(SUITE, {{ model: 'full/m', axis: '{axis}' }})"
-        assert run(tables, f"{chosen}.sizes") == [0.5]
-        [point] = run(tables, f"pointsOf(SUITE, {chosen})")["points"]
+        sizes, part = run(tables, f"[{chosen}.sizes, pointsOf(SUITE, {chosen})]")
+        assert sizes == [0.5]
+        [point] = part["points"]
         assert (point["method"], point["value"], point["low"], point["high"]) == ("A", value, value - 0.1, 2.5)
     drawn = run(tables, draw("choice(SUITE, { model: 'full/m', size: 0.2 })"))
     assert len(list(ElementTree.fromstring(drawn).iter(SVG + "path"))) == 1, "an infinite perplexity is an arrow at the edge"
@@ -287,7 +298,7 @@ def draw(choice, width=800):
 def test_every_choice_is_drawn_within_the_picture(everything, width):
     choices = [(id, axis, size) for id, axes in everything.items() for axis, sizes in axes.items() for size in sizes]
     drawn = [draw(f"choice(SUITE, {json.dumps({'model': m, 'axis': a, 'size': s})})", width) for m, a, s in choices]
-    pictures = run(explorer.script(COMPARISONS), f"[{','.join(drawn)}]")
+    pictures = run(committed(), f"[{','.join(drawn)}]")
     for (model, axis, size), picture in zip(choices, pictures, strict=True):
         assert "NaN" not in picture
         assert "undefined" not in picture
@@ -310,23 +321,25 @@ def test_every_choice_is_drawn_within_the_picture(everything, width):
 
 @node
 def test_the_headline_names_the_best_of_those_that_reached_the_size_and_its_equals(everything):
-    for profile, model in MODELS:
-        standing = table(profile, model, "standing")
-        for size in {size for _, size in standing.index}:
-            wish = json.dumps({"model": f"{profile}/{model}", "size": size, "axis": "perplexity"})
-            picture = run(explorer.script(COMPARISONS), draw(f"choice(SUITE, {wish})"))
-            words = ElementTree.fromstring(picture).get("aria-label")
-            part = standing.xs(size, level="size")
-            assert f"lowest perplexity with {part.index[part.standing == 'first'].item()}," in words
-            for method in part.index[part.standing == "level"]:
-                assert re.search(rf"level with it: .*{re.escape(method)}", words)
+    standings = {found: table(*found, "standing") for found in MODELS}
+    shown = [(*found, size) for found, standing in standings.items() for size in {size for _, size in standing.index}]
+    assert shown
+    wishes = [json.dumps({"model": f"{profile}/{model}", "size": size, "axis": "perplexity"}) for profile, model, size in shown]
+    pictures = run(committed(), f"[{','.join(draw(f'choice(SUITE, {wish})') for wish in wishes)}]")
+    for (profile, model, size), picture in zip(shown, pictures, strict=True):
+        words = ElementTree.fromstring(picture).get("aria-label")
+        part = standings[profile, model].xs(size, level="size")
+        assert f"lowest perplexity with {part.index[part.standing == 'first'].item()}," in words
+        for method in part.index[part.standing == "level"]:
+            assert re.search(rf"level with it: .*{re.escape(method)}", words)
 
 
 @node
 @pytest.mark.parametrize("log", [True, False])
 def test_ticks_are_round_and_inside(log):
-    for low, high in ((1, 1.05), (1, 41), (0.01, 9), (0.3, 0.95), (20, 180), (1, 1.4), (0.9, 40), (1, 2.1)):
-        found = run("", f"ticks([{low}, {high}], {json.dumps(log)}, 6)")
+    ranges = [(1, 1.05), (1, 41), (0.01, 9), (0.3, 0.95), (20, 180), (1, 1.4), (0.9, 40), (1, 2.1)]
+    every = run("", f"{json.dumps(ranges)}.map((range) => ticks(range, {json.dumps(log)}, 6))")
+    for (low, high), found in zip(ranges, every, strict=True):
         assert found == sorted(set(found))
         assert all(low <= tick <= high for tick in found)
         assert 2 <= len(found) <= 6
@@ -334,10 +347,10 @@ def test_ticks_are_round_and_inside(log):
 
 
 @node
-@pytest.mark.parametrize(
-    ("value", "unit", "words"),
-    [(1.0649, "times dense", "1.06"), (0.4083, "nats", "0.408"), (1234.5, "MB", "1,235"), (2.1e8, "times dense", "2e8"),
-     (0.7540, "%", "75.4 %"), (None, "MB", "")],
-)  # fmt: skip
-def test_numbers_are_written_to_the_digits_that_matter(value, unit, words):
-    assert run("", f"written({json.dumps(value)}, {{ unit: {json.dumps(unit)} }})") == words
+def test_numbers_are_written_to_the_digits_that_matter():
+    cases = {
+        (1.0649, "times dense"): "1.06", (0.4083, "nats"): "0.408", (1234.5, "MB"): "1,235", (2.1e8, "times dense"): "2e8",
+        (0.7540, "%"): "75.4 %", (None, "MB"): "",
+    }  # fmt: skip
+    found = run("", f"{json.dumps(list(cases))}.map(([value, unit]) => written(value, {{ unit }}))")
+    assert dict(zip(cases, found, strict=True)) == cases

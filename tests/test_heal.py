@@ -1,5 +1,6 @@
 """`heal` trains a saved model, saves the better one with the history of both, and refuses what cannot work before it starts."""
 
+import functools
 import shutil
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from lib.primitives import finetune
 from lib.primitives.distillation import Distillation
 from lib.primitives.finetune import LoRA
 
-MODEL, TEXT = "wiki-a-llama", Calibration("wiki-a", 12, 64)
+MODEL, TEXT = "wiki-a-llama", Calibration("wiki-a", 12, 32)
 QUICK = LoRA(rank=4, lr=3e-3, warmup=1, batch=4, evaluate_every=1, dropout=0.0)
 
 
@@ -30,27 +31,39 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def healed(small, tmp_path_factory):
+    """(kind, dense model) -> what `heal` found, and the folder with the model in `out`; each is trained once."""
+
+    @functools.cache
+    def train(kind, dense):
+        folder = tmp_path_factory.mktemp("healed")
+        return heal(str(small / kind), folder / "out", TEXT, QUICK, dense), folder
+
+    return train
+
+
 @pytest.mark.parametrize("kind", ["cfsp", "stock"])
 @pytest.mark.parametrize("dense", ["", MODEL], ids=["next token", "dense model"])
-def test_the_better_model_is_saved_in_the_form_of_the_old_one(small, tmp_path, kind, dense):
-    row = heal(str(small / kind), tmp_path / "out", TEXT, QUICK, dense)
+def test_the_better_model_is_saved_in_the_form_of_the_old_one(small, healed, kind, dense):
+    row, folder = healed(kind, dense)
     assert row["steps"] == 3
     assert 0 < row["step"] <= 3
     assert row["after"] < row["before"]
-    before, after = load(str(small / kind))[0], load(str(tmp_path / "out"))[0]
+    before, after = load(str(small / kind))[0], load(str(folder / "out"))[0]
     assert {n: p.shape for n, p in before.named_parameters()} == {n: p.shape for n, p in after.named_parameters()}
     changed = {n.rsplit(".", 2)[-2] for n, p in before.named_parameters() if not torch.equal(p, after.get_parameter(n))}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in folder.iterdir()) == ["out"]
     if kind == "cfsp":
-        old, new = (read_record(folder)["provenance"] for folder in (small / kind, tmp_path / "out"))
-        healed = new.pop("healed")
+        old, new = (read_record(place)["provenance"] for place in (small / kind, folder / "out"))
+        said = new.pop("healed")
         assert new == old
-        assert (healed["step"], healed["dense"], healed["corpus"]) == (row["step"], dense or None, "wiki-a")
+        assert (said["step"], said["dense"], said["corpus"]) == (row["step"], dense or None, "wiki-a")
 
 
-def test_a_killed_run_goes_on(small, tmp_path, monkeypatch):
-    whole = heal(str(small / "cfsp"), tmp_path / "whole", TEXT, QUICK, MODEL)
+def test_a_killed_run_goes_on(small, healed, tmp_path, monkeypatch):
+    whole, folder = healed("cfsp", MODEL)
     seen, words = [], finetune._in_words
 
     def dies(row):
@@ -61,17 +74,18 @@ def test_a_killed_run_goes_on(small, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "_in_words", dies)
     with pytest.raises(KeyboardInterrupt):
         heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK, MODEL)
-    state, other = sorted(path.name for path in tmp_path.iterdir())
+    (state,) = (path.name for path in tmp_path.iterdir())
     assert state.startswith(".out.")
     assert state.endswith(".training")
-    assert other == "whole"
     with pytest.raises(ValueError, match="is the state of another training into"):  # that learns from the text alone
         heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK)
     monkeypatch.setattr(finetune, "_in_words", lambda row: seen.append(row["step"]) or words(row))
     assert heal(str(small / "cfsp"), tmp_path / "out", TEXT, QUICK, MODEL) == whole
     assert seen == [3]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
-    for file in (tmp_path / "whole").glob("*.safetensors"):
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    files = list((folder / "out").glob("*.safetensors"))
+    assert files
+    for file in files:
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
@@ -111,6 +125,6 @@ def test_what_cannot_work_is_refused_before_training(small, tmp_path, monkeypatc
 
 
 def test_the_task_says_what_was_won(small, tmp_path, capsys):
-    tasks.heal(Context(), str(small / "cfsp"), str(tmp_path / "out"), dense=MODEL, tokens=1000, length=64, batch=4)
+    tasks.heal(Context(), str(small / "cfsp"), str(tmp_path / "out"), dense=MODEL, tokens=500, length=32, batch=4)
     assert f"divergence from {MODEL} on held-out text: " in capsys.readouterr().out
     assert load(str(tmp_path / "out"))[0].training is False

@@ -143,7 +143,15 @@ def test_committed_pages_are_those_that_reproduce_writes():
 
 
 @pytest.fixture
-def copy(tmp_path):
+def drawn(monkeypatch):
+    """What `write_pages` asks to be drawn; tests/test_plots.py draws it."""
+    found = []
+    monkeypatch.setattr(pages, "front_picture", lambda *given: found.append(given))
+    return found
+
+
+@pytest.fixture
+def copy(tmp_path, drawn):
     """A project of nothing but what the pages are made of."""
     for name in [*pages.sources(), *(p.relative_to(ROOT) for p in RESULTS.glob("*/*/manifest.json"))]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,8 +159,9 @@ def copy(tmp_path):
     return tmp_path
 
 
-def test_pages_follow_the_tables(copy):
+def test_pages_follow_the_tables(copy, drawn):
     assert pages.write_pages(copy) == "pages: results/README.md and results/claims.md written from the tables"
+    assert drawn == [(copy / "results", list(pages.SHOWN))]
     assert pages.write_pages(copy) == "pages: up to date with the tables"
     assert (copy / "results/README.md").read_text() == read("results/README.md")
     table = copy / "results/workshop/compare/tables/standing.csv"

@@ -1,20 +1,25 @@
 """The training of the embedded models: a short run writes a folder that loads, and the pieces do what they say."""
 
+import functools
 import json
 
 import pytest
 import torch
 
-from lib.evaluation.text import load_corpus, windows
+from lib.evaluation.text import load_corpus, tokens_of, windows
 from lib.models.load import load
 from lib.suite import workshop
 from lib.suite.workshop import WORKSHOP_MODELS, Recipe, add_dropout, optimizers, rate, train_workshop_model, untrained
+
+ONCE = {"train_tokenizer": functools.cache(workshop.train_tokenizer), "tokens_of": functools.cache(tokens_of)}  # of one text
 
 
 @pytest.mark.parametrize("name", WORKSHOP_MODELS)
 def test_two_steps_write_a_complete_folder(tmp_path, monkeypatch, name):
     monkeypatch.setattr(workshop.shutil, "which", lambda _: None)  # no compiler: the plain path
-    monkeypatch.setattr(workshop, "windows", lambda ids, length: windows(ids, length)[:40])  # for losses alone
+    for part, shared in ONCE.items():
+        monkeypatch.setattr(workshop, part, shared)
+    monkeypatch.setattr(workshop, "windows", lambda ids, length: windows(ids, length)[:8])  # for losses alone
     said = []
     manifest = train_workshop_model(name, Recipe(steps=2, evaluate_every=2, batch=2, warmup=1), tmp_path / "m", said.append)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
