@@ -24,9 +24,6 @@ from lib.suite.results import RAW, Ledger, ledger_lines, write_atomically
 
 PLACE = re.compile(r"(?:/[^\s/:]+)*/(?=(?:lib|ipykernel_\d+|site-packages)/)")  # the folder of a warning's file on this machine
 
-# jsonschema, which papermill imports, builds a grammar of IRIs in seconds where it finds this package, and no notebook needs it.
-sys.modules.setdefault("rfc3987_syntax", None)
-
 LONGEST = 250  # characters of what can be a path, and not a prompt
 PROGRESS = re.compile(r" at \d+%: perplexity [\d.,]+$| s since the start")  # lines for whoever waits for a run
 
