@@ -320,8 +320,9 @@ def report(profile: Profile, parameters: dict[str, dict], device: str, throughpu
         before = work["params"]
         yield f"{paper}: about {work['cells']} models to evaluate"
         for level, (after, cache) in sizes_after(paper, chosen, architecture).items():
-            removed = f" ({1 - after / before:.1%} of the model removed)" if level else ""
-            yield f"  at {level:.0%}: {after:,} parameters{removed}, {cache:,} bytes of keys and values a token"
+            change = f"{1 - after / before:.1%} fewer" if after <= before else f"{after / before - 1:.1%} more"
+            said = f"{after:,} parameters ({change})" if level else f"{after:,} parameters"
+            yield f"  at {level:.0%}: {said}, {cache:,} bytes of keys and values a token"
         yield "  10^15 operations: " + ", ".join(f"{name} {n / 1e15:,.1f}" for name, n in work["operations"].items())
         memory = f"{work['peak_bytes'] / 1e9:,.0f} GB ({device}: {DEVICES[device].memory / 1e9:,.0f})"
         yield f"  peak memory {memory}, disk {work['disk_bytes'] / 1e9:,.1f} GB"
