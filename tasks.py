@@ -432,7 +432,8 @@ def compress(
         "target-params": "parameters that the result may have, such as 100M",
         "target-share": "share of the model's parameters that the result may have, such as 0.8",
         "target-bytes": "bytes that the result may have, such as 80MB, saved or, with --file, as GGUF",
-        "file": "count --target-bytes in the GGUF file that export-gguf writes with this --dtype, such as Q4_0",
+        "file": "count --target-bytes in the GGUF file that export-gguf writes with this --dtype, such as Q4_0 "
+        "(default for llama.cpp: float16)",
         "for": "where the result must run: transformers, llama.cpp, or `this suite` (default), where most methods' results do",
         "minutes": "time for the trials (default: 20); the last compression comes on top",
         "corpus": "text to calibrate on and, its validation split, to judge by: wiki-a, wikitext2, c4, or a .txt file",
@@ -447,6 +448,8 @@ def choose(
     from lib.suite.choose import choose as choose_method
     from lib.suite.choose import outcome
 
+    if for_ == "llama.cpp" and target_bytes:
+        file = file or "float16"  # the file is what runs there
     budget = checked(lambda: budget_of(file, params=target_params, share=target_share, bytes=target_bytes))
     if not budget:
         raise Exit(

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import re
 import shutil
 import urllib.request
@@ -679,15 +680,26 @@ def test_arguments(tmp_path, stock):
         to_gguf(stock, tmp_path / "m.gguf", "int8")
 
 
-def test_a_failure_on_the_way_leaves_nothing(tmp_path, tokenizer):
-    model = sliced("llama").float()
+@pytest.mark.parametrize(("dtype", "number"), [("float16", 1e5), ("Q8_0", 1e7), ("Q4_1", -2e5), ("Q4_0", 6e5)])
+def test_a_failure_on_the_way_leaves_nothing(tmp_path, tokenizer, dtype, number):
+    model = tiny("llama", torch.float32, vocab_size=ROWS, hidden_size=32, num_hidden_layers=2)
     with torch.no_grad():
-        model.lm_head.weight[3, 3] = 1e5  # the last tensor, and more than float16 holds
+        model.model.layers[-1].mlp.gate_proj.weight[3, 3] = number  # more than the type, or the scale of a block, holds
     folder = export(model, tokenizer, tmp_path / "m")
-    with pytest.raises(ValueError, match=r"lm_head.weight holds .* too large for float16: use bfloat16"):
-        to_gguf(folder, tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=rf"gate_proj.weight holds numbers too large for {dtype}: use bfloat16"):
+        to_gguf(folder, tmp_path / "m.gguf", dtype)
     assert list(tmp_path.iterdir()) == [folder]
     assert run(to_gguf(folder, tmp_path / "m.gguf", "bfloat16"), token_ids()).isfinite().all()
+
+
+def test_a_damaged_number_is_named(tmp_path, tokenizer):
+    model = tiny("llama", torch.float32, vocab_size=ROWS)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    folder = export(model, tokenizer, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"lm_head.weight holds NaN or infinity: the model is damaged"):
+        to_gguf(folder, tmp_path / "m.gguf", "Q8_0")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_task(tmp_path, stock, capsys):

@@ -49,19 +49,26 @@ def test_the_front_and_its_sentences():
     rows = device_rows("m", [DENSE, comp()])
     assert [row["mb"] for row in front(rows)] == [200, 106, 60, 50]  # COMP in 16 bits is larger and worse than dense in eight
     lines = answer(rows)
-    assert "down to 60.0 MB, where it has Q4_0, the pruned ones among them: none." in lines[1]
-    assert lines[2] == "Below 60.0 MB, the pruned ones among them: COMP 20%, Q4_0."
-    assert lines[3] == "COMP 20%, F16: 0.80 of the cache, reads 2.40 and writes 1.20 times as fast as dense (bytes: 1.25)."
-    # By its bytes Q8_0 could have 1.89 and Q4_0 3.33 times the speed: 1.8 is near enough, 2.0 is not.
-    assert lines[4].endswith("Slower than 0.9 of that: dense, Q4_0.")
-    assert headline(rows) == "m: four bits alone are the better deal down to 60.0 MB"
+    assert headline(rows) == "m: four bits alone are the better deal down to 60.0 MB, 30% of 16 bits"
+    assert lines[0] == f"{headline(rows)}."
+    assert lines[1].endswith("dense, Q4_0 (60 MB, 1.11 times dense); COMP 20%, Q4_0 (50 MB, 1.49 times dense).")
+    assert lines[2] == "COMP 20%, F16: 0.80 of the cache, reads 2.40 and writes 1.20 times as fast as dense (bytes: 1.25)."
+    # By their bytes they could have 1.25 times the speed of dense in F16, and 1.2 times that of dense in Q4_0, which is 2.4.
+    assert lines[3].endswith("Slower than 0.9 of that: none.")
+    assert len(lines) == 4  # no two files are alike
+
+
+def test_speed_is_held_against_the_dense_file_of_the_same_kind():
+    slow = [DENSE[0], measured_row("COMP", 0.2, "F16", 160, 0.3, 1.1), measured_row("COMP", 0.2, "Q4_0", 50, 0.4, 2.2)]
+    twin = [DENSE[0], measured_row("CFSP", 0.2, "F16", 160, 0.3, 1.32)]
+    *_, reached, apart = answer(device_rows("m", [DENSE, slow, twin]))
+    assert reached.endswith("Slower than 0.9 of that: COMP 20%, F16.")  # 1.1 of 1.25; 2.2 of 2.4 is near enough
+    assert apart.startswith("Files of the same shape write up to 1.20 times as fast as each other here")
 
 
 def test_a_pruned_file_can_win():
     better = device_rows("m", [DENSE, comp(four_bits=60.0, nats=-0.05)])
     assert [row["mb"] for row in front(better)] == [160, 106, 60]  # dense in eight bits is smaller than the first
-    assert "the pruned ones among them: COMP 20%, F16; COMP 20%, Q4_0." in answer(better)[1]
-    assert answer(better)[2] == "Below 60.0 MB, the pruned ones among them: none."
     assert headline(better).endswith("the best of their size: COMP 20%, F16; COMP 20%, Q4_0")
 
 

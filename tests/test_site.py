@@ -377,7 +377,8 @@ def test_what_is_said_about_runs_and_the_plan_are_pages(site):
     assert "claims.html" in plan.links
     for page in ("index.html", "notebook.html"):
         assert "../about.html" in pages[out / "workshop" / "afr" / page].links
-    assert {"plan.html", "workshop/about.html"} <= set(pages[out / "index.html"].links)
+    assert {"plan.html", "library.html", "workshop/about.html"} <= set(pages[out / "index.html"].links)
+    assert "torch.export" in pages[out / "library.html"].text
 
 
 def test_a_start_without_comparison_or_claims_is_a_start(tmp_path):
@@ -498,8 +499,8 @@ def browse(out, tmp_path, pages, look):
 
 
 LAYOUT = """(window, inside) => {
-  const table = inside.querySelector("table.sortable"), columns = [], cells = [...(table?.tHead.rows[0].cells ?? [])];
-  const [head] = cells.filter((cell) => cell.innerText.match(/perplexity|relative|value|20/));
+  const cells = [...inside.querySelectorAll("table.sortable > thead th")], columns = [];
+  const [head] = cells.filter((cell) => cell.innerText.match(/perplexity|relative|value|20/)), table = head?.closest("table");
   const hints = [...inside.querySelectorAll(".scroll")].map((box) => [
     box.scrollWidth > box.clientWidth + 1, box.previousElementSibling.offsetHeight > 0 ]);
   for (const click of head ? [1, 2] : []) {
@@ -627,7 +628,7 @@ FAULTS = """async (window, inside) => {
 @pytest.mark.skipif(not BROWSER or not AXE.is_file(), reason="needs the browser chromium, and `npm install --no-save axe-core`")
 def test_axe_finds_no_serious_fault_of_accessibility(site, tmp_path):
     out, _ = site
-    names = ["index.html", "explorer.html", "claims.html", "plan.html"]
+    names = ["index.html", "explorer.html", "claims.html", "plan.html", "library.html"]
     names += [f"workshop/{paper}/{name}.html" for paper in ("slicegpt", "compare") for name in ("notebook", "index")]
     for name, width, faults in browse(out, tmp_path, names, FAULTS % AXE.as_uri()):
         assert [fault for fault in faults if fault[0] in ("serious", "critical")] == [], f"{name} at {width}"

@@ -457,7 +457,16 @@ def _write_tensors(writer, network: Network, tensors: list[Tensor], places: dict
 
 def _stored(name: str, value: torch.Tensor, kind: gguf.GGMLQuantizationType, dtype: str) -> numpy.ndarray:
     """The bytes of a tensor in a type of GGUF. Raises ValueError, naming it, for numbers that the type cannot hold."""
-    value = value.to(PLAIN.get(kind.name, torch.float32)).contiguous()
     if not torch.isfinite(value).all():
-        raise ValueError(f"tensor {name} holds NaN, or numbers too large for {dtype}: use bfloat16 or float32")
-    return value.view(torch.uint8).numpy() if kind.name in PLAIN else gguf.quants.quantize(value.numpy(), kind)
+        raise ValueError(f"tensor {name} holds NaN or infinity: the model is damaged")
+    value = value.to(PLAIN.get(kind.name, torch.float32)).contiguous()
+    try:
+        if kind.name not in PLAIN:
+            with numpy.errstate(over="raise"):  # the scale of a block has 16 bits
+                return gguf.quants.quantize(value.numpy(), kind)
+        fits = bool(torch.isfinite(value).all())
+    except FloatingPointError:
+        fits = False
+    if not fits:
+        raise ValueError(f"tensor {name} holds numbers too large for {dtype}: use bfloat16 or float32")
+    return value.view(torch.uint8).numpy()

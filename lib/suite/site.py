@@ -329,7 +329,10 @@ def run_cards(runs: list[Executed], out: Path) -> str:
         parts.append("</div>")
         if (out / profile / "about.html").is_file():
             parts.append(f'<p><a href="{profile}/about.html">About the runs of {escape(profile)}</a></p>')
-    parts.append('<p>To teach with them: <a href="plan.html">the plan of a half-day workshop</a>.</p>')
+    parts.append(
+        '<p>To teach with them: <a href="plan.html">the plan of a half-day workshop</a>. To use them: <a href="library.html">the '
+        "methods, and where each result can run</a>.</p>"
+    )
     return "\n".join(parts)
 
 
@@ -381,8 +384,8 @@ def write_run(run: Executed, papers: Sequence[str], out: Path) -> None:
 
 
 def write_readmes(runs: list[Executed], results: Path, out: Path) -> None:
-    """What is said about the runs of each profile, and the plan of the workshop."""
-    pages = {"results/claims.md": "claims.html", "notebooks/README.md": "plan.html"}
+    """What is said about the runs of each profile, the plan of the workshop, and the library with where each result can go."""
+    pages = {"results/claims.md": "claims.html", "notebooks/README.md": "plan.html", "lib/README.md": "library.html"}
     for run in runs:
         pages[f"results/{run.name}/{run.folder.name}.ipynb"] = f"{run.name}/notebook.html"
         pages |= {f"results/{run.name}{kind}": f"{run.name}/index.html" for kind in ("", "/tables", "/figures")}
@@ -393,8 +396,8 @@ def write_readmes(runs: list[Executed], results: Path, out: Path) -> None:
     for profile, path in texts.items():
         text = readme_page(path, f"results/{profile}", pages, "../")
         (out / profile / "about.html").write_text(text, encoding="utf-8")
-    plan = readme_page(ROOT / "notebooks" / "README.md", "notebooks", pages, "")
-    (out / "plan.html").write_text(plan, encoding="utf-8")
+    for folder, name in (("notebooks", "plan.html"), ("lib", "library.html")):
+        (out / name).write_text(readme_page(ROOT / folder / "README.md", folder, pages, ""), encoding="utf-8")
 
 
 def write_start(runs: list[Executed], results: Path, out: Path) -> None:
