@@ -58,33 +58,35 @@ FRESH = """
 import sys, torch
 from lib.evaluation.zero_shot import zero_shot
 from lib.models.load import load
-folder, tokens, dtype = sys.argv[1:]
-model, tokenizer = load(folder, dtype=dtype)
-ids = torch.load(tokens, weights_only=True)["ids"]
-with torch.no_grad():
-    out = {"logits": model(ids).logits}
-for cache in (True, False):
-    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    out[str(cache)] = model.generate(ids[:2], use_cache=cache, **settings)
-out["accuracy"] = zero_shot(model, tokenizer, limit=20)[0]["acc"]
-torch.save(out, tokens)
+for folder, dtype in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    model, tokenizer = load(folder, dtype=dtype)
+    ids = torch.load(f"{folder}.pt", weights_only=True)["ids"]
+    with torch.no_grad():
+        out = {"logits": model(ids).logits}
+    for cache in (True, False):
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        out[str(cache)] = model.generate(ids[:2], use_cache=cache, **settings)
+    out["accuracy"] = zero_shot(model, tokenizer, limit=20)[0]["acc"]
+    torch.save(out, f"{folder}.pt")
 """
 
 
-@pytest.mark.parametrize(("dtype", "layout"), [("float32", "tied"), ("bfloat16", "low-rank")])
-def test_reload_in_a_fresh_process(tmp_path, dtype, layout):
-    model, tokenizer = load("wiki-a-opt", dtype=dtype)
-    ids = torch.arange(1, 1001).view(10, 100)
-    small = slice_model(model, ids, 0.25, layout=layout)
-    save(small, tokenizer, tmp_path / "small", base="wiki-a-opt")
-    torch.save({"ids": ids}, tmp_path / "tokens.pt")
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "small"), str(tmp_path / "tokens.pt"), dtype]
+def test_reload_in_a_fresh_process(tmp_path):
+    ids, made, command = torch.arange(1, 1001).view(10, 100), {}, [sys.executable, "-c", FRESH]
+    for dtype, layout in (("float32", "tied"), ("bfloat16", "low-rank")):
+        model, tokenizer = load("wiki-a-opt", dtype=dtype)
+        folder = tmp_path / layout
+        made[folder] = slice_model(model, ids, 0.25, layout=layout)
+        save(made[folder], tokenizer, folder, base="wiki-a-opt")
+        torch.save({"ids": ids}, f"{folder}.pt")
+        command += [str(folder), dtype]
     subprocess.run(command, check=True, cwd=Path(tasks.__file__).parent, capture_output=True)
-    found = torch.load(tmp_path / "tokens.pt", weights_only=True)
-    with torch.no_grad():
-        assert torch.equal(found["logits"], small(ids).logits)
-    assert torch.equal(found["True"], found["False"])
-    assert found["accuracy"] == zero_shot(small, tokenizer, limit=20)[0]["acc"]
+    for folder, small in made.items():
+        found = torch.load(f"{folder}.pt", weights_only=True)
+        with torch.no_grad():
+            assert torch.equal(found["logits"], small(ids).logits)
+        assert torch.equal(found["True"], found["False"])
+        assert found["accuracy"] == zero_shot(small, tokenizer, limit=20)[0]["acc"]
 
 
 @pytest.mark.parametrize(("way", "family"), CASES)

@@ -242,6 +242,7 @@ def test_mistakes_in_a_cluster_file_are_explained(tmp_path, text, message):
         ("no.yaml", "no cluster file no.yaml"),
     ],
 )
-def test_a_cluster_that_is_not_there_ends_at_once(where, message):
+def test_a_cluster_that_is_not_there_ends_at_once(where, message, monkeypatch):
+    monkeypatch.setattr(cluster, "PATIENCE", 1)
     with pytest.raises(Exit, match=message):
         tasks.reproduce.body(None, paper="slicegpt", cluster=where)

@@ -373,8 +373,8 @@ class Runtime:
         # they are before that.
         settings = dict(n_predict=1, n_probs=vocabulary, cache_prompt=cached, logit_bias=[[self.tokens("a")[-1], 1e4]])
         for end in range(1, len(ids) + 1):
-            for token in self.complete(ids[:end], **settings)["logprobs"]["content"][0]["top_logprobs"]:
-                rows[end - 1, token["id"]] = token["logprob"]
+            listed = self.complete(ids[:end], **settings)["logprobs"]["content"][0]["top_logprobs"]
+            rows[end - 1, [token["id"] for token in listed]] = torch.tensor([token["logprob"] for token in listed])
         return rows
 
     def tokens(self, text):

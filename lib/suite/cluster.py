@@ -31,6 +31,7 @@ from lib.suite.code import code_version
 from lib.suite.results import Ledger, content_key
 from lib.suite.runs import Run, RunError, attempt, execute, raise_failures
 
+PATIENCE = 10  # seconds for a scheduler to answer
 ENGINES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
 
 
@@ -65,7 +66,7 @@ def connect(where: str) -> Iterator:
             where = stack.enter_context(cluster)
             cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # a job that reached its time limit is submitted again
         try:
-            client = stack.enter_context(package.Client(where, timeout=10, set_as_default=False))
+            client = stack.enter_context(package.Client(where, timeout=PATIENCE, set_as_default=False))
         except (OSError, ValueError) as error:
             raise ValueError(f"no scheduler answers at {where!r}: start one with `dask scheduler`, or use local") from error
         print(f"{len(client.scheduler_info()['workers'])} workers at {client.scheduler.address}; more may join", flush=True)
