@@ -192,7 +192,7 @@ def on_devices(results: Path) -> list[str]:
     """Whether files of pruned models are the better deal, and of which, a line for each model of which files were run."""
     said = []
     for _, part in [each for table in _compared(results, "device") for each in table.groupby("model", sort=False)]:
-        tried = part.method[part.method != on_device.DENSE].unique()
+        tried = part.method[part.method != on_device.DENSE].str.removesuffix(", trained").unique()
         said.append(f"{on_device.headline(part.to_dict('records'))} (pruned by {' and '.join(tried)}, no other was run)")
     return said
 
