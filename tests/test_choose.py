@@ -4,7 +4,7 @@ import functools
 import re
 
 import pytest
-from invoke import Context
+from invoke import Context, Exit
 
 import tasks
 from lib.budgets import Budget, fitting_ratio
@@ -267,3 +267,15 @@ def test_the_winner_is_saved_from_the_command_line(tmp_path, few, capsys, monkey
         tasks.choose(Context(), model="wiki-a-llama", out=str(tmp_path / "other"))
     with pytest.raises(FileExistsError, match="exists"):
         choose("wiki-a-llama", BUDGET, out)
+
+
+@pytest.mark.parametrize(
+    ("where", "file", "counted"), [("llama.cpp", "", "float16"), ("llama.cpp", "Q4_0", "Q4_0"), ("this suite", "", "")]
+)
+def test_bytes_for_llama_cpp_are_those_of_the_file_that_runs_there(monkeypatch, where, file, counted):
+    def stop(model, budget, *_):
+        raise ValueError(f"counted in {budget.file!r}")
+
+    monkeypatch.setattr("lib.suite.choose.choose", stop)
+    with pytest.raises(Exit, match=f"counted in '{counted}'"):
+        tasks.choose.body(None, "wiki-a-llama", "out", target_bytes="1MB", file=file, for_=where)
