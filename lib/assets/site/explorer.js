@@ -151,8 +151,10 @@ function modelsOf(suite) {
   );
 }
 
-const sizesOf = (profile, model) =>
-  [...new Set(rowsOf(profile, "pareto").filter((row) => row.model === model && row.size > 0).map((row) => row.size))].sort((a, b) => a - b);
+const sizesOf = (profile, model) => {
+  const rows = ["pareto", "device"].flatMap((table) => rowsOf(profile, table)).filter((row) => row.model === model && row.size > 0);
+  return [...new Set(rows.map((row) => row.size))].sort((a, b) => a - b);
+};
 
 // The sizes at which a model has values of a measure.
 const measuredSizes = (profile, model, measure) => sizesOf(profile, model).filter((size) => Object.keys(measure.read(profile, model, size)).length);
